@@ -1,0 +1,94 @@
+#include "ops/core/core_backend.h"
+#include "ops/core/core_cuda.cuh"
+
+namespace tenon::cuda {
+
+int NumDevices() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess) {
+    (void)cudaGetLastError();  // no driver is not the caller's error
+    return 0;
+  }
+  return count;
+}
+
+Status GetInfo(Device device, DeviceInfo* info) {
+  const int count = NumDevices();
+  if (device.index < 0 || device.index >= count) {
+    return UnavailableError("GetDeviceInfo: no CUDA device ", device.index,
+                            ", this host has ", count);
+  }
+  cudaDeviceProp properties;
+  TENON_RETURN_IF_ERROR(
+      ToStatus(cudaGetDeviceProperties(&properties, device.index),
+               "cudaGetDeviceProperties"));
+  info->name = properties.name;
+  info->num_cores = properties.multiProcessorCount;
+  info->compute_capability = properties.major * 10 + properties.minor;
+  info->l2_bytes = properties.l2CacheSize;
+  info->total_memory_bytes = static_cast<int64_t>(properties.totalGlobalMem);
+  return Status();
+}
+
+Status Allocate(Device device, MemoryKind kind, size_t bytes, void** data) {
+  if (device.index < 0 || device.index >= NumDevices()) {
+    return UnavailableError("Buffer: no CUDA device ", device.index);
+  }
+  const DeviceGuard guard(device);
+  const cudaError_t error = kind == MemoryKind::kPinned
+                                ? cudaMallocHost(data, bytes)
+                                : cudaMalloc(data, bytes);
+  if (error == cudaErrorMemoryAllocation) {
+    (void)cudaGetLastError();  // reported here, not to the caller's next check
+    return ResourceExhaustedError(
+        "Buffer: no ", bytes, " bytes of ",
+        kind == MemoryKind::kPinned ? "pinned" : "CUDA", " memory");
+  }
+  return ToStatus(error, "Buffer");
+}
+
+void Free(Device device, MemoryKind kind, void* data) {
+  const DeviceGuard guard(device);
+  if (kind == MemoryKind::kPinned) {
+    cudaFreeHost(data);
+  } else {
+    cudaFree(data);
+  }
+}
+
+Status Copy(Device device, void* to, const void* from, size_t bytes,
+            Stream stream) {
+  const DeviceGuard guard(device);
+  return ToStatus(
+      cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, Native(stream)),
+      "CopyMemory");
+}
+
+Status Fill(Device device, void* data, int byte, size_t bytes, Stream stream) {
+  const DeviceGuard guard(device);
+  return ToStatus(cudaMemsetAsync(data, byte, bytes, Native(stream)),
+                  "FillMemory");
+}
+
+Status Synchronize(Device device, Stream stream) {
+  const DeviceGuard guard(device);
+  return ToStatus(cudaStreamSynchronize(Native(stream)), "Synchronize");
+}
+
+Status CreateStream(Device device, void** stream) {
+  if (device.index < 0 || device.index >= NumDevices()) {
+    return UnavailableError("OwnedStream: no CUDA device ", device.index);
+  }
+  const DeviceGuard guard(device);
+  return ToStatus(
+      cudaStreamCreateWithFlags(reinterpret_cast<cudaStream_t*>(stream),
+                                cudaStreamNonBlocking),
+      "OwnedStream");
+}
+
+void DestroyStream(Device device, void* stream) {
+  const DeviceGuard guard(device);
+  cudaStreamDestroy(static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace tenon::cuda

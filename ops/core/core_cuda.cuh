@@ -1,0 +1,149 @@
+#ifndef TENON_OPS_CORE_CORE_CUDA_CUH_
+#define TENON_OPS_CORE_CORE_CUDA_CUH_
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "ops/core/status.h"
+#include "ops/core/stream.h"
+#include "ops/core/tensor_view.h"
+
+// Shared by the CUDA backends of the ops.
+
+namespace tenon::cuda {
+
+inline cudaStream_t Native(Stream stream) {
+  return static_cast<cudaStream_t>(stream.cuda);
+}
+
+// The Status of a CUDA runtime call; `what` names the op or the call.
+inline Status ToStatus(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return Status();
+  return InternalError(what, ": CUDA error ", cudaGetErrorName(error), ": ",
+                       cudaGetErrorString(error));
+}
+
+// Makes `device` current for one scope, as launches need it to be.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(Device device) {
+    cudaGetDevice(&previous_);
+    if (previous_ != device.index) cudaSetDevice(device.index);
+    changed_ = previous_ != device.index;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+// Launches and returns the launch's own error (cudaGetLastError could report
+// one of the caller's).
+template <class... KernelArgs, class... Args>
+Status Launch(const char* op, Stream stream, dim3 grid, dim3 block,
+              size_t shared_bytes, void (*kernel)(KernelArgs...),
+              Args&&... args) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = Native(stream);
+  if (shared_bytes > 48 * 1024) {
+    TENON_RETURN_IF_ERROR(ToStatus(
+        cudaFuncSetAttribute(kernel,
+                             cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared_bytes)),
+        op));
+  }
+  return ToStatus(
+      cudaLaunchKernelEx(&config, kernel, static_cast<KernelArgs>(args)...),
+      op);
+}
+
+template <class A, class B>
+constexpr __host__ __device__ auto CeilDiv(A a, B b) -> decltype(a / b) {
+  return (a + b - 1) / b;
+}
+
+// Conversions through float; storing rounds to nearest, ties to even.
+__device__ __forceinline__ float ToFloat(float v) { return v; }
+__device__ __forceinline__ float ToFloat(__half v) { return __half2float(v); }
+__device__ __forceinline__ float ToFloat(__nv_bfloat16 v) {
+  return __bfloat162float(v);
+}
+template <class T>
+__device__ __forceinline__ T FromFloat(float v);
+template <>
+__device__ __forceinline__ float FromFloat<float>(float v) {
+  return v;
+}
+template <>
+__device__ __forceinline__ __half FromFloat<__half>(float v) {
+  return __float2half_rn(v);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 FromFloat<__nv_bfloat16>(float v) {
+  return __float2bfloat16_rn(v);
+}
+
+// N elements moved by one access of N * sizeof(T) <= 16 bytes.
+template <class T, int N>
+struct alignas(sizeof(T) * N) Vec {
+  T v[N];
+};
+
+// Whether rows of `view` (innermost dimension) can be read `bytes` at a time.
+inline bool RowsAreAligned(const TensorView& view, size_t bytes) {
+  const size_t element = DTypeSize(view.dtype);
+  if (reinterpret_cast<uintptr_t>(view.data) % bytes != 0) return false;
+  for (int i = 0; i + 1 < view.rank; ++i) {
+    if (view.shape[i] > 1 && view.stride[i] * element % bytes != 0) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// Sum and maximum over the 32 lanes of a warp, the same on every lane. Fixed
+// order: the same inputs give the same bits.
+__device__ __forceinline__ float WarpSum(float value) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) {
+    value += __shfl_xor_sync(~0u, value, mask);
+  }
+  return value;
+}
+__device__ __forceinline__ float WarpMax(float value) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) {
+    value = fmaxf(value, __shfl_xor_sync(~0u, value, mask));
+  }
+  return value;
+}
+
+// Sum over a block of kThreads, the same on every thread. `shared` holds
+// kThreads / 32 floats and may be reused after the next __syncthreads().
+template <int kThreads>
+__device__ __forceinline__ float BlockSum(float value, float* shared) {
+  value = WarpSum(value);
+  if constexpr (kThreads == 32) return value;
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
+  __syncthreads();
+  float total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kThreads / 32; ++i) total += shared[i];
+  return total;
+}
+
+}  // namespace tenon::cuda
+
+#endif  // TENON_OPS_CORE_CORE_CUDA_CUH_
