@@ -14,7 +14,7 @@ def op_test(name, deps = None, size = "small", **kwargs):
         name = name,
         size = size,
         srcs = [name + ".cc"],
-        deps = (deps or ["//ops/" + op]) + [
+        deps = (["//ops/" + op] if deps == None else deps) + [
             "//bazel:gtest_main",
             "//ops/core",
             "//tests/reference",
