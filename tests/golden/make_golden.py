@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Makes the tiny checkpoints of this folder and what transformers computes from them.
 
-CPU only, fp32, single thread, a few seconds. Every checkpoint is read back from its files before
+CPU only, fp32, single thread, under a minute. Every checkpoint is read back from its files before
 anything is computed, so the expected values belong to the bytes in the repository.
 """
 
