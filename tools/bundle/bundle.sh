@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Copies the files named as arguments into one folder, in their places relative
+# to the repository, so that everything runs from the folder's root on a host
+# with a driver but without Bazel:
+#   ./bazelw run //:bundle            writes ./bundle
+#   cd bundle && ./run_tests.sh       runs every suite there
+set -euo pipefail
+folder=${BUILD_WORKSPACE_DIRECTORY:?run this with bazel run}/bundle
+rm -rf "$folder"
+mkdir -p "$folder"
+for file in tools/bundle/run_tests.sh "$@"; do
+  mkdir -p "$folder/$(dirname "$file")"
+  cp -L "$file" "$folder/$file"
+  chmod u+w "$folder/$file"
+  if [[ $(head -c 4 "$file" | tail -c 3) == ELF ]]; then
+    strip "$folder/$file"
+  fi
+done
+mv "$folder/tools/bundle/run_tests.sh" "$folder/run_tests.sh"
+rm -r "$folder/tools/bundle"
+rmdir --ignore-fail-on-non-empty "$folder/tools"
+echo "$folder: $(du -sm "$folder" | cut -f1) MB"
