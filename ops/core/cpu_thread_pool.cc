@@ -5,6 +5,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -87,9 +88,13 @@ struct CpuThreadPool::State {
 CpuThreadPool::CpuThreadPool(int num_threads)
     : state_(std::make_unique<State>()) {
   if (num_threads <= 0) num_threads = UsableCpus();
-  for (int i = 1; i < num_threads; ++i) {
-    state_->workers.emplace_back(
-        [state = state_.get()] { state->WorkerMain(); });
+  try {
+    for (int i = 1; i < num_threads; ++i) {
+      state_->workers.emplace_back(
+          [state = state_.get()] { state->WorkerMain(); });
+    }
+  } catch (const std::system_error&) {
+    // A limit on threads: fewer do the same work.
   }
 }
 

@@ -16,7 +16,8 @@ namespace tenon {
 class CpuThreadPool {
  public:
   // num_threads counts the caller of Run, so 1 makes no thread. 0: one per CPU
-  // that this process may use.
+  // that this process may use. Where the system refuses more threads, the pool
+  // works with those it got.
   explicit CpuThreadPool(int num_threads);
   ~CpuThreadPool();
   CpuThreadPool(const CpuThreadPool&) = delete;
@@ -27,7 +28,8 @@ class CpuThreadPool {
   // Calls body(context, begin, end) for consecutive pieces of [0, count), each
   // `grain` long but the last, on all threads, and returns when all are done.
   // Which thread gets which piece is not fixed, so an op's result must not
-  // depend on it: no piece may share an accumulator with another.
+  // depend on it: no piece may share an accumulator with another. The body must
+  // not call Run of the same pool.
   void Run(int64_t count, int64_t grain,
            void (*body)(void* context, int64_t begin, int64_t end),
            void* context);

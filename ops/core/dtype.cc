@@ -1,48 +1,43 @@
 #include "ops/core/dtype.h"
 
-#include <cmath>
-
 namespace tenon {
 namespace {
 
-// Rounds |value| to `mantissa_bits` fraction bits with the smallest normal
-// exponent `min_exponent`; below it the spacing stays constant (subnormals).
-// Exact: scaling by powers of two, and nearbyint in the default mode.
-float RoundMagnitude(float magnitude, int mantissa_bits, int min_exponent) {
-  int exponent;
-  std::frexp(magnitude, &exponent);  // magnitude = f * 2^exponent, f in [.5, 1)
-  exponent = exponent - 1 < min_exponent ? min_exponent : exponent - 1;
-  const int spacing = exponent - mantissa_bits;
-  return std::ldexp(std::nearbyint(std::ldexp(magnitude, -spacing)), spacing);
-}
+constexpr uint32_t kInfinityBits = 0x7f800000u;
 
-// Encodes an already representable magnitude.
-uint32_t EncodeMagnitude(float magnitude, int mantissa_bits, int min_exponent) {
-  if (magnitude == 0.0f) return 0;
-  int exponent;
-  std::frexp(magnitude, &exponent);
-  exponent -= 1;
-  if (exponent < min_exponent) {
-    return static_cast<uint32_t>(
-        std::ldexp(magnitude, mantissa_bits - min_exponent));
-  }
-  const uint32_t fraction =
-      static_cast<uint32_t>(std::ldexp(magnitude, mantissa_bits - exponent));
-  return (static_cast<uint32_t>(exponent - min_exponent) << mantissa_bits) +
-         fraction;
-}
+// A small float of kMantissa fraction bits and exponent bias kBias, without its
+// sign, from and to the bits of a non-negative float.
+template <int kMantissa, int kBias>
+struct SmallFloat {
+  static constexpr int kShift = 23 - kMantissa;
+  static constexpr uint32_t kRebias = uint32_t{127 - kBias} << 23;
+  static constexpr uint32_t kMinNormal = uint32_t{128 - kBias} << 23;
 
-float DecodeMagnitude(uint32_t bits, int mantissa_bits, int min_exponent) {
-  const uint32_t exponent = bits >> mantissa_bits;
-  const uint32_t fraction = bits & ((1u << mantissa_bits) - 1);
-  if (exponent == 0) {
-    return std::ldexp(static_cast<float>(fraction),
-                      min_exponent - mantissa_bits);
+  // Rounds to nearest even. Precondition: no NaN, and small enough not to round
+  // past the largest value.
+  static uint32_t Encode(uint32_t bits) {
+    if (bits < kMinNormal) {
+      // The last bit of this float is worth one subnormal step: the addition
+      // rounds, and leaves the steps in the low bits.
+      constexpr uint32_t kStep = uint32_t{151 - kBias - kMantissa} << 23;
+      return FloatBits(FloatFromBits(bits) + FloatFromBits(kStep)) - kStep;
+    }
+    constexpr uint32_t kBelowHalf = (1u << (kShift - 1)) - 1;
+    return (bits - kRebias + kBelowHalf + (bits >> kShift & 1u)) >> kShift;
   }
-  return std::ldexp(
-      static_cast<float>(fraction + (1u << mantissa_bits)),
-      static_cast<int>(exponent) - 1 + min_exponent - mantissa_bits);
-}
+
+  static uint32_t Decode(uint32_t magnitude) {
+    const uint32_t bits = magnitude << kShift;
+    if (magnitude >> kMantissa == 0) {  // zero or subnormal: as if normal, less
+                                        // the implicit leading one
+      return FloatBits(FloatFromBits(bits + kMinNormal) -
+                       FloatFromBits(kMinNormal));
+    }
+    return bits + kRebias;
+  }
+};
+using Half = SmallFloat<10, 15>;
+using E4M3 = SmallFloat<3, 7>;
 
 }  // namespace
 
@@ -50,36 +45,46 @@ float ToFloat(Float16 value) {
   const uint32_t sign = uint32_t{value.bits} << 16 & 0x80000000u;
   const uint32_t magnitude = value.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) {  // infinity and NaN keep their payload
-    return FloatFromBits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+    return FloatFromBits(sign | kInfinityBits | (magnitude & 0x3ffu) << 13);
   }
-  return FloatFromBits(sign | FloatBits(DecodeMagnitude(magnitude, 10, -14)));
+  return FloatFromBits(sign | Half::Decode(magnitude));
 }
 
 template <>
 Float16 FromFloat<Float16>(float value) {
-  const uint16_t sign = static_cast<uint16_t>(FloatBits(value) >> 16 & 0x8000u);
-  if (std::isnan(value)) return {static_cast<uint16_t>(sign | 0x7e00u)};
-  const float magnitude = std::fabs(value);
-  // 65520 is halfway between the largest value and the next power of two.
-  if (magnitude >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00u)};
-  const float rounded = RoundMagnitude(magnitude, 10, -14);
-  return {static_cast<uint16_t>(sign | EncodeMagnitude(rounded, 10, -14))};
+  const uint32_t sign = FloatBits(value) >> 16 & 0x8000u;
+  const uint32_t bits = FloatBits(value) & 0x7fffffffu;
+  uint32_t magnitude;
+  if (bits > kInfinityBits) {
+    magnitude = 0x7e00u;
+  } else if (bits >= 0x477ff000u) {
+    magnitude = 0x7c00u;  // 65520, halfway past the largest value, and above
+  } else {
+    magnitude = Half::Encode(bits);
+  }
+  return {static_cast<uint16_t>(sign | magnitude)};
 }
 
 float ToFloat(Float8E4M3 value) {
   const uint32_t sign = uint32_t{value.bits} << 24 & 0x80000000u;
   const uint32_t magnitude = value.bits & 0x7fu;
   if (magnitude == 0x7fu) return FloatFromBits(sign | 0x7fc00000u);
-  return FloatFromBits(sign | FloatBits(DecodeMagnitude(magnitude, 3, -6)));
+  return FloatFromBits(sign | E4M3::Decode(magnitude));
 }
 
 template <>
 Float8E4M3 FromFloat<Float8E4M3>(float value) {
-  const uint8_t sign = static_cast<uint8_t>(FloatBits(value) >> 24 & 0x80u);
-  if (std::isnan(value)) return {static_cast<uint8_t>(sign | 0x7fu)};
-  const float magnitude = std::fmin(std::fabs(value), 448.0f);
-  const float rounded = RoundMagnitude(magnitude, 3, -6);
-  return {static_cast<uint8_t>(sign | EncodeMagnitude(rounded, 3, -6))};
+  const uint32_t sign = FloatBits(value) >> 24 & 0x80u;
+  const uint32_t bits = FloatBits(value) & 0x7fffffffu;
+  uint32_t magnitude;
+  if (bits > kInfinityBits) {
+    magnitude = 0x7fu;
+  } else if (bits >= 0x43e00000u) {
+    magnitude = 0x7eu;  // 448 and above
+  } else {
+    magnitude = E4M3::Encode(bits);
+  }
+  return {static_cast<uint8_t>(sign | magnitude)};
 }
 
 }  // namespace tenon

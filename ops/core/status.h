@@ -123,11 +123,11 @@ class [[nodiscard]] StatusOr {
 
 }  // namespace tenon
 
-#define TENON_RETURN_IF_ERROR(expr)                        \
-  do {                                                     \
-    if (::tenon::Status status_ = (expr); !status_.ok()) { \
-      return status_;                                      \
-    }                                                      \
+#define TENON_RETURN_IF_ERROR(expr)                                  \
+  do {                                                               \
+    if (::tenon::Status tenon_error_ = (expr); !tenon_error_.ok()) { \
+      return tenon_error_;                                           \
+    }                                                                \
   } while (false)
 
 #endif  // TENON_OPS_CORE_STATUS_H_

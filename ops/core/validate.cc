@@ -81,6 +81,38 @@ bool ElementsAreDistinct(const TensorView& view) {
   return true;
 }
 
+// Not NumElements() == 0: that product may overflow in a view with strides of
+// 0.
+bool IsEmpty(const TensorView& view) {
+  for (int i = 0; i < view.rank; ++i) {
+    if (view.shape[i] == 0) return true;
+  }
+  return !view.present();
+}
+
+// Bytes spanned modulo `period` bytes: dimensions that step by multiples of it
+// add nothing.
+int64_t SpanModulo(const TensorView& view, int64_t period) {
+  const int64_t element = static_cast<int64_t>(DTypeSize(view.dtype));
+  int64_t span = element;
+  for (int i = 0; i < view.rank; ++i) {
+    const int64_t step = view.stride[i] * element;
+    if (step % period != 0) span += (view.shape[i] - 1) * step;
+  }
+  return span;
+}
+
+// Whether the bytes of `a` and `b` fall into different parts of every period.
+bool AreDisjointModulo(const TensorView& a, const TensorView& b,
+                       int64_t period) {
+  const int64_t a_span = SpanModulo(a, period);
+  const int64_t b_span = SpanModulo(b, period);
+  const int64_t distance = static_cast<int64_t>(
+      reinterpret_cast<intptr_t>(b.data) - reinterpret_cast<intptr_t>(a.data));
+  const int64_t offset = (distance % period + period) % period;
+  return offset >= a_span && b_span <= period - offset;
+}
+
 }  // namespace
 
 Status CheckTensor(const char* op, const char* field, const TensorView& view,
@@ -146,7 +178,7 @@ Status CheckOutput(const char* op, const char* field, const TensorView& view,
                    std::initializer_list<int64_t> shape, DTypeSet dtypes,
                    Device device) {
   TENON_RETURN_IF_ERROR(CheckTensor(op, field, view, shape, dtypes, device));
-  if (NumElements(view) > 0 && !ElementsAreDistinct(view)) {
+  if (!IsEmpty(view) && !ElementsAreDistinct(view)) {
     return InvalidArgumentError(op, ": ", field,
                                 " has elements that share memory: shape ",
                                 ShapeText(view.shape, view.rank), ", strides ",
@@ -189,13 +221,23 @@ Status CheckWorkspace(const char* op, const void* workspace, size_t size,
 }
 
 bool MemoryOverlaps(const TensorView& a, const TensorView& b) {
-  if (a.device != b.device || NumElements(a) == 0 || NumElements(b) == 0) {
-    return false;
-  }
+  if (a.device != b.device || IsEmpty(a) || IsEmpty(b)) return false;
   const uintptr_t a_begin = reinterpret_cast<uintptr_t>(a.data);
   const uintptr_t b_begin = reinterpret_cast<uintptr_t>(b.data);
-  return a_begin < b_begin + static_cast<uintptr_t>(ExtentBytes(b)) &&
-         b_begin < a_begin + static_cast<uintptr_t>(ExtentBytes(a));
+  if (a_begin >= b_begin + static_cast<uintptr_t>(ExtentBytes(b)) ||
+      b_begin >= a_begin + static_cast<uintptr_t>(ExtentBytes(a))) {
+    return false;
+  }
+  for (const TensorView* view : {&a, &b}) {
+    for (int i = 0; i < view->rank; ++i) {
+      const int64_t period =
+          view->stride[i] * static_cast<int64_t>(DTypeSize(view->dtype));
+      if (view->shape[i] > 1 && period > 0 && AreDisjointModulo(a, b, period)) {
+        return false;
+      }
+    }
+  }
+  return true;
 }
 
 Status NoBackendError(const char* op, Device device) {

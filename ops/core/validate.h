@@ -53,7 +53,9 @@ Status CheckFinite(const char* op, const char* field, double value, double low,
 Status CheckWorkspace(const char* op, const void* workspace, size_t size,
                       size_t needed, Device device);
 
-// True when the memory ranges spanned by the two views intersect.
+// False when the two views certainly share no byte: the ranges they span are
+// apart, or they interleave at a common stride, as column slices of one matrix
+// do.
 bool MemoryOverlaps(const TensorView& a, const TensorView& b);
 
 // The error of an op that this build, or this device, has no backend for.

@@ -124,9 +124,10 @@ void TestTensor::Build(Device device, DType dtype, std::vector<int64_t> shape,
 }
 
 void TestTensor::Upload() {
-  const Status status =
-      CopyMemory(buffer_.data(), view_.device, initial_.data(), Device{},
-                 initial_.size(), Stream());
+  Status status = CopyMemory(buffer_.data(), view_.device, initial_.data(),
+                             Device{}, initial_.size(), Stream());
+  // The copy may still be under way, and streams of tests do not wait for it.
+  if (status.ok()) status = Synchronize(view_.device, Stream());
   ASSERT_TRUE(status.ok()) << status.message();
 }
 

@@ -1,0 +1,731 @@
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <thread>
+#include <vector>
+
+#include "ops/core/cpu_thread_pool.h"
+#include "ops/core/device_info.h"
+#include "ops/core/dtype.h"
+#include "ops/core/memory.h"
+#include "ops/core/status.h"
+#include "ops/core/validate.h"
+#include "tests/testing/op_test.h"
+#include "tests/testing/random.h"
+
+namespace tenon {
+namespace {
+
+using testing::ExpectInvalid;
+
+// ---- dtype ----
+
+// A small float format, written down from its definition.
+template <class T>
+struct Format;
+template <>
+struct Format<Float16> {
+  static constexpr int kBits = 16, kMantissa = 10, kBias = 15;
+  static constexpr uint32_t kInfinity =
+      0x7c00;  // codes from here on: not finite
+  static constexpr bool kSaturates = false;
+};
+template <>
+struct Format<BFloat16> {
+  static constexpr int kBits = 16, kMantissa = 7, kBias = 127;
+  static constexpr uint32_t kInfinity = 0x7f80;
+  static constexpr bool kSaturates = false;
+};
+template <>
+struct Format<Float8E4M3> {
+  static constexpr int kBits = 8, kMantissa = 3, kBias = 7;
+  static constexpr uint32_t kInfinity = 0x7f;  // the NaN: there is no infinity
+  static constexpr bool kSaturates = true;
+};
+
+// The value of a non-negative code. kInfinity gives the power of two at which
+// an unbounded format would go on: rounding to it means overflow.
+template <class T>
+double ValueOf(uint32_t code) {
+  using F = Format<T>;
+  const int exponent = static_cast<int>(code >> F::kMantissa);
+  const int fraction = static_cast<int>(code & ((1u << F::kMantissa) - 1));
+  if (exponent == 0) return std::ldexp(fraction, 1 - F::kBias - F::kMantissa);
+  return std::ldexp(fraction + (1 << F::kMantissa),
+                    exponent - F::kBias - F::kMantissa);
+}
+
+template <class T>
+std::vector<double> Magnitudes() {
+  std::vector<double> values;
+  for (uint32_t code = 0; code <= Format<T>::kInfinity; ++code) {
+    values.push_back(ValueOf<T>(code));
+  }
+  return values;
+}
+
+// Searches the nearest of `magnitudes`, ties to the even code.
+template <class T>
+uint32_t SlowFromFloat(const std::vector<double>& magnitudes, float value) {
+  using F = Format<T>;
+  const uint32_t sign = std::signbit(value) ? 1u << (F::kBits - 1) : 0;
+  const double magnitude = std::fabs(static_cast<double>(value));
+  const auto above =
+      std::lower_bound(magnitudes.begin(), magnitudes.end(), magnitude);
+  uint32_t code;
+  if (above == magnitudes.end()) {
+    code = F::kInfinity;
+  } else {
+    code = static_cast<uint32_t>(above - magnitudes.begin());
+    if (*above != magnitude) {
+      const double to_above = *above - magnitude;
+      const double to_below = magnitude - magnitudes[code - 1];
+      if (to_below < to_above || (to_below == to_above && code % 2 == 1))
+        --code;
+    }
+  }
+  if (F::kSaturates) code = std::min(code, F::kInfinity - 1);
+  return sign | code;
+}
+
+template <class T>
+class SmallFloatTest : public ::testing::Test {};
+using SmallFloats = ::testing::Types<Float16, BFloat16, Float8E4M3>;
+TYPED_TEST_SUITE(SmallFloatTest, SmallFloats);
+
+TYPED_TEST(SmallFloatTest, EveryCodeRoundTrips) {
+  using F = Format<TypeParam>;
+  const uint32_t sign = 1u << (F::kBits - 1);
+  for (uint32_t code = 0; code < 2 * sign; ++code) {
+    TypeParam typed;
+    typed.bits = static_cast<decltype(typed.bits)>(code);
+    const float value = ToFloat(typed);
+    const uint32_t magnitude = code & (sign - 1);
+    const uint32_t back = FromFloat<TypeParam>(value).bits;
+    ASSERT_EQ(std::signbit(value), (code & sign) != 0) << code;
+    if (magnitude > F::kInfinity ||
+        (F::kSaturates && magnitude == F::kInfinity)) {
+      ASSERT_TRUE(std::isnan(value)) << code;
+      typed.bits = static_cast<decltype(typed.bits)>(back);
+      ASSERT_TRUE(std::isnan(ToFloat(typed))) << code;
+      ASSERT_EQ(back & sign, code & sign) << code;
+      continue;
+    }
+    if (magnitude == F::kInfinity) {
+      ASSERT_TRUE(std::isinf(value)) << code;
+    } else {
+      ASSERT_EQ(std::fabs(static_cast<double>(value)),
+                ValueOf<TypeParam>(magnitude))
+          << code;
+    }
+    ASSERT_EQ(back, code);
+  }
+}
+
+TYPED_TEST(SmallFloatTest, RoundsToNearestEven) {
+  const std::vector<double> magnitudes = Magnitudes<TypeParam>();
+  const auto check = [&](float value) {
+    ASSERT_EQ(FromFloat<TypeParam>(value).bits,
+              SlowFromFloat<TypeParam>(magnitudes, value))
+        << value;
+  };
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  for (size_t i = 1; i < magnitudes.size(); ++i) {
+    // The halfway point has one bit more than the format, so it is a float.
+    const double middle = (magnitudes[i - 1] + magnitudes[i]) / 2;
+    for (float sign : {1.0f, -1.0f}) {
+      const float tie = static_cast<float>(middle) * sign;
+      for (float value : {tie, std::nextafter(tie, 0.0f),
+                          std::nextafter(tie, sign * kInfinity)}) {
+        ASSERT_NO_FATAL_FAILURE(check(value));
+      }
+    }
+  }
+  for (float value :
+       {0.0f, -0.0f, 1e-45f, -1e-45f, std::numeric_limits<float>::min(),
+        std::numeric_limits<float>::max(), std::numeric_limits<float>::lowest(),
+        448.0f, 464.0f, 465.0f, 65504.0f, 65519.99f, 65520.0f, 1e30f}) {
+    ASSERT_NO_FATAL_FAILURE(check(value));
+  }
+  for (int64_t bits : testing::UniformIntegers(500000, 1, 0, 0xffffffff)) {
+    const float value = FloatFromBits(static_cast<uint32_t>(bits));
+    if (!std::isfinite(value)) continue;
+    ASSERT_NO_FATAL_FAILURE(check(value));
+  }
+  for (float value : testing::Normal(500000, 2)) {
+    ASSERT_NO_FATAL_FAILURE(check(value));
+  }
+}
+
+TYPED_TEST(SmallFloatTest, KeepsInfinityAndNan) {
+  using F = Format<TypeParam>;
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const uint32_t sign = 1u << (F::kBits - 1);
+  const uint32_t largest = F::kSaturates ? F::kInfinity - 1 : F::kInfinity;
+  EXPECT_EQ(FromFloat<TypeParam>(kInfinity).bits, largest);
+  EXPECT_EQ(FromFloat<TypeParam>(-kInfinity).bits, largest | sign);
+  // Quiet, signalling (payload only in the bits that rounding drops), negative.
+  for (uint32_t bits : {0x7fc00000u, 0x7f800001u, 0xff800001u, 0xffffffffu}) {
+    EXPECT_TRUE(std::isnan(ToFloat(FromFloat<TypeParam>(FloatFromBits(bits)))))
+        << bits;
+  }
+}
+
+TEST(DTypeTest, SizesAndNames) {
+  EXPECT_EQ(DTypeSize(DType::kFloat32), 4u);
+  EXPECT_EQ(DTypeSize(DType::kFloat16), 2u);
+  EXPECT_EQ(DTypeSize(DType::kBFloat16), 2u);
+  EXPECT_EQ(DTypeSize(DType::kFloat8E4M3), 1u);
+  EXPECT_EQ(DTypeSize(DType::kInt32), 4u);
+  EXPECT_EQ(DTypeSize(DType::kInt64), 8u);
+  EXPECT_EQ(DTypeSize(DType::kUInt8), 1u);
+  EXPECT_EQ(DTypeSize(DType::kInvalid), 0u);
+  EXPECT_EQ(DTypeSize(static_cast<DType>(99)), 0u);
+  EXPECT_STREQ(DTypeName(DType::kFloat8E4M3), "float8_e4m3");
+  EXPECT_STREQ(DTypeName(static_cast<DType>(-1)), "invalid");
+}
+
+// ---- Status ----
+
+TEST(StatusTest, CodesAreThoseOfAbsl) {
+  EXPECT_EQ(static_cast<int>(StatusCode::kInvalidArgument), 3);
+  EXPECT_EQ(static_cast<int>(StatusCode::kNotFound), 5);
+  EXPECT_EQ(static_cast<int>(StatusCode::kResourceExhausted), 8);
+  EXPECT_EQ(static_cast<int>(StatusCode::kFailedPrecondition), 9);
+  EXPECT_EQ(static_cast<int>(StatusCode::kUnimplemented), 12);
+  EXPECT_EQ(static_cast<int>(StatusCode::kInternal), 13);
+  EXPECT_EQ(static_cast<int>(StatusCode::kUnavailable), 14);
+  EXPECT_EQ(static_cast<int>(StatusCode::kDataLoss), 15);
+  EXPECT_EQ(InvalidArgumentError("a").code(), StatusCode::kInvalidArgument);
+  EXPECT_EQ(NotFoundError("a").code(), StatusCode::kNotFound);
+  EXPECT_EQ(ResourceExhaustedError("a").code(), StatusCode::kResourceExhausted);
+  EXPECT_EQ(FailedPreconditionError("a").code(),
+            StatusCode::kFailedPrecondition);
+  EXPECT_EQ(UnimplementedError("a").code(), StatusCode::kUnimplemented);
+  EXPECT_EQ(InternalError("a").code(), StatusCode::kInternal);
+  EXPECT_EQ(UnavailableError("a").code(), StatusCode::kUnavailable);
+  EXPECT_EQ(DataLossError("a").code(), StatusCode::kDataLoss);
+}
+
+TEST(StatusTest, CopiesAndMoves) {
+  const Status ok;
+  EXPECT_TRUE(ok.ok());
+  EXPECT_EQ(ok.code(), StatusCode::kOk);
+  EXPECT_STREQ(ok.message(), "");
+  Status error = InvalidArgumentError("value ", 7, " of ", 1.5);
+  EXPECT_FALSE(error.ok());
+  EXPECT_STREQ(error.message(), "value 7 of 1.5");
+  Status copy = error;
+  EXPECT_STREQ(copy.message(), error.message());
+  const Status moved = std::move(copy);
+  EXPECT_EQ(moved.code(), StatusCode::kInvalidArgument);
+  error = ok;
+  EXPECT_TRUE(error.ok());
+  error = moved;
+  EXPECT_STREQ(error.message(), "value 7 of 1.5");
+  const Status& self = error;
+  error = self;
+  EXPECT_STREQ(error.message(), "value 7 of 1.5");
+}
+
+TEST(StatusTest, ReturnIfErrorEvaluatesOnce) {
+  int calls = 0;
+  const auto run = [&](bool fail) {
+    TENON_RETURN_IF_ERROR((++calls, fail ? InternalError("no") : Status()));
+    return NotFoundError("went on");
+  };
+  EXPECT_STREQ(run(true).message(), "no");
+  EXPECT_STREQ(run(false).message(), "went on");
+  EXPECT_EQ(calls, 2);
+}
+
+TEST(StatusOrTest, HoldsAValueOrAnError) {
+  StatusOr<std::unique_ptr<int>> value = std::make_unique<int>(5);
+  ASSERT_TRUE(value.ok());
+  EXPECT_TRUE(value.status().ok());
+  EXPECT_EQ(**value, 5);
+  const std::unique_ptr<int> taken = *std::move(value);
+  EXPECT_EQ(*taken, 5);
+  const StatusOr<int> error = NotFoundError("nothing");
+  EXPECT_FALSE(error.ok());
+  EXPECT_STREQ(error.status().message(), "nothing");
+  const StatusOr<int> misused = Status();
+  EXPECT_FALSE(misused.ok());
+  EXPECT_EQ(misused.status().code(), StatusCode::kInternal);
+}
+
+// ---- validate ----
+
+class ValidateTest : public ::testing::Test {
+ protected:
+  Status Check(const TensorView& view) const {
+    return CheckTensor("Op", "x", view, {kAnySize, 8}, kFloatDTypes, Device{});
+  }
+  Status CheckWritten(const TensorView& view) const {
+    return CheckOutput("Op", "x", view, {kAnySize, 8}, kFloatDTypes, Device{});
+  }
+
+  alignas(256) float memory_[1024] = {};
+  TensorView x_ = MakeTensor(memory_, DType::kFloat32, Device{}, {4, 8});
+};
+
+TEST_F(ValidateTest, CheckTensorNamesWhatIsWrong) {
+  EXPECT_TRUE(Check(x_).ok());
+  ExpectInvalid(Check(TensorView()), {"Op: x is missing"});
+  TensorView bad = x_;
+  bad.rank = 3;
+  ExpectInvalid(Check(bad), {"Op: x has rank 3, expected 2"});
+  bad.rank = -1;
+  ExpectInvalid(Check(bad), {"rank -1"});
+  bad = x_;
+  bad.dtype = DType::kInt32;
+  ExpectInvalid(Check(bad), {"Op: x has dtype int32, expected float32 or "
+                             "float16 or bfloat16"});
+  for (int dtype : {0, -1, 8, 31, 32, 1 << 30}) {
+    bad.dtype = static_cast<DType>(dtype);
+    ExpectInvalid(Check(bad), {"x has dtype invalid"});
+  }
+  bad = x_;
+  bad.device = {DeviceType::kCuda, 1};
+  ExpectInvalid(Check(bad), {"Op: x is on cuda:1, expected cpu:0"});
+  bad = x_;
+  bad.shape[1] = 9;
+  ExpectInvalid(Check(bad), {"Op: x has shape [4, 9], expected [*, 8]"});
+  bad = x_;
+  bad.shape[0] = -4;
+  ExpectInvalid(Check(bad), {"Op: x has shape [-4, 8], expected [*, 8]"});
+  bad = x_;
+  bad.stride[0] = -8;
+  ExpectInvalid(Check(bad),
+                {"Op: x has stride -8 in dimension 0, expected >= 0"});
+  bad = x_;
+  bad.stride[1] = 2;
+  ExpectInvalid(Check(bad), {"Op: x has innermost stride 2, expected 1"});
+  bad = x_;
+  bad.stride[0] = int64_t{1} << 61;
+  ExpectInvalid(Check(bad), {"Op: x with shape [4, 8]", "2^63"});
+  bad = x_;
+  bad.data = nullptr;
+  ExpectInvalid(Check(bad), {"Op: x has null data"});
+  bad.data = reinterpret_cast<char*>(memory_) + 2;
+  ExpectInvalid(Check(bad), {"Op: x has data that is not aligned to its "
+                             "float32 elements"});
+  bad.shape[0] = 0;  // empty: data does not matter
+  EXPECT_TRUE(Check(bad).ok());
+  bad.data = nullptr;
+  EXPECT_TRUE(Check(bad).ok());
+}
+
+TEST_F(ValidateTest, InputsMayRepeatRowsButOutputsMayNot) {
+  TensorView rows = x_;
+  rows.stride[0] = 0;
+  EXPECT_TRUE(Check(rows).ok());
+  ExpectInvalid(CheckWritten(rows), {"Op: x has elements that share memory: "
+                                     "shape [4, 8], strides [0, 1]"});
+  rows.stride[0] = 7;
+  ExpectInvalid(CheckWritten(rows), {"share memory"});
+  rows.stride[0] = 8;
+  EXPECT_TRUE(CheckWritten(rows).ok());
+  rows.shape[0] = 1;
+  rows.stride[0] = 0;  // one row: its stride does not matter
+  EXPECT_TRUE(CheckWritten(rows).ok());
+  // 2^61 rows of 8 elements: their number wraps to zero in 64 bits.
+  rows.shape[0] = int64_t{1} << 61;
+  EXPECT_TRUE(Check(rows).ok());
+  ExpectInvalid(CheckWritten(rows), {"share memory"});
+}
+
+TEST_F(ValidateTest, OutputsMayBePermuted) {
+  TensorView view = MakeTensor(memory_, DType::kFloat32, Device{}, {2, 3, 4});
+  view.stride[0] = 4;
+  view.stride[1] = 8;
+  const auto check = [&] {
+    return CheckOutput("Op", "x", view, {2, 3, 4}, kFloatDTypes, Device{});
+  };
+  EXPECT_TRUE(check().ok());
+  view.stride[0] = 3;
+  EXPECT_FALSE(check().ok());
+}
+
+TEST_F(ValidateTest, RangesAndWorkspace) {
+  EXPECT_TRUE(CheckRange("Op", "n", 1, 1, 3).ok());
+  EXPECT_TRUE(CheckRange("Op", "n", 3, 1, 3).ok());
+  ExpectInvalid(CheckRange("Op", "n", 0, 1, 3),
+                {"Op: n is 0, expected 1 to 3"});
+  ExpectInvalid(CheckRange("Op", "n", 4, 1, 3),
+                {"Op: n is 4, expected 1 to 3"});
+  EXPECT_TRUE(CheckFinite("Op", "t", 0.5, 0.0, 1.0).ok());
+  ExpectInvalid(CheckFinite("Op", "t", NAN, 0.0, 1.0), {"Op: t is nan"});
+  ExpectInvalid(CheckFinite("Op", "t", INFINITY, 0.0, INFINITY),
+                {"Op: t is inf"});
+  ExpectInvalid(CheckFinite("Op", "t", 1.5, 0.0, 1.0),
+                {"Op: t is 1.5, expected 0 to 1"});
+  const Device cuda = {DeviceType::kCuda, 0};
+  EXPECT_TRUE(CheckWorkspace("Op", nullptr, 0, 0, cuda).ok());
+  EXPECT_TRUE(CheckWorkspace("Op", memory_, 64, 64, cuda).ok());
+  ExpectInvalid(CheckWorkspace("Op", nullptr, 64, 64, Device{}),
+                {"Op: workspace is null, expected 64 bytes"});
+  ExpectInvalid(CheckWorkspace("Op", memory_, 63, 64, Device{}),
+                {"Op: workspace_size is 63, expected at least 64"});
+  EXPECT_TRUE(CheckWorkspace("Op", memory_ + 16, 64, 64, Device{}).ok());
+  ExpectInvalid(CheckWorkspace("Op", memory_ + 16, 64, 64, cuda),
+                {"Op: workspace is not aligned to 256 bytes"});
+}
+
+TEST_F(ValidateTest, MemoryOverlaps) {
+  const TensorView matrix =
+      MakeTensor(memory_, DType::kFloat32, Device{}, {8, 16});
+  EXPECT_TRUE(MemoryOverlaps(matrix, matrix));
+  EXPECT_TRUE(MemoryOverlaps(Rows(matrix, 0, 5), Rows(matrix, 4, 1)));
+  EXPECT_FALSE(MemoryOverlaps(Rows(matrix, 0, 4), Rows(matrix, 4, 4)));
+  // Column slices interleave without sharing an element.
+  EXPECT_FALSE(MemoryOverlaps(Columns(matrix, 0, 8), Columns(matrix, 8, 8)));
+  EXPECT_FALSE(MemoryOverlaps(Columns(matrix, 8, 8), Columns(matrix, 0, 8)));
+  EXPECT_TRUE(MemoryOverlaps(Columns(matrix, 0, 9), Columns(matrix, 8, 8)));
+  EXPECT_FALSE(MemoryOverlaps(Columns(Rows(matrix, 2, 4), 0, 4),
+                              Columns(matrix, 4, 12)));
+  // The same offset in rows further down.
+  EXPECT_TRUE(MemoryOverlaps(Columns(Rows(matrix, 2, 4), 4, 4),
+                             Columns(matrix, 4, 12)));
+  // A slice that runs over the end of a row into the next one's start.
+  TensorView wrapped = Columns(matrix, 12, 8);
+  wrapped.shape[0] = 7;
+  EXPECT_TRUE(MemoryOverlaps(wrapped, Columns(matrix, 0, 4)));
+  EXPECT_FALSE(MemoryOverlaps(wrapped, Columns(matrix, 4, 8)));
+  // K and V of every head side by side: [tokens, heads, 2, 4].
+  TensorView k = MakeTensor(memory_, DType::kFloat32, Device{}, {8, 2, 4});
+  k.stride[0] = 16;
+  k.stride[1] = 8;
+  TensorView v = k;
+  v.data = memory_ + 4;
+  EXPECT_FALSE(MemoryOverlaps(k, v));
+  v.data = memory_ + 3;
+  EXPECT_TRUE(MemoryOverlaps(k, v));
+  // Nothing and other devices share nothing.
+  EXPECT_FALSE(MemoryOverlaps(Rows(matrix, 1, 0), matrix));
+  EXPECT_FALSE(MemoryOverlaps(TensorView(), matrix));
+  TensorView other = matrix;
+  other.device = {DeviceType::kCuda, 0};
+  EXPECT_FALSE(MemoryOverlaps(other, matrix));
+}
+
+// MemoryOverlaps against marking every byte.
+TEST_F(ValidateTest, MemoryOverlapsNeverMissesASharedByte) {
+  const std::vector<int64_t> draws = testing::UniformIntegers(120000, 3, 0, 23);
+  size_t next = 0;
+  int interleaved = 0;
+  const auto draw_view = [&](DType dtype) {
+    TensorView view = MakeTensor(memory_, dtype, Device{},
+                                 {1 + draws[next] % 4, 1 + draws[next + 1] % 3,
+                                  1 + draws[next + 2] % 3});
+    view.data = reinterpret_cast<char*>(memory_) +
+                draws[next + 3] * static_cast<int64_t>(DTypeSize(dtype));
+    view.stride[0] = draws[next + 4];
+    view.stride[1] = draws[next + 5] / 2;
+    next += 6;
+    return view;
+  };
+  const auto mark = [&](const TensorView& view) {
+    std::vector<bool> bytes(4096);
+    const int64_t size = static_cast<int64_t>(DTypeSize(view.dtype));
+    const int64_t base =
+        view.As<char>() - reinterpret_cast<const char*>(memory_);
+    for (int64_t i = 0; i < view.shape[0]; ++i) {
+      for (int64_t j = 0; j < view.shape[1]; ++j) {
+        const int64_t row =
+            base + (i * view.stride[0] + j * view.stride[1]) * size;
+        for (int64_t b = 0; b < view.shape[2] * size; ++b)
+          bytes[row + b] = true;
+      }
+    }
+    return bytes;
+  };
+  while (next + 12 <= draws.size()) {
+    const TensorView a = draw_view(DType::kFloat32);
+    const TensorView b = draw_view(DType::kFloat16);
+    const std::vector<bool> a_bytes = mark(a);
+    const std::vector<bool> b_bytes = mark(b);
+    bool shared = false;
+    for (size_t i = 0; i < a_bytes.size(); ++i) {
+      shared |= a_bytes[i] && b_bytes[i];
+    }
+    if (shared) {
+      ASSERT_TRUE(MemoryOverlaps(a, b));
+    }
+    ASSERT_EQ(MemoryOverlaps(a, b), MemoryOverlaps(b, a));
+    interleaved += !shared && !MemoryOverlaps(a, b);
+  }
+  EXPECT_GT(interleaved, 0);
+}
+
+TEST_F(ValidateTest, NoBackend) {
+  const Status status = NoBackendError("Op", {DeviceType::kCuda, 2});
+  EXPECT_EQ(status.code(), StatusCode::kUnimplemented);
+  EXPECT_STREQ(status.message(), "Op: this build has no backend for cuda:2");
+}
+
+// ---- thread pool ----
+
+TEST(CpuThreadPoolTest, RunsEveryPieceOnce) {
+  for (int threads : {1, 2, 3, 8}) {
+    CpuThreadPool pool(threads);
+    EXPECT_EQ(pool.num_threads(), threads);
+    for (int64_t count : {0, 1, 2, 13, 111, 1000}) {
+      for (int64_t grain : {1, 2, 7, 64, 111, 2000}) {
+        std::vector<int> visits(static_cast<size_t>(count), 0);
+        std::atomic<int64_t> bad_pieces{0};
+        auto body = [&](int64_t begin, int64_t end) {
+          const bool good = begin % grain == 0 && begin < end &&
+                            end == std::min(begin + grain, count);
+          bad_pieces += !good;
+          for (int64_t i = begin; i < end; ++i) ++visits[i];
+        };
+        using Body = decltype(body);
+        pool.Run(
+            count, grain,
+            [](void* context, int64_t begin, int64_t end) {
+              (*static_cast<Body*>(context))(begin, end);
+            },
+            &body);
+        EXPECT_EQ(bad_pieces, 0) << count << " by " << grain;
+        EXPECT_EQ(std::count(visits.begin(), visits.end(), 1), count);
+      }
+    }
+  }
+}
+
+TEST(CpuThreadPoolTest, ParallelForCoversTheRange) {
+  CpuThreadPool pool(2);
+  for (CpuThreadPool* cpu : {static_cast<CpuThreadPool*>(nullptr), &pool}) {
+    const Stream stream = {nullptr, cpu};
+    EXPECT_EQ(NumThreads(stream), cpu == nullptr ? 1 : 2);
+    for (int64_t count : {-3, 0, 1, 5, 100}) {
+      for (int64_t grain : {-1, 0, 1, 3, 1000}) {
+        std::vector<int> visits(
+            static_cast<size_t>(std::max<int64_t>(count, 0)));
+        ParallelFor(stream, count, grain, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) ++visits[i];
+        });
+        EXPECT_EQ(std::count(visits.begin(), visits.end(), 1),
+                  static_cast<int64_t>(visits.size()));
+      }
+    }
+  }
+}
+
+TEST(CpuThreadPoolTest, ManyShortLoops) {
+  CpuThreadPool pool(3);
+  const Stream stream = {nullptr, &pool};
+  std::vector<int64_t> sums(7, 0);
+  for (int64_t loop = 0; loop < 20000; ++loop) {
+    // Each loop reads what the one before wrote, maybe on another thread.
+    ParallelFor(stream, 7, 1,
+                [&](int64_t begin, int64_t) { sums[begin] += loop; });
+  }
+  for (int64_t sum : sums) EXPECT_EQ(sum, 20000LL * 19999 / 2);
+}
+
+TEST(CpuThreadPoolTest, WakesAfterSleeping) {
+  CpuThreadPool pool(2);
+  const Stream stream = {nullptr, &pool};
+  for (int loop = 0; loop < 5; ++loop) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    std::atomic<int> pieces{0};
+    ParallelFor(stream, 10, 1, [&](int64_t, int64_t) { ++pieces; });
+    EXPECT_EQ(pieces, 10);
+  }
+}
+
+TEST(CpuThreadPoolTest, ConcurrentCallersTakeTurns) {
+  CpuThreadPool pool(2);
+  const Stream stream = {nullptr, &pool};
+  std::atomic<int> inside{0};  // callers whose loop is under way
+  std::atomic<int> mixed{0};
+  std::vector<std::thread> callers;
+  std::vector<int64_t> totals(4, 0);
+  for (int caller = 0; caller < 4; ++caller) {
+    callers.emplace_back([&, caller] {
+      for (int loop = 0; loop < 500; ++loop) {
+        std::vector<int> visits(17, 0);
+        ParallelFor(stream, 17, 2, [&](int64_t begin, int64_t end) {
+          if (begin == 0) mixed += inside.fetch_add(1) != 0;
+          for (int64_t i = begin; i < end; ++i) ++visits[i];
+          if (begin == 0) inside.fetch_sub(1);
+        });
+        for (int v : visits) totals[caller] += v == 1;
+      }
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  EXPECT_EQ(mixed, 0);
+  for (int64_t total : totals) EXPECT_EQ(total, 500 * 17);
+}
+
+TEST(CpuThreadPoolTest, CanBeDestroyedAtAnyTime) {
+  for (int i = 0; i < 50; ++i) {
+    CpuThreadPool pool(4);  // never used: threads may not have started
+  }
+  for (int i = 0; i < 20; ++i) {
+    CpuThreadPool pool(4);
+    std::atomic<int> pieces{0};
+    ParallelFor({nullptr, &pool}, 8, 1, [&](int64_t, int64_t) { ++pieces; });
+    EXPECT_EQ(pieces, 8);
+    // Even rounds find the workers spinning, odd ones asleep.
+    if (i % 2 == 1) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  }
+}
+
+TEST(CpuThreadPoolTest, DefaultsToTheUsableCpus) {
+  CpuThreadPool pool(0);
+  EXPECT_EQ(pool.num_threads(), GetDeviceInfo(Device{})->num_cores);
+}
+
+// ---- memory ----
+
+class MemoryTest : public testing::OpTest {
+ protected:
+  Buffer Allocate(size_t bytes, MemoryKind kind = MemoryKind::kDevice) {
+    StatusOr<Buffer> buffer = Buffer::Allocate(device(), bytes, kind);
+    EXPECT_TRUE(buffer.ok()) << buffer.status().message();
+    return buffer.ok() ? *std::move(buffer) : Buffer();
+  }
+};
+
+TEST_P(MemoryTest, BufferIsAlignedAndMoves) {
+  for (size_t bytes : {size_t{1}, size_t{1000}, size_t{9} << 20}) {
+    Buffer buffer = Allocate(bytes);
+    ASSERT_NE(buffer.data(), nullptr);
+    EXPECT_EQ(reinterpret_cast<uintptr_t>(buffer.data()) % 256, 0u);
+    EXPECT_EQ(buffer.size(), bytes);
+    EXPECT_EQ(buffer.device(), device());
+    void* const data = buffer.data();
+    Buffer moved = std::move(buffer);
+    EXPECT_EQ(moved.data(), data);
+    EXPECT_EQ(buffer.data(), nullptr);  // NOLINT: what a move leaves
+    Buffer assigned = Allocate(64);
+    assigned = std::move(moved);
+    EXPECT_EQ(assigned.data(), data);
+    EXPECT_EQ(assigned.size(), bytes);
+  }
+  const Buffer empty = Allocate(0);
+  EXPECT_EQ(empty.data(), nullptr);
+  EXPECT_EQ(empty.size(), 0u);
+}
+
+TEST_P(MemoryTest, TooLargeABufferIsAnError) {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  GTEST_SKIP() << "sanitizers abort on an allocation that fails";
+#endif
+  const StatusOr<Buffer> buffer = Buffer::Allocate(device(), size_t{1} << 60);
+  ASSERT_FALSE(buffer.ok());
+  EXPECT_EQ(buffer.status().code(), StatusCode::kResourceExhausted);
+  // The failure leaves nothing behind that a later call would report.
+  EXPECT_NE(Allocate(16).data(), nullptr);
+  EXPECT_TRUE(Synchronize(device(), stream()).ok());
+}
+
+TEST_P(MemoryTest, CopiesAndFills) {
+  constexpr size_t kBytes = 100003;
+  std::vector<uint8_t> source(kBytes);
+  for (size_t i = 0; i < kBytes; ++i) source[i] = static_cast<uint8_t>(i * 31);
+  const Buffer first = Allocate(kBytes);
+  const Buffer second = Allocate(kBytes);
+  const Buffer pinned = Allocate(kBytes, MemoryKind::kPinned);
+  std::vector<uint8_t> result(kBytes);
+  ASSERT_TRUE(CopyMemory(first.data(), device(), source.data(), Device{},
+                         kBytes, stream())
+                  .ok());
+  ASSERT_TRUE(CopyMemory(second.data(), device(), first.data(), device(),
+                         kBytes, stream())
+                  .ok());
+  ASSERT_TRUE(CopyMemory(pinned.data(), Device{}, second.data(), device(),
+                         kBytes, stream())
+                  .ok());
+  Finish();
+  std::memcpy(result.data(), pinned.data(), kBytes);
+  EXPECT_EQ(result, source);
+  ASSERT_TRUE(
+      FillMemory(first.data(), device(), 0xa5, kBytes - 1, stream()).ok());
+  ASSERT_TRUE(CopyMemory(result.data(), Device{}, first.data(), device(),
+                         kBytes, stream())
+                  .ok());
+  Finish();
+  EXPECT_EQ(std::count(result.begin(), result.end(), 0xa5),
+            static_cast<int64_t>(kBytes - 1) + (source.back() == 0xa5));
+  EXPECT_EQ(result.back(), source.back());
+  // Nothing to do, whatever the pointers.
+  EXPECT_TRUE(
+      CopyMemory(nullptr, device(), nullptr, Device{}, 0, stream()).ok());
+  EXPECT_TRUE(FillMemory(nullptr, device(), 0, 0, stream()).ok());
+}
+
+TEST_P(MemoryTest, StreamsMove) {
+  StatusOr<OwnedStream> created = OwnedStream::Create(device(), 3);
+  ASSERT_TRUE(created.ok());
+  OwnedStream stream = *std::move(created);
+  OwnedStream assigned;
+  assigned = std::move(stream);
+  EXPECT_EQ(NumThreads(assigned.get()),
+            device().type == DeviceType::kCpu ? 3 : 1);
+  EXPECT_TRUE(Synchronize(device(), assigned.get()).ok());
+}
+
+TEST_P(MemoryTest, DeviceInfo) {
+  const StatusOr<DeviceInfo> info = GetDeviceInfo(device());
+  ASSERT_TRUE(info.ok()) << info.status().message();
+  EXPECT_EQ(info->device, device());
+  EXPECT_FALSE(info->name.empty());
+  EXPECT_GE(info->num_cores, 1);
+  EXPECT_GE(info->l2_bytes, 0);
+  EXPECT_GT(info->total_memory_bytes, int64_t{1} << 20);
+  if (device().type == DeviceType::kCuda) {
+    EXPECT_GE(info->compute_capability, 80);
+  } else {
+    EXPECT_EQ(info->compute_capability, 0);
+    EXPECT_NE(info->name.find(CpuIsaName(DetectCpuIsa())), std::string::npos);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Devices, MemoryTest,
+                         ::testing::ValuesIn(testing::Float32Targets()),
+                         testing::TargetName);
+
+// A device that no host has: an error from every entry, in every build.
+TEST(NoDeviceTest, IsAnError) {
+  for (int32_t index : {-1, 1000}) {
+    const Device device = {DeviceType::kCuda, index};
+    for (const Status& status :
+         {GetDeviceInfo(device).status(), Buffer::Allocate(device, 16).status(),
+          OwnedStream::Create(device).status()}) {
+      EXPECT_TRUE(status.code() == StatusCode::kUnavailable ||
+                  status.code() == StatusCode::kUnimplemented)
+          << status.message();
+      EXPECT_STRNE(status.message(), "");
+    }
+  }
+}
+
+TEST(TensorViewTest, SlicesShareMemory) {
+  float memory[24];
+  const TensorView matrix =
+      MakeMatrix(memory, DType::kFloat32, Device{}, 4, 5, 6);
+  EXPECT_EQ(NumElements(matrix), 20);
+  EXPECT_EQ(NumElements(TensorView()), 0);
+  EXPECT_EQ(Rows(matrix, 2, 2).As<float>(), memory + 12);
+  EXPECT_EQ(Rows(matrix, 2, 2).shape[0], 2);
+  EXPECT_EQ(Columns(matrix, 3, 2).As<float>(), memory + 3);
+  EXPECT_EQ(Columns(matrix, 3, 2).stride[0], 6);
+  const TensorView cube =
+      MakeTensor(memory, DType::kFloat32, Device{}, {2, 3, 4});
+  EXPECT_EQ(cube.stride[0], 12);
+  EXPECT_EQ(cube.stride[1], 4);
+  EXPECT_EQ(cube.stride[2], 1);
+}
+
+}  // namespace
+}  // namespace tenon
