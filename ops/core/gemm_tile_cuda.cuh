@@ -152,11 +152,11 @@ class GemmTile {
   template <class ARow, class Epilogue>
   static __device__ __forceinline__ void Run(char* shared, const ARow& a_row,
                                              const T* const (&b)[kNumB],
-                                             int64_t b_stride, int64_t b_rows,
-                                             int depth,
+                                             const int64_t (&b_stride)[kNumB],
+                                             int64_t b_rows, int depth,
                                              const Epilogue& epilogue) {
-    Loader loader(gemm_internal::SharedAddress(shared), a_row, b, b_stride,
-                  b_rows, depth);
+    const Loader loader(gemm_internal::SharedAddress(shared), a_row, b,
+                        b_stride, b_rows, depth);
     Accumulators acc = {};
     const Reader reader(gemm_internal::SharedAddress(shared));
     const int num_steps = CeilDiv(depth, kDepth);
@@ -180,6 +180,19 @@ class GemmTile {
       load_stage = load_stage + 1 == kStages ? 0 : load_stage + 1;
     }
     reader.Finish(acc, epilogue);
+  }
+
+  // The same with one stride for all matrices.
+  template <class ARow, class Epilogue>
+  static __device__ __forceinline__ void Run(char* shared, const ARow& a_row,
+                                             const T* const (&b)[kNumB],
+                                             int64_t b_stride, int64_t b_rows,
+                                             int depth,
+                                             const Epilogue& epilogue) {
+    int64_t b_strides[kNumB];
+#pragma unroll
+    for (int i = 0; i < kNumB; ++i) b_strides[i] = b_stride;
+    Run(shared, a_row, b, b_strides, b_rows, depth, epilogue);
   }
 
  private:
@@ -222,8 +235,8 @@ class GemmTile {
     template <class ARow>
     __device__ __forceinline__ Loader(uint32_t shared, const ARow& a_row,
                                       const T* const (&b)[kNumB],
-                                      int64_t b_stride, int64_t b_rows,
-                                      int depth)
+                                      const int64_t (&b_stride)[kNumB],
+                                      int64_t b_rows, int depth)
         : depth_(depth), chunk_(threadIdx.x % 8) {
       const int row = threadIdx.x / 8;
       a_to_ = shared + row * kRowBytes + (chunk_ ^ SwizzleA(row)) * 16;
@@ -238,7 +251,7 @@ class GemmTile {
 #pragma unroll
         for (int i = 0; i < kRoundsB; ++i) {
           const int n = row + i * kLoadRows;
-          b_[q][i] = n < kN && n < b_rows ? b[q] + n * b_stride : nullptr;
+          b_[q][i] = n < kN && n < b_rows ? b[q] + n * b_stride[q] : nullptr;
         }
       }
     }
