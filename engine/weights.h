@@ -1,0 +1,95 @@
+#ifndef TENON_ENGINE_WEIGHTS_H_
+#define TENON_ENGINE_WEIGHTS_H_
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "engine/checkpoint.h"
+#include "engine/model_config.h"
+#include "engine/tensor_parallel.h"
+#include "ops/core/memory.h"
+#include "ops/core/status.h"
+#include "ops/core/tensor_view.h"
+#include "ops/moe/moe_grouped_matmul.h"
+
+namespace tenon {
+
+// The weights of one decoder layer, of this rank. H is hidden_size, D head_dim,
+// I the rank's intermediate size; matrices are [out, in], as published.
+struct LayerWeights {
+  TensorView input_norm;           // [H]
+  TensorView q;                    // [heads * D, H]
+  TensorView k;                    // [kv_heads * D, H]
+  TensorView v;                    // [kv_heads * D, H]
+  TensorView qkv;                  // the three in one; CUDA only
+  TensorView q_norm;               // [D]
+  TensorView k_norm;               // [D]
+  TensorView o;                    // [H, heads * D]
+  TensorView post_attention_norm;  // [H]
+
+  // Of a layer with experts (ModelConfig::IsMoeLayer).
+  TensorView router;    // [E, H]
+  ExpertMatrices gate;  // E x [I, H]
+  ExpertMatrices up;    // E x [I, H]
+  ExpertMatrices down;  // E x [H, I]
+
+  // Of a dense layer.
+  TensorView mlp_gate;  // [I, H]
+  TensorView mlp_up;    // [I, H]
+  TensorView mlp_down;  // [H, I]
+};
+
+// A rank's weights and the memory they are in. Move-only; views stay valid when
+// it is moved.
+//
+// From a checkpoint on the CPU they are views into the mapped files, where
+// nothing is copied: a rank's columns of o and down are strided, and experts
+// are tables of pointers. Everywhere else they are packed into one allocation:
+// q, k and v one after the other; the experts of a layer as w13 [E, 2 * I, H]
+// (rows of gate, then of up) and w2 [E, H, I].
+struct Weights {
+  TensorView embedding;   // [vocab, H]
+  TensorView final_norm;  // [H]
+  TensorView lm_head;     // [vocab, H]; the embedding, where they are tied
+  std::vector<LayerWeights> layers;
+
+  DType dtype = DType::kInvalid;  // of all matrices
+  Device device;
+  int64_t bytes = 0;  // of this rank's weights
+
+  Buffer buffer;                                 // what was packed
+  std::shared_ptr<const Checkpoint> checkpoint;  // what is mapped
+  std::vector<const void*> expert_tables;
+};
+
+// Told now and then how much of the weights is in place; from the thread that
+// loads.
+using LoadProgress =
+    std::function<void(int64_t bytes_done, int64_t bytes_total)>;
+
+// Finds a rank's weights in a checkpoint by their published names
+// ("model.layers.0.self_attn.q_proj.weight", ...) and puts them on the device.
+// Device memory is allocated once, at its exact size; only this rank's part is
+// uploaded, through two small pinned buffers.
+//
+// All matrices have one dtype, float32, float16 or bfloat16; norms the same or
+// float32. NotFound for a missing tensor, InvalidArgument naming tensor, found
+// and expected shape or dtype, ResourceExhausted naming the bytes needed.
+StatusOr<Weights> LoadWeights(std::shared_ptr<const Checkpoint> checkpoint,
+                              const ModelConfig& config, Device device,
+                              const Shard& shard = {},
+                              const LoadProgress& progress = nullptr);
+
+// Weights for benchmarks and tests, made where they live: bell-shaped with
+// standard deviation 0.02, norms around 1. A value depends on seed, tensor name
+// and position in the whole tensor alone: every device makes the same bits, and
+// the ranks' parts are those of one model.
+StatusOr<Weights> RandomWeights(const ModelConfig& config, DType dtype,
+                                Device device, const Shard& shard,
+                                uint64_t seed);
+
+}  // namespace tenon
+
+#endif  // TENON_ENGINE_WEIGHTS_H_
