@@ -32,11 +32,15 @@ enum class MoeGroupScore : int32_t {
 // Shapes: logits [tokens, num_experts] float32, float16 or bfloat16, rows may
 // be strided; correction_bias [num_experts] float32, optional; topk_weights
 // float32 and topk_ids int32, both [tokens, top_k + num_fused_shared_experts],
-// rows may be strided. num_experts is 1 to 1024, top_k 1 to 32.
+// rows may be strided. num_experts is 1 to 1024, top_k 1 to 32 and at most the
+// number of experts in the selected groups. MoeGroupScore::kTop2Sum needs
+// groups of two or more.
 //
 // Numerics: float32 throughout. The order of the softmax sum depends on
-// num_experts alone. Sorting is exact; a NaN logit counts as lower than any
-// number, so ids are always valid and distinct.
+// num_experts alone. Sorting is exact; without a bias it is by the logits, so
+// that scores which round to the same number keep their order. A NaN logit
+// scores 0 and counts as lower than any number, so ids are always valid and
+// distinct; weights are finite for all logits, infinite ones included.
 //
 // Allocates nothing, does not synchronise, can be captured in a CUDA graph.
 // Zero tokens is OK.
