@@ -58,6 +58,8 @@ void ConvertFromFloat(DType dtype, const float* from, int64_t count, void* to) {
   }
 }
 
+constexpr int kL2 = 2;  // __builtin_prefetch: into the L2 cache
+
 // ---------------------------------------------------------------------------
 // Matrix product
 // ---------------------------------------------------------------------------
@@ -84,14 +86,14 @@ HWY_INLINE void Clear(Tile<kRows>& tile) {
 // Adds the products of one block of kLanes.
 template <int kRows, class W>
 HWY_INLINE void AddProducts(const float* const (&x)[kRows],
-                            const W* const (&w)[kTileCols], int64_t k,
-                            Tile<kRows>& tile) {
+                            const W* const (&w)[kTileCols], Tile<kRows>& tile) {
   Floats xs[kRows];
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) xs[r] = Load(x[r] + k);
+  for (int r = 0; r < kRows; ++r) xs[r] = Load(x[r]);
 #pragma GCC unroll 8
   for (int c = 0; c < kTileCols; ++c) {
-    const Floats ws = Load(w[c] + k);
+    Floats ws = Load(w[c]);
+    KeepInRegister(ws);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       tile.sum[r][c] = MultiplyAdd(xs[r], ws, tile.sum[r][c]);
@@ -127,12 +129,11 @@ HWY_INLINE const T* PadBlock(const T* from, int64_t count, T* padded) {
   return padded;
 }
 
-// Few rows: weights go from memory to registers, converted on the way. This
-// streams at the speed of memory, given enough lines on their way from it.
+// Few rows: weights go from memory to registers, converted on the way, while
+// the next tile's are fetched into L2, so that this runs at the speed of
+// memory.
 template <int kRows, class W>
 void StreamTile(const CpuMatmulParams& p, int64_t row, int64_t col) {
-  // Far enough ahead to cover the latency; a prefetch past the end is harmless.
-  constexpr int64_t kPrefetchBytes = 1024;
   const int64_t cols = std::min<int64_t>(p.cols - col, kTileCols);
   const float* x[kRows];
   const W* w[kTileCols];
@@ -141,48 +142,62 @@ void StreamTile(const CpuMatmulParams& p, int64_t row, int64_t col) {
     w[c] = static_cast<const W*>(p.weight) +
            (col + std::min<int64_t>(c, cols - 1)) * p.weight_stride;
   }
+  const int64_t ahead =
+      col + 2 * kTileCols <= p.cols ? kTileCols * p.weight_stride : 0;
   Tile<kRows> tile;
   Clear(tile);
   const int64_t whole = p.depth / kLanes * kLanes;
   for (int64_t k = 0; k < whole; k += kLanes) {
 #pragma GCC unroll 8
     for (int c = 0; c < kTileCols; ++c) {
-      __builtin_prefetch(reinterpret_cast<const char*>(w[c] + k) +
-                         kPrefetchBytes);
+      __builtin_prefetch(w[c] + ahead, 0, kL2);
     }
-    AddProducts(x, w, k, tile);
+    AddProducts(x, w, tile);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) x[r] += kLanes;
+#pragma GCC unroll 8
+    for (int c = 0; c < kTileCols; ++c) w[c] += kLanes;
   }
   if (whole < p.depth) {
     float x_block[kRows][kLanes];
     W w_block[kTileCols][kLanes];
     for (int r = 0; r < kRows; ++r) {
-      x[r] = PadBlock(x[r] + whole, p.depth - whole, x_block[r]);
+      x[r] = PadBlock(x[r], p.depth - whole, x_block[r]);
     }
     for (int c = 0; c < kTileCols; ++c) {
-      w[c] = PadBlock(w[c] + whole, p.depth - whole, w_block[c]);
+      w[c] = PadBlock(w[c], p.depth - whole, w_block[c]);
     }
-    AddProducts(x, w, 0, tile);
+    AddProducts(x, w, tile);
   }
   StoreTile(tile, p.out + row * p.out_stride + col, p.out_stride, cols);
 }
 
-template <int kRows, class W>
+constexpr int kStreamRows = 9;
+
+template <class W>
 void StreamRows(const CpuMatmulParams& p) {
   for (int64_t col = 0; col < p.cols; col += kTileCols) {
-    StreamTile<kRows, W>(p, 0, col);
+    int64_t row = 0;
+    for (; row + kTileRows <= p.rows; row += kTileRows) {
+      StreamTile<kTileRows, W>(p, row, col);
+    }
+    if (p.rows - row == 1) StreamTile<1, W>(p, row, col);
+    if (p.rows - row == 2) StreamTile<2, W>(p, row, col);
   }
 }
 
 // Many rows: kTileCols weight rows are converted a chunk of depth at a time and
-// used from the L1 cache by all rows of a block, whose sums wait in L1 too. The
-// block's x stays in L2.
+// used from the L1 cache by all rows of a block, whose sums wait beside them.
+// The block's x stays in L2.
 constexpr int kChunk = 512;
-constexpr int kBlockRows = 48;
+constexpr int64_t kMaxBlockRows = 66;
+constexpr int64_t kMinBlockRows = 24;
+constexpr int64_t kBlockElements = 330 << 10;  // of x: 1.3 MiB
 
 struct Chunk {
-  HWY_ALIGN float weight[kTileCols][kChunk];
-  HWY_ALIGN float sums[kBlockRows][kTileCols][kLanes];
-  HWY_ALIGN float x_end[kBlockRows][kLanes];  // last blocks of x, padded
+  HWY_ALIGN float weight[kChunk / kLanes][kTileCols][kLanes];
+  HWY_ALIGN float sums[kMaxBlockRows][kTileCols][kLanes];
+  HWY_ALIGN float x_end[kMaxBlockRows][kLanes];  // last blocks of x, padded
 };
 
 // Rows [row, row + kRows) of the block that starts at p.x, over depth
@@ -203,15 +218,24 @@ void ChunkTile(const CpuMatmulParams& p, int64_t row, int64_t col,
     }
   }
   const float* x[kRows];
-  const float* w[kTileCols];
   for (int r = 0; r < kRows; ++r) x[r] = p.x + (row + r) * p.x_stride + begin;
-  for (int c = 0; c < kTileCols; ++c) w[c] = chunk.weight[c];
-  const int64_t whole = count / kLanes * kLanes;
-  for (int64_t k = 0; k < whole; k += kLanes) AddProducts(x, w, k, tile);
-  if (whole < count) {
+  const int64_t blocks = count / kLanes;
+  // The next tile's x comes from L2 while this one's is used.
+  const int64_t ahead = row + 2 * kRows <= p.rows ? kRows * p.x_stride : 0;
+  const auto add_block = [&](int64_t block) HWY_ATTR {
+    const float* w[kTileCols];
+#pragma GCC unroll 8
+    for (int c = 0; c < kTileCols; ++c) w[c] = chunk.weight[block][c];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) __builtin_prefetch(x[r] + ahead);
+    AddProducts(x, w, tile);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) x[r] += kLanes;
+  };
+  for (int64_t block = 0; block < blocks; ++block) add_block(block);
+  if (blocks * kLanes < count) {
     for (int r = 0; r < kRows; ++r) x[r] = chunk.x_end[row + r];
-    for (int c = 0; c < kTileCols; ++c) w[c] += whole;
-    AddProducts(x, w, 0, tile);
+    add_block(blocks);
   }
   if (begin + count < p.depth) {
 #pragma GCC unroll 8
@@ -235,30 +259,66 @@ void LoadChunk(const CpuMatmulParams& p, int64_t col, int64_t begin,
     const int64_t weight_row = std::min<int64_t>(col + c, p.cols - 1);
     const W* w =
         static_cast<const W*>(p.weight) + weight_row * p.weight_stride + begin;
-    int64_t k = 0;
-    for (; k + kLanes <= count; k += kLanes) {
-      Store(Load(w + k), chunk.weight[c] + k);
+    int64_t block = 0;
+    for (; (block + 1) * kLanes <= count; ++block) {
+      Store(Load(w + block * kLanes), chunk.weight[block][c]);
     }
-    if (k < count) {
-      W block[kLanes];
-      Store(Load(PadBlock(w + k, count - k, block)), chunk.weight[c] + k);
+    const int64_t rest = count - block * kLanes;
+    if (rest > 0) {
+      W padded[kLanes];
+      Store(Load(PadBlock(w + block * kLanes, rest, padded)),
+            chunk.weight[block][c]);
     }
   }
 }
 
-// p.rows <= kBlockRows.
+// Fetches the weights of one chunk into L2, a few lines at a time.
+template <class W>
+class ChunkPrefetcher {
+ public:
+  ChunkPrefetcher(const CpuMatmulParams& p, int64_t col, int64_t begin)
+      : first_(static_cast<const W*>(p.weight) + col * p.weight_stride + begin),
+        stride_(p.weight_stride),
+        end_(col + kTileCols <= p.cols ? kTileCols * kRowLines : 0) {}
+
+  void Fetch(int64_t lines) {
+    for (const int64_t to = std::min(next_ + lines, end_); next_ < to;
+         ++next_) {
+      const W* row = first_ + next_ / kRowLines * stride_;
+      __builtin_prefetch(row + next_ % kRowLines * kLine, 0, kL2);
+    }
+  }
+
+  static constexpr int64_t kLine = 64 / sizeof(W);
+  static constexpr int64_t kRowLines = kChunk / kLine;
+
+ private:
+  const W* first_;
+  int64_t stride_;
+  int64_t next_ = 0;
+  int64_t end_;
+};
+
+// p.rows <= kMaxBlockRows.
 template <class W>
 void MultiplyBlock(const CpuMatmulParams& p, Chunk& chunk) {
   const int64_t whole = p.depth / kLanes * kLanes;
   for (int64_t r = 0; r < p.rows && whole < p.depth; ++r) {
     PadBlock(p.x + r * p.x_stride + whole, p.depth - whole, chunk.x_end[r]);
   }
+  const int64_t tiles = (p.rows + kTileRows - 1) / kTileRows;
+  const int64_t lines =
+      (kTileCols * ChunkPrefetcher<W>::kRowLines + tiles - 1) / tiles;
   for (int64_t col = 0; col < p.cols; col += kTileCols) {
     for (int64_t begin = 0; begin < p.depth; begin += kChunk) {
       const int64_t count = std::min<int64_t>(p.depth - begin, kChunk);
       LoadChunk<W>(p, col, begin, count, chunk);
+      ChunkPrefetcher<W> next = begin + count < p.depth
+                                    ? ChunkPrefetcher<W>(p, col, begin + count)
+                                    : ChunkPrefetcher<W>(p, col + kTileCols, 0);
       int64_t row = 0;
       for (; row + kTileRows <= p.rows; row += kTileRows) {
+        next.Fetch(lines);
         ChunkTile<kTileRows>(p, row, col, begin, count, chunk);
       }
       if (p.rows - row == 1) ChunkTile<1>(p, row, col, begin, count, chunk);
@@ -269,22 +329,19 @@ void MultiplyBlock(const CpuMatmulParams& p, Chunk& chunk) {
 
 template <class W>
 void Multiply(const CpuMatmulParams& p) {
-  switch (p.rows) {
-    case 1:
-      return StreamRows<1, W>(p);
-    case 2:
-      return StreamRows<2, W>(p);
-    case 3:
-      return StreamRows<3, W>(p);
-    default:
-      break;
-  }
+  if (p.rows <= kStreamRows) return StreamRows<W>(p);
+  // Blocks of about equal size, in whole tiles.
+  const int64_t max_rows =
+      std::clamp(kBlockElements / p.depth, kMinBlockRows, kMaxBlockRows);
+  const int64_t blocks = (p.rows + max_rows - 1) / max_rows;
+  const int64_t block_rows =
+      ((p.rows + blocks - 1) / blocks + kTileRows - 1) / kTileRows * kTileRows;
   Chunk chunk;
-  for (int64_t row = 0; row < p.rows; row += kBlockRows) {
+  for (int64_t row = 0; row < p.rows; row += block_rows) {
     CpuMatmulParams block = p;
     block.x += row * p.x_stride;
     block.out += row * p.out_stride;
-    block.rows = std::min<int64_t>(p.rows - row, kBlockRows);
+    block.rows = std::min<int64_t>(p.rows - row, block_rows);
     MultiplyBlock<W>(block, chunk);
   }
 }

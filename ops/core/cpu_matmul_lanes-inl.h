@@ -71,6 +71,16 @@ HWY_INLINE void Store(Floats v, Float16* to) {
   hn::StoreU(hn::DemoteTo(d16, v), d16, reinterpret_cast<hwy::float16_t*>(to));
 }
 
+// Compilers like to fold a load into each of its uses, which then compete for
+// the load ports.
+HWY_INLINE void KeepInRegister(Floats& v) {
+#if HWY_ARCH_X86
+  asm("" : "+v"(v.raw));
+#else
+  (void)v;
+#endif
+}
+
 // a * b + c
 HWY_INLINE Floats MultiplyAdd(Floats a, Floats b, Floats c) {
   return hn::MulAdd(a, b, c);
@@ -135,6 +145,8 @@ template <class T>
 inline void Store(Floats v, T* to) {
   for (int i = 0; i < kLanes; ++i) to[i] = FromFloat<T>(v[i]);
 }
+
+inline void KeepInRegister(Floats&) {}
 
 inline Floats MultiplyAdd(Floats a, Floats b, Floats c) { return a * b + c; }
 
