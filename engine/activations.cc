@@ -1,0 +1,210 @@
+#include "engine/activations.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "ops/attention/attention.h"
+#include "ops/core/workspace.h"
+#include "ops/linear/linear.h"
+#include "ops/moe/moe.h"
+#include "ops/sampler/sampler.h"
+
+namespace tenon {
+namespace {
+
+// A row-major tensor cut from the arena.
+TensorView Cut(WorkspaceCutter* cutter, DType dtype, Device device,
+               std::initializer_list<int64_t> shape) {
+  TensorView view = MakeTensor(nullptr, dtype, device, shape);
+  view.data = cutter->TakeBytes(static_cast<size_t>(NumElements(view)) *
+                                DTypeSize(dtype));
+  return view;
+}
+
+constexpr int64_t kAlignment = 256;
+
+// A tensor that stands for one of this shape in a workspace query. Queries read
+// shapes alone, but reject null data.
+TensorView Shaped(DType dtype, Device device,
+                  std::initializer_list<int64_t> shape) {
+  return MakeTensor(reinterpret_cast<void*>(kAlignment), dtype, device, shape);
+}
+
+struct Shapes {
+  const ModelConfig& config;
+  DType dtype;
+  Device device;
+  LocalShape local;
+  const StepLimits& limits;
+  bool batch_invariant;
+
+  int64_t qkv_width() const {
+    return int64_t{local.num_heads + 2 * local.num_kv_heads} * config.head_dim;
+  }
+  int64_t q_width() const { return int64_t{local.num_heads} * config.head_dim; }
+};
+
+size_t LinearBytes(const Shapes& s, int64_t tokens, int64_t in, int64_t out,
+                   DType out_dtype) {
+  LinearParams p;
+  p.x = Shaped(s.dtype, s.device, {tokens, in});
+  p.weight = Shaped(s.dtype, s.device, {out, in});
+  p.out = Shaped(out_dtype, s.device, {tokens, out});
+  p.batch_invariant = s.batch_invariant;
+  return LinearWorkspaceBytes(p);
+}
+
+size_t AttentionBytes(const Shapes& s) {
+  const int64_t tokens = s.limits.max_tokens;
+  const int64_t rows = s.limits.max_rows;
+  const int64_t pages = s.limits.max_pages_per_row;
+  AttentionParams p;
+  p.q = p.out =
+      Shaped(s.dtype, s.device, {tokens, s.local.num_heads, s.config.head_dim});
+  p.k_cache = p.v_cache = Shaped(s.dtype, s.device,
+                                 {rows * pages, s.limits.page_size,
+                                  s.local.num_kv_heads, s.config.head_dim});
+  p.block_table = Shaped(DType::kInt32, s.device, {rows, pages});
+  p.query_start = Shaped(DType::kInt32, s.device, {rows + 1});
+  p.kv_len = Shaped(DType::kInt32, s.device, {rows});
+  p.scale = 1.0f;
+  p.batch_invariant = s.batch_invariant;
+  return AttentionWorkspaceBytes(p);
+}
+
+ExpertMatrices ShapedExperts(const Shapes& s, int64_t rows, int64_t cols) {
+  return MakeExpertMatrices(
+      Shaped(s.dtype, s.device, {s.config.num_experts, rows, cols}));
+}
+
+size_t MoeBytes(const Shapes& s) {
+  const int64_t tokens = s.limits.max_tokens;
+  const int64_t top_k = s.config.num_experts_per_tok;
+  MoeParams p;
+  p.x = p.out = Shaped(s.dtype, s.device, {tokens, s.config.hidden_size});
+  p.topk_weights = Shaped(DType::kFloat32, s.device, {tokens, top_k});
+  p.topk_ids = Shaped(DType::kInt32, s.device, {tokens, top_k});
+  p.gate = p.up =
+      ShapedExperts(s, s.local.moe_intermediate_size, s.config.hidden_size);
+  p.down =
+      ShapedExperts(s, s.config.hidden_size, s.local.moe_intermediate_size);
+  p.batch_invariant = s.batch_invariant;
+  return MoeWorkspaceBytes(p);
+}
+
+size_t SamplerBytes(const Shapes& s) {
+  SamplerParams p;
+  p.logits = Shaped(DType::kFloat32, s.device,
+                    {s.limits.max_logit_rows, s.config.vocab_size});
+  return SamplerWorkspaceBytes(p);
+}
+
+// The most that any op of a step asks for.
+size_t WorkspaceBytes(const Shapes& s, bool sparse, bool dense) {
+  const int64_t tokens = s.limits.max_tokens;
+  const int64_t hidden = s.config.hidden_size;
+  size_t bytes =
+      std::max({LinearBytes(s, tokens, hidden, s.qkv_width(), s.dtype),
+                LinearBytes(s, tokens, s.q_width(), hidden, s.dtype),
+                LinearBytes(s, s.limits.max_logit_rows, hidden,
+                            s.config.vocab_size, DType::kFloat32),
+                AttentionBytes(s), SamplerBytes(s)});
+  if (sparse) {
+    bytes = std::max({bytes, MoeBytes(s),
+                      LinearBytes(s, tokens, hidden, s.config.num_experts,
+                                  DType::kFloat32)});
+  }
+  if (dense) {
+    const int64_t intermediate = s.local.intermediate_size;
+    bytes =
+        std::max({bytes, LinearBytes(s, tokens, hidden, intermediate, s.dtype),
+                  LinearBytes(s, tokens, intermediate, hidden, s.dtype)});
+  }
+  return bytes;
+}
+
+// Fills `a` from `carver`; called once to measure and once to carve.
+void Carve(const Shapes& s, int64_t expert_layers, bool dense,
+           size_t workspace_size, WorkspaceCutter* cutter, Activations* a) {
+  const int64_t tokens = s.limits.max_tokens;
+  const int64_t hidden = s.config.hidden_size;
+  a->residual = Cut(cutter, s.dtype, s.device, {tokens, hidden});
+  a->normed = Cut(cutter, s.dtype, s.device, {tokens, hidden});
+  a->block_out = Cut(cutter, s.dtype, s.device, {tokens, hidden});
+  a->qkv = Cut(cutter, s.dtype, s.device, {tokens, s.qkv_width()});
+  if (expert_layers > 0) {
+    const int64_t top_k = s.config.num_experts_per_tok;
+    a->router_logits =
+        Cut(cutter, DType::kFloat32, s.device, {tokens, s.config.num_experts});
+    a->topk_weights = Cut(cutter, DType::kFloat32, s.device, {tokens, top_k});
+    a->topk_ids =
+        Cut(cutter, DType::kInt32, s.device, {expert_layers, tokens, top_k});
+  }
+  if (dense) {
+    const int64_t intermediate = s.local.intermediate_size;
+    a->mlp_gate_up = Cut(cutter, s.dtype, s.device, {tokens, 2 * intermediate});
+    a->mlp_hidden = Cut(cutter, s.dtype, s.device, {tokens, intermediate});
+  }
+  a->logit_hidden =
+      Cut(cutter, s.dtype, s.device, {s.limits.max_logit_rows, hidden});
+  a->logits = Cut(cutter, DType::kFloat32, s.device,
+                  {s.limits.max_logit_rows, s.config.vocab_size});
+  a->cos_sin = Cut(cutter, DType::kFloat32, s.device,
+                   {s.limits.max_context, s.config.head_dim});
+  a->workspace = cutter->TakeBytes(workspace_size);
+  a->workspace_size = workspace_size;
+}
+
+}  // namespace
+
+StatusOr<Activations> Activations::Create(
+    const ModelConfig& config, DType dtype, Device device, const Shard& shard,
+    const StepLimits& limits, bool keep_expert_ids, bool batch_invariant) {
+  StatusOr<LocalShape> local = MakeLocalShape(config, shard);
+  TENON_RETURN_IF_ERROR(local.status());
+  const Shapes shapes{config, dtype, device, *local, limits, batch_invariant};
+  int64_t sparse_layers = 0;
+  for (int32_t i = 0; i < config.num_layers; ++i) {
+    sparse_layers += config.IsMoeLayer(i);
+  }
+  const bool dense = sparse_layers < config.num_layers;
+  const size_t workspace_size =
+      WorkspaceBytes(shapes, sparse_layers > 0, dense);
+  const int64_t expert_layers =
+      keep_expert_ids ? sparse_layers : std::min<int64_t>(sparse_layers, 1);
+
+  Activations a;
+  WorkspaceCutter measure(nullptr);
+  Carve(shapes, expert_layers, dense, workspace_size, &measure, &a);
+  StatusOr<Buffer> arena = Buffer::Allocate(device, measure.size());
+  TENON_RETURN_IF_ERROR(arena.status());
+  a.arena = *std::move(arena);
+  WorkspaceCutter cutter(a.arena.data());
+  Carve(shapes, expert_layers, dense, workspace_size, &cutter, &a);
+
+  const std::vector<float> table =
+      RotaryTable(limits.max_context, config.head_dim, config.rope_theta);
+  TENON_RETURN_IF_ERROR(CopyMemory(a.cos_sin.data, device, table.data(),
+                                   Device(), table.size() * sizeof(float),
+                                   Stream()));
+  TENON_RETURN_IF_ERROR(Synchronize(device, Stream()));
+  return a;
+}
+
+std::vector<float> RotaryTable(int64_t max_positions, int32_t rotary_dim,
+                               double theta) {
+  const int32_t half = rotary_dim / 2;
+  std::vector<float> table(static_cast<size_t>(max_positions * rotary_dim));
+  for (int32_t i = 0; i < half; ++i) {
+    const double frequency = std::pow(theta, -2.0 * i / rotary_dim);
+    for (int64_t position = 0; position < max_positions; ++position) {
+      const double angle = static_cast<double>(position) * frequency;
+      float* row = &table[static_cast<size_t>(position * rotary_dim)];
+      row[i] = static_cast<float>(std::cos(angle));
+      row[half + i] = static_cast<float>(std::sin(angle));
+    }
+  }
+  return table;
+}
+
+}  // namespace tenon

@@ -1,0 +1,227 @@
+#include "engine/decode_step.h"
+
+#include <cmath>
+
+#include "ops/attention/attention.h"
+#include "ops/embedding/embedding.h"
+#include "ops/linear/linear.h"
+#include "ops/moe/moe.h"
+#include "ops/moe/moe_router.h"
+#include "ops/moe/moe_swiglu.h"
+#include "ops/qk_norm/qk_norm.h"
+#include "ops/rms_norm/rms_norm.h"
+
+namespace tenon {
+namespace {
+
+// One rounding: nearer to the exact norm than the two of the models' own
+// published code, whose bits no two engines share anyway.
+constexpr NormRounding kNormRounding = NormRounding::kFloat32Multiply;
+
+// The rows of `tensor` that this step uses.
+TensorView Used(const StepContext& c, const TensorView& tensor) {
+  return Rows(tensor, 0, c.tokens());
+}
+
+Status RunLinear(const StepContext& c, const TensorView& x,
+                 const TensorView& weight, const TensorView& out) {
+  LinearParams p;
+  p.x = x;
+  p.weight = weight;
+  p.out = out;
+  p.cublas_lt = c.cublas_lt;
+  p.batch_invariant = c.batch_invariant;
+  p.workspace = c.activations.workspace;
+  p.workspace_size = c.activations.workspace_size;
+  return Linear(p, c.stream);
+}
+
+Status RunNorm(const StepContext& c, const TensorView& x,
+               const TensorView& residual, const TensorView& weight) {
+  RmsNormParams p;
+  p.x = x;
+  p.residual = residual;
+  p.weight = weight;
+  p.out = Used(c, c.activations.normed);
+  p.epsilon = c.config.rms_norm_eps;
+  p.rounding = kNormRounding;
+  return RmsNorm(p, c.stream);
+}
+
+// qkv = normed * [q; k; v]^T, in one product where the weights lie together.
+Status QkvProjection(const StepContext& c, const LayerWeights& w) {
+  const TensorView normed = Used(c, c.activations.normed);
+  const TensorView qkv = Used(c, c.activations.qkv);
+  if (w.qkv.present()) return RunLinear(c, normed, w.qkv, qkv);
+  int64_t column = 0;
+  for (const TensorView* weight : {&w.q, &w.k, &w.v}) {
+    const int64_t width = weight->shape[0];
+    TENON_RETURN_IF_ERROR(
+        RunLinear(c, normed, *weight, Columns(qkv, column, width)));
+    column += width;
+  }
+  return Status();
+}
+
+// Norm, rotary embedding and cache write of the packed rows.
+Status PrepareAttention(const StepContext& c, int32_t layer,
+                        const LayerWeights& w) {
+  QkNormParams p;
+  p.qkv = Used(c, c.activations.qkv);
+  p.k_offset = w.q.shape[0];
+  p.v_offset = w.q.shape[0] + w.k.shape[0];
+  p.head_dim = c.config.head_dim;
+  p.num_q_heads = static_cast<int32_t>(w.q.shape[0] / p.head_dim);
+  p.num_kv_heads = static_cast<int32_t>(w.k.shape[0] / p.head_dim);
+  p.q_weight = w.q_norm;
+  p.k_weight = w.k_norm;
+  p.epsilon = c.config.rms_norm_eps;
+  p.rounding = kNormRounding;
+  p.rotary.cos_sin = c.activations.cos_sin;
+  p.rotary.positions = c.inputs.positions;
+  p.rotary.rotary_dim = c.config.head_dim;
+  p.cache.k_cache = c.cache.k(layer);
+  p.cache.v_cache = c.cache.v(layer);
+  p.cache.slot_mapping = c.inputs.slot_mapping;
+  return QkNorm(p, c.stream);
+}
+
+// The Q columns of qkv hold the queries before, and the output after.
+Status RunAttention(const StepContext& c, int32_t layer,
+                    const LayerWeights& w) {
+  const int64_t head_dim = c.config.head_dim;
+  TensorView q = Used(c, c.activations.qkv);
+  q.rank = 3;
+  q.shape[1] = w.q.shape[0] / head_dim;
+  q.shape[2] = head_dim;
+  q.stride[1] = head_dim;
+  q.stride[2] = 1;
+  AttentionParams p;
+  p.q = p.out = q;
+  p.k_cache = c.cache.k(layer);
+  p.v_cache = c.cache.v(layer);
+  p.block_table = c.inputs.block_table;
+  p.query_start = c.inputs.query_start;
+  p.kv_len = c.inputs.kv_len;
+  p.scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+  p.max_kv_len = c.inputs.max_kv_len;
+  p.max_query_len = c.inputs.max_query_len;
+  p.batch_invariant = c.batch_invariant;
+  p.workspace = c.activations.workspace;
+  p.workspace_size = c.activations.workspace_size;
+  return Attention(p, c.stream);
+}
+
+Status SparseMlp(const StepContext& c, const LayerWeights& w,
+                 int32_t sparse_index) {
+  const Activations& a = c.activations;
+  const TensorView normed = Used(c, a.normed);
+  // float32 logits: rounding them would reorder close experts.
+  TENON_RETURN_IF_ERROR(
+      RunLinear(c, normed, w.router, Used(c, a.router_logits)));
+
+  MoeRouterParams r;
+  r.logits = Used(c, a.router_logits);
+  r.topk_weights = Used(c, a.topk_weights);
+  const TensorView ids =
+      Rows(a.topk_ids, sparse_index % a.topk_ids.shape[0], 1);
+  r.topk_ids =
+      MakeTensor(ids.data, ids.dtype, ids.device, {c.tokens(), ids.shape[2]});
+  r.top_k = c.config.num_experts_per_tok;
+  r.renormalize = c.config.norm_topk_prob;
+  TENON_RETURN_IF_ERROR(MoeRouter(r, c.stream));
+
+  MoeParams p;
+  p.x = normed;
+  p.topk_weights = r.topk_weights;
+  p.topk_ids = r.topk_ids;
+  p.gate = w.gate;
+  p.up = w.up;
+  p.down = w.down;
+  p.out = Used(c, a.block_out);
+  p.batch_invariant = c.batch_invariant;
+  p.workspace = a.workspace;
+  p.workspace_size = a.workspace_size;
+  return Moe(p, c.stream);
+}
+
+Status DenseMlp(const StepContext& c, const LayerWeights& w) {
+  const Activations& a = c.activations;
+  const int64_t intermediate = w.mlp_gate.shape[0];
+  const TensorView gate_up = Used(c, a.mlp_gate_up);
+  TENON_RETURN_IF_ERROR(RunLinear(c, Used(c, a.normed), w.mlp_gate,
+                                  Columns(gate_up, 0, intermediate)));
+  TENON_RETURN_IF_ERROR(
+      RunLinear(c, Used(c, a.normed), w.mlp_up,
+                Columns(gate_up, intermediate, intermediate)));
+  MoeSwiGluParams p;
+  p.x = gate_up;
+  p.out = Used(c, a.mlp_hidden);
+  TENON_RETURN_IF_ERROR(MoeSwiGlu(p, c.stream));
+  return RunLinear(c, p.out, w.mlp_down, Used(c, a.block_out));
+}
+
+}  // namespace
+
+Status EmbedTokens(const StepContext& c) {
+  EmbeddingParams p;
+  p.ids = c.inputs.token_ids;
+  p.table = c.weights.embedding;
+  p.out = Used(c, c.activations.residual);
+  return Embedding(p, c.stream);
+}
+
+Status FirstNorm(const StepContext& c, const TensorView& weight) {
+  return RunNorm(c, Used(c, c.activations.residual), TensorView(), weight);
+}
+
+Status AddNorm(const StepContext& c, const TensorView& weight) {
+  return RunNorm(c, Used(c, c.activations.block_out),
+                 Used(c, c.activations.residual), weight);
+}
+
+Status AttentionBlock(const StepContext& c, int32_t layer) {
+  const LayerWeights& w = c.weights.layers[layer];
+  TENON_RETURN_IF_ERROR(QkvProjection(c, w));
+  TENON_RETURN_IF_ERROR(PrepareAttention(c, layer, w));
+  TENON_RETURN_IF_ERROR(RunAttention(c, layer, w));
+  return RunLinear(c, Columns(Used(c, c.activations.qkv), 0, w.q.shape[0]), w.o,
+                   Used(c, c.activations.block_out));
+}
+
+Status MlpBlock(const StepContext& c, int32_t layer) {
+  const LayerWeights& w = c.weights.layers[layer];
+  if (!c.config.IsMoeLayer(layer)) return DenseMlp(c, w);
+  int32_t sparse_index = 0;
+  for (int32_t i = 0; i < layer; ++i) sparse_index += c.config.IsMoeLayer(i);
+  return SparseMlp(c, w, sparse_index);
+}
+
+Status ComputeLogits(const StepContext& c) {
+  const int64_t rows = c.inputs.logit_rows.shape[0];
+  if (rows == 0) return Status();
+  // A gather of rows is what Embedding does.
+  EmbeddingParams p;
+  p.ids = c.inputs.logit_rows;
+  p.table = Used(c, c.activations.normed);
+  p.out = Rows(c.activations.logit_hidden, 0, rows);
+  TENON_RETURN_IF_ERROR(Embedding(p, c.stream));
+  return RunLinear(c, p.out, c.weights.lm_head,
+                   Rows(c.activations.logits, 0, rows));
+}
+
+Status DecodeStep(const StepContext& c) {
+  TENON_RETURN_IF_ERROR(EmbedTokens(c));
+  for (int32_t layer = 0; layer < c.config.num_layers; ++layer) {
+    const LayerWeights& w = c.weights.layers[layer];
+    TENON_RETURN_IF_ERROR(layer == 0 ? FirstNorm(c, w.input_norm)
+                                     : AddNorm(c, w.input_norm));
+    TENON_RETURN_IF_ERROR(AttentionBlock(c, layer));
+    TENON_RETURN_IF_ERROR(AddNorm(c, w.post_attention_norm));
+    TENON_RETURN_IF_ERROR(MlpBlock(c, layer));
+  }
+  TENON_RETURN_IF_ERROR(AddNorm(c, c.weights.final_norm));
+  return ComputeLogits(c);
+}
+
+}  // namespace tenon

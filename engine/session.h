@@ -1,0 +1,106 @@
+#ifndef TENON_ENGINE_SESSION_H_
+#define TENON_ENGINE_SESSION_H_
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "engine/kv_cache.h"
+#include "engine/model.h"
+#include "ops/core/status.h"
+#include "ops/sampler/sampler.h"
+
+namespace tenon {
+
+struct SessionOptions {
+  int32_t max_sequences = 32;  // alive at once, and rows in a step
+  int32_t max_tokens = 512;    // new tokens of one step, all rows together
+  int32_t max_context = 2048;  // tokens of one sequence
+  int32_t page_size = 16;      // tokens of a KV cache page
+  int64_t num_pages = 0;       // 0: enough for max_sequences full contexts
+  int32_t max_logit_rows = 0;  // tokens whose logits a step computes (the last
+                               // of each sampled row; all with kAll); 0:
+                               // max_sequences
+  // A sequence's tokens do not depend, bit for bit, on how its prompt was cut
+  // into chunks, nor on what else ran in its steps. Costs some speed on CUDA;
+  // nothing on the CPU.
+  bool batch_invariant = false;
+  // Count the distinct experts that each layer of a step used (StepStats).
+  bool count_experts = false;
+  int32_t num_threads = 0;  // CPU; 0: one per usable CPU
+};
+
+enum class LogitsMode { kNone, kLast, kAll };
+
+// What a step does with one sequence: append tokens, and (usually) draw the
+// next one. One new token is a decode row, several are a chunk of prefill.
+struct StepRow {
+  SequenceId sequence;
+  const int32_t* tokens = nullptr;
+  int32_t num_tokens = 0;
+  bool sample = true;       // false: a chunk with more of the prompt to come
+  SamplingParams sampling;  // `position` is set by the session
+  // Copies float32 logits to the caller's memory: [vocab] of the last token
+  // (kLast) or [num_tokens, vocab] (kAll).
+  LogitsMode logits_mode = LogitsMode::kNone;
+  float* logits = nullptr;
+};
+
+struct StepRowResult {
+  int32_t token = -1;  // -1: not sampled, or no token could be (see status)
+  float logprob = 0.0f;
+  SampleStatus status = SampleStatus::kOk;
+};
+
+struct StepStats {
+  int32_t rows = 0;
+  int32_t tokens = 0;
+  double microseconds = 0.0;  // of the whole call
+  // Of each sparse layer, in order; empty without count_experts.
+  std::vector<int32_t> distinct_experts;
+};
+
+// Runs a model: owns the paged KV cache, the activations and a stream. All
+// device memory is allocated by Create. Not thread-safe: one caller at a time.
+class Session {
+ public:
+  // ResourceExhausted, with the needed size, where the memory is not there.
+  static StatusOr<std::unique_ptr<Session>> Create(
+      std::shared_ptr<const Model> model, const SessionOptions& options);
+  ~Session();
+
+  // An empty sequence.
+  StatusOr<SequenceId> CreateSequence();
+  // A second sequence with the same tokens so far. Pages are shared until one
+  // of the two writes to them.
+  StatusOr<SequenceId> ForkSequence(SequenceId sequence);
+  // Forgets all tokens but the first `length`.
+  Status TruncateSequence(SequenceId sequence, int32_t length);
+  Status ReleaseSequence(SequenceId sequence);
+  // Tokens in the cache.
+  StatusOr<int32_t> SequenceLength(SequenceId sequence) const;
+
+  // Runs the model over the new tokens of all rows in one pass and fills
+  // results[i] for rows[i]. All or nothing: every row is checked before any
+  // work, and after an error each sequence is as it was.
+  //   InvalidArgument  a token id outside the vocabulary, no tokens, a sequence
+  //                    twice, bad sampling parameters
+  //   NotFound         a sequence that does not exist (any more)
+  //   ResourceExhausted  more tokens, rows, logits, context or pages than the
+  //                    session has
+  Status Step(const std::vector<StepRow>& rows,
+              std::vector<StepRowResult>* results, StepStats* stats = nullptr);
+
+  const Model& model() const;
+  const SessionOptions& options() const;
+  int64_t num_free_pages() const;
+
+ private:
+  struct Impl;
+  explicit Session(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace tenon
+
+#endif  // TENON_ENGINE_SESSION_H_

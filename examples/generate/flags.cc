@@ -1,0 +1,146 @@
+#include "examples/generate/flags.h"
+
+#include <cerrno>
+#include <cstdlib>
+#include <limits>
+
+namespace tenon::examples {
+namespace {
+
+Status ParseNumber(const std::string& flag, const std::string& text, double low,
+                   double high, bool integer, double* value) {
+  char* end = nullptr;
+  errno = 0;
+  *value = std::strtod(text.c_str(), &end);
+  if (text.empty() || *end != '\0' || errno != 0 || !(*value >= low) ||
+      !(*value <= high) ||
+      (integer &&
+       *value != static_cast<double>(static_cast<int64_t>(*value)))) {
+    return InvalidArgumentError(flag, ": ", text, " is not ",
+                                integer ? "an integer" : "a number", " from ",
+                                low, " to ", high);
+  }
+  return Status();
+}
+
+Status ParseInt(const std::string& flag, const std::string& text, int32_t low,
+                int32_t* value) {
+  double number = 0.0;
+  TENON_RETURN_IF_ERROR(ParseNumber(
+      flag, text, low, std::numeric_limits<int32_t>::max(), true, &number));
+  *value = static_cast<int32_t>(number);
+  return Status();
+}
+
+Status ParseFloat(const std::string& flag, const std::string& text, double high,
+                  float* value) {
+  double number = 0.0;
+  TENON_RETURN_IF_ERROR(ParseNumber(flag, text, 0.0, high, false, &number));
+  *value = static_cast<float>(number);
+  return Status();
+}
+
+Status ParseSeed(const std::string& text, uint64_t* seed) {
+  char* end = nullptr;
+  errno = 0;
+  *seed = std::strtoull(text.c_str(), &end, 10);
+  if (text.empty() || text[0] == '-' || *end != '\0' || errno != 0) {
+    return InvalidArgumentError("--seed: ", text,
+                                " is not an integer from 0 to 2^64 - 1");
+  }
+  return Status();
+}
+
+Status ParseIds(const std::string& text, std::vector<int32_t>* ids) {
+  size_t begin = 0;
+  while (begin <= text.size()) {
+    const size_t end = std::min(text.find(',', begin), text.size());
+    ids->push_back(0);
+    TENON_RETURN_IF_ERROR(ParseInt(
+        "--prompt-ids", text.substr(begin, end - begin), 0, &ids->back()));
+    begin = end + 1;
+  }
+  return Status();
+}
+
+Status ParseDevice(const std::string& text, Device* device) {
+  if (text != "cpu" && text != "cuda") {
+    return InvalidArgumentError("--device: ", text, " is not cpu or cuda");
+  }
+  device->type = text == "cpu" ? DeviceType::kCpu : DeviceType::kCuda;
+  return Status();
+}
+
+Status SetFlag(const std::string& flag, const std::string& value,
+               Flags* flags) {
+  if (flag == "--model") {
+    flags->model = value;
+    return Status();
+  }
+  if (flag == "--prompt") {
+    flags->prompt = value;
+    return Status();
+  }
+  if (flag == "--prompt-ids") return ParseIds(value, &flags->prompt_ids);
+  if (flag == "--max-tokens") {
+    return ParseInt(flag, value, 1, &flags->max_tokens);
+  }
+  if (flag == "--batch") return ParseInt(flag, value, 1, &flags->batch);
+  if (flag == "--temperature") {
+    return ParseFloat(flag, value, 1e6, &flags->sampling.temperature);
+  }
+  if (flag == "--top-k") {
+    return ParseInt(flag, value, 0, &flags->sampling.top_k);
+  }
+  if (flag == "--top-p") {
+    return ParseFloat(flag, value, 1.0, &flags->sampling.top_p);
+  }
+  if (flag == "--seed") return ParseSeed(value, &flags->sampling.seed);
+  if (flag == "--device") return ParseDevice(value, &flags->device);
+  return InvalidArgumentError("unknown option ", flag, "; see --help");
+}
+
+}  // namespace
+
+const char kUsage[] =
+    R"(Continues a prompt with a Qwen3 or Qwen3-MoE model and prints the text as it comes.
+
+  --model DIR        Hugging Face checkpoint directory (default: the shipped model)
+  --prompt TEXT      for a byte-level model, such as the shipped one
+  --prompt-ids N,..  token ids instead, for any model; prints ids
+  --max-tokens N     how many to generate (400)
+  --temperature X    0 is greedy (0.8)
+  --top-k N          0 is off (0)
+  --top-p X          1 is off (0.95)
+  --seed N           the same seed gives the same text (0)
+  --batch N          that many continuations at once (1)
+  --device cpu|cuda  (cpu)
+)";
+
+StatusOr<Flags> ParseFlags(int argc, char** argv) {
+  Flags flags;
+  flags.sampling.temperature = 0.8f;
+  flags.sampling.top_p = 0.95f;
+  for (int i = 1; i < argc; ++i) {
+    std::string flag = argv[i];
+    if (flag == "--help") {
+      flags.help = true;
+      return flags;
+    }
+    std::string value;
+    const size_t equals = flag.find('=');
+    if (equals != std::string::npos) {
+      value = flag.substr(equals + 1);
+      flag.resize(equals);
+    } else if (i + 1 < argc) {
+      value = argv[++i];
+    } else {
+      return InvalidArgumentError(flag, ": unknown option or value missing; ",
+                                  "see --help");
+    }
+    TENON_RETURN_IF_ERROR(SetFlag(flag, value, &flags));
+  }
+  return flags;
+}
+
+}  // namespace tenon::examples

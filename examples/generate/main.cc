@@ -1,0 +1,222 @@
+// Continues a prompt with a real model. Everything goes through
+// engine::Session: chunked prefill, fork for a batch, one step per token.
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "engine/session.h"
+#include "examples/generate/flags.h"
+
+namespace tenon::examples {
+namespace {
+
+constexpr int32_t kByteVocab = 256;
+
+double Seconds() {
+  return std::chrono::duration<double>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+// Byte 0 begins a text, as in training; then one token per byte.
+std::vector<int32_t> EncodeBytes(const std::string& text) {
+  std::vector<int32_t> tokens = {0};
+  for (unsigned char byte : text) tokens.push_back(byte);
+  return tokens;
+}
+
+// `bazel run` starts in another folder than the caller's.
+std::string CallersPath(const std::string& path, bool is_default) {
+  const char* folder = std::getenv("BUILD_WORKING_DIRECTORY");
+  if (is_default || folder == nullptr || path.empty() || path[0] == '/') {
+    return path;
+  }
+  return std::string(folder) + "/" + path;
+}
+
+struct Timing {
+  double prefill_seconds = 0.0;
+  double decode_seconds = 0.0;
+  int64_t decoded_tokens = 0;
+};
+
+class Generator {
+ public:
+  Generator(const Flags& flags, bool bytes, Session* session)
+      : flags_(flags), bytes_(bytes), session_(session) {}
+
+  Status Run(const std::vector<int32_t>& prompt, Timing* timing) {
+    double begin = Seconds();
+    TENON_RETURN_IF_ERROR(Prefill(prompt));
+    timing->prefill_seconds = Seconds() - begin;
+    begin = Seconds();
+    while (!AllDone()) {
+      TENON_RETURN_IF_ERROR(StepAll());
+      timing->decoded_tokens += static_cast<int64_t>(results_.size());
+    }
+    timing->decode_seconds = Seconds() - begin;
+    if (streams_.size() > 1) PrintAll();
+    std::printf("\n");
+    return Status();
+  }
+
+ private:
+  struct Continuation {
+    SequenceId sequence;
+    std::vector<int32_t> tokens;
+    bool done = false;
+  };
+
+  // Runs all of the prompt but its last token, which each continuation feeds in
+  // its first step, so that each draws with its own seed.
+  Status Prefill(const std::vector<int32_t>& prompt) {
+    StatusOr<SequenceId> first = session_->CreateSequence();
+    TENON_RETURN_IF_ERROR(first.status());
+    const int32_t count = static_cast<int32_t>(prompt.size()) - 1;
+    for (int32_t at = 0; at < count;) {
+      StepRow row;
+      row.sequence = *first;
+      row.tokens = &prompt[at];
+      row.num_tokens = std::min(session_->options().max_tokens, count - at);
+      row.sample = false;
+      TENON_RETURN_IF_ERROR(session_->Step({row}, &results_));
+      at += row.num_tokens;
+    }
+    for (int32_t i = 0; i < flags_.batch; ++i) {
+      StatusOr<SequenceId> sequence =
+          i == 0 ? first : session_->ForkSequence(*first);
+      TENON_RETURN_IF_ERROR(sequence.status());
+      streams_.push_back({*sequence, {prompt.back()}, false});
+    }
+    return Status();
+  }
+
+  bool AllDone() const {
+    return std::all_of(streams_.begin(), streams_.end(),
+                       [](const Continuation& s) { return s.done; });
+  }
+
+  // One step for every continuation that goes on.
+  Status StepAll() {
+    std::vector<StepRow> rows;
+    std::vector<Continuation*> active;
+    for (size_t i = 0; i < streams_.size(); ++i) {
+      if (streams_[i].done) continue;
+      StepRow row;
+      row.sequence = streams_[i].sequence;
+      row.tokens = &streams_[i].tokens.back();
+      row.num_tokens = 1;
+      row.sampling = flags_.sampling;
+      row.sampling.seed += i;
+      rows.push_back(row);
+      active.push_back(&streams_[i]);
+    }
+    TENON_RETURN_IF_ERROR(session_->Step(rows, &results_));
+    for (size_t i = 0; i < active.size(); ++i) {
+      if (results_[i].status != SampleStatus::kOk) {
+        return InternalError("the model gave no finite logits");
+      }
+      Append(results_[i].token, active[i]);
+    }
+    return Status();
+  }
+
+  void Append(int32_t token, Continuation* stream) {
+    const std::vector<int32_t>& ends = session_->model().config.eos_token_ids;
+    const bool ended = std::find(ends.begin(), ends.end(), token) != ends.end();
+    if (!ended) {
+      stream->tokens.push_back(token);
+      if (streams_.size() == 1) Print(token);
+    }
+    stream->done = ended || static_cast<int32_t>(stream->tokens.size()) >
+                                flags_.max_tokens;
+  }
+
+  void Print(int32_t token) const {
+    if (bytes_) {
+      std::putchar(token);
+    } else {
+      std::printf("%d ", token);
+    }
+    std::fflush(stdout);
+  }
+
+  void PrintAll() const {
+    for (size_t i = 0; i < streams_.size(); ++i) {
+      std::printf("\n--- %zu\n%s", i, bytes_ ? flags_.prompt.c_str() : "");
+      for (size_t j = 1; j < streams_[i].tokens.size(); ++j) {
+        Print(streams_[i].tokens[j]);
+      }
+    }
+  }
+
+  const Flags& flags_;
+  bool bytes_;
+  Session* session_;
+  std::vector<Continuation> streams_;
+  std::vector<StepRowResult> results_;
+};
+
+void PrintProgress(int64_t done, int64_t total) {
+  std::fprintf(stderr, "\rloading %3d%%%s",
+               static_cast<int>(100 * done / std::max<int64_t>(total, 1)),
+               done == total ? "\n" : "");
+}
+
+Status RunMain(const Flags& flags) {
+  StatusOr<std::shared_ptr<const Model>> model = Model::Load(
+      CallersPath(flags.model, flags.model == Flags().model), flags.device, {},
+      flags.device.type == DeviceType::kCuda ? PrintProgress : LoadProgress());
+  TENON_RETURN_IF_ERROR(model.status());
+  const bool bytes = flags.prompt_ids.empty();
+  if (bytes && (*model)->config.vocab_size != kByteVocab) {
+    return InvalidArgumentError(
+        flags.model, " has a vocabulary of ", (*model)->config.vocab_size,
+        " tokens and this example has no tokenizer: give --prompt-ids");
+  }
+  const std::vector<int32_t> prompt =
+      bytes ? EncodeBytes(flags.prompt) : flags.prompt_ids;
+
+  SessionOptions options;
+  options.max_sequences = flags.batch;
+  options.max_tokens = std::max(512, flags.batch);
+  options.max_context = static_cast<int32_t>(std::min<int64_t>(
+      (*model)->config.max_position_embeddings,
+      static_cast<int64_t>(prompt.size()) + flags.max_tokens));
+  StatusOr<std::unique_ptr<Session>> session = Session::Create(*model, options);
+  TENON_RETURN_IF_ERROR(session.status());
+
+  if (bytes && flags.batch == 1) std::printf("%s", flags.prompt.c_str());
+  Timing timing;
+  TENON_RETURN_IF_ERROR(
+      Generator(flags, bytes, session->get()).Run(prompt, &timing));
+  std::printf(
+      "\nprompt: %zu tokens in %.1f ms; generated: %lld tokens, "
+      "%.1f tokens/s\n",
+      prompt.size(), timing.prefill_seconds * 1e3,
+      static_cast<long long>(timing.decoded_tokens),
+      static_cast<double>(timing.decoded_tokens) /
+          std::max(timing.decode_seconds, 1e-9));
+  return Status();
+}
+
+}  // namespace
+}  // namespace tenon::examples
+
+int main(int argc, char** argv) {
+  using namespace tenon;
+  StatusOr<examples::Flags> flags = examples::ParseFlags(argc, argv);
+  Status status = flags.status();
+  if (flags.ok() && flags->help) {
+    std::printf("%s", examples::kUsage);
+    return 0;
+  }
+  if (status.ok()) status = examples::RunMain(*flags);
+  if (status.ok()) return 0;
+  std::fprintf(stderr, "generate: %s\n", status.message());
+  return 2;
+}

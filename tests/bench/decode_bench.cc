@@ -1,0 +1,257 @@
+// Whole steps of a Qwen3-MoE model with random weights: decode at several batch
+// sizes, and prefill.
+//
+//   --layers N    of the model's 48; default: all on CUDA, 4 on the CPU
+//   --batch N[,N] decode batch sizes; default 1,8,32 (CPU: 1)
+//   --context N   tokens in the cache of each sequence when timing starts; 512
+//   --prefill N   tokens of the prefill that is timed; 512; 0: none
+// and the flags of every benchmark (bench.h).
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "engine/session.h"
+#include "tests/bench/bench.h"
+
+namespace tenon {
+namespace {
+
+struct Flags {
+  int32_t layers = 0;
+  std::vector<int32_t> batches;
+  int32_t context = 512;
+  int32_t prefill = 512;
+};
+
+ModelConfig Qwen3Moe30B(int32_t layers) {
+  ModelConfig config;
+  config.architecture = Architecture::kQwen3Moe;
+  config.hidden_size = 2048;
+  config.num_layers = layers;
+  config.num_heads = 32;
+  config.num_kv_heads = 4;
+  config.head_dim = 128;
+  config.intermediate_size = 6144;
+  config.moe_intermediate_size = 768;
+  config.num_experts = 128;
+  config.num_experts_per_tok = 8;
+  config.norm_topk_prob = true;
+  config.decoder_sparse_step = 1;
+  config.vocab_size = 151936;
+  config.rms_norm_eps = 1e-6f;
+  config.rope_theta = 1e6;
+  config.max_position_embeddings = 40960;
+  config.tie_word_embeddings = false;
+  return config;
+}
+
+double Seconds() {
+  return std::chrono::duration<double>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+double Median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
+
+// Bytes that a decode step must read: all dense weights, the experts that were
+// hit (counted), and the KV cache.
+double StepBytes(const ModelConfig& c, const StepStats& stats, int32_t rows,
+                 int32_t context) {
+  const double hidden = static_cast<double>(c.hidden_size);
+  const double q = static_cast<double>(c.num_heads) * c.head_dim;
+  const double kv = static_cast<double>(c.num_kv_heads) * c.head_dim;
+  const double attention = hidden * (q + 2 * kv) + q * hidden;
+  const double router = hidden * c.num_experts;
+  const double expert = 3.0 * hidden * c.moe_intermediate_size;
+  double elements = hidden * c.vocab_size;
+  for (int32_t experts : stats.distinct_experts) {
+    elements += attention + router + expert * experts;
+  }
+  elements += 2.0 * kv * context * rows * c.num_layers;
+  return 2.0 * elements;
+}
+
+double TokenFlops(const ModelConfig& c, int32_t context, bool lm_head) {
+  const double hidden = static_cast<double>(c.hidden_size);
+  const double q = static_cast<double>(c.num_heads) * c.head_dim;
+  const double kv = static_cast<double>(c.num_kv_heads) * c.head_dim;
+  const double layer =
+      hidden * (q + 2 * kv) + q * hidden + hidden * c.num_experts +
+      3.0 * hidden * c.moe_intermediate_size * c.num_experts_per_tok +
+      2.0 * q * context;
+  return 2.0 * (layer * c.num_layers + (lm_head ? hidden * c.vocab_size : 0.0));
+}
+
+class DecodeBench {
+ public:
+  DecodeBench(bench::Bench* bench, const Flags& flags)
+      : bench_(bench), flags_(flags), config_(Qwen3Moe30B(flags.layers)) {
+    std::fprintf(stderr, "making %d layers of random weights\n",
+                 config_.num_layers);
+    StatusOr<std::shared_ptr<const Model>> model =
+        Model::Random(config_, DType::kBFloat16, bench->device(), 7);
+    bench::CheckOk(model.status());
+    model_ = *std::move(model);
+    shape_ = StrCat("qwen3-30b-a3b/", config_.num_layers, "L");
+  }
+
+  void Prefill() {
+    const int32_t tokens = flags_.prefill;
+    if (tokens == 0) return;
+    const std::unique_ptr<Session> session = MakeSession(1, tokens);
+    std::vector<double> seconds;
+    for (int repeat = 0; repeat < 4; ++repeat) {
+      const SequenceId sequence = NewSequence(session.get());
+      const std::vector<int32_t> prompt = RandomTokens(tokens);
+      StepRow row;
+      row.sequence = sequence;
+      row.tokens = prompt.data();
+      row.num_tokens = tokens;
+      const double begin = Seconds();
+      bench::CheckOk(session->Step({row}, &results_));
+      if (repeat > 0) seconds.push_back(Seconds() - begin);
+      bench::CheckOk(session->ReleaseSequence(sequence));
+    }
+    bench_->Add({"prefill", shape_, tokens, DType::kBFloat16, 0.0,
+                 tokens * TokenFlops(config_, tokens / 2, false)},
+                Median(seconds) * 1e6);
+    std::fprintf(stderr, "prefill %d: %.1f tokens/s\n", tokens,
+                 tokens / Median(seconds));
+  }
+
+  void Decode(int32_t batch) {
+    const std::unique_ptr<Session> session =
+        MakeSession(batch, std::max(512, batch));
+    std::vector<StepRow> rows(batch);
+    for (StepRow& row : rows) {
+      row.sequence = NewSequence(session.get());
+      FillContext(session.get(), row.sequence);
+      row.num_tokens = 1;
+      row.sampling.temperature = 0.0f;
+    }
+    std::vector<double> seconds;
+    StepStats stats;
+    constexpr int kSteps = 24;
+    for (int step = 0; step < kSteps; ++step) {
+      // Random tokens, so that the routing is that of unrelated requests.
+      const std::vector<int32_t> tokens = RandomTokens(batch);
+      for (int32_t i = 0; i < batch; ++i) rows[i].tokens = &tokens[i];
+      const double begin = Seconds();
+      bench::CheckOk(session->Step(rows, &results_, &stats));
+      if (step >= 4) seconds.push_back(Seconds() - begin);
+    }
+    double experts = 0.0;
+    for (int32_t count : stats.distinct_experts) experts += count;
+    const double median = Median(seconds);
+    bench_->Add({"decode", shape_, batch, DType::kBFloat16,
+                 StepBytes(config_, stats, batch, flags_.context),
+                 batch * TokenFlops(config_, flags_.context, true)},
+                median * 1e6);
+    std::fprintf(stderr,
+                 "decode batch %d: %.3f ms/step, %.1f tokens/s, "
+                 "%.1f distinct experts a layer\n",
+                 batch, median * 1e3, batch / median,
+                 experts / std::max<size_t>(stats.distinct_experts.size(), 1));
+  }
+
+ private:
+  std::unique_ptr<Session> MakeSession(int32_t sequences, int32_t tokens) {
+    SessionOptions options;
+    options.max_sequences = sequences;
+    options.max_tokens = tokens;
+    options.max_context = std::max(flags_.context + 64, flags_.prefill);
+    options.count_experts = true;
+    options.num_threads = bench_->num_threads();
+    StatusOr<std::unique_ptr<Session>> session =
+        Session::Create(model_, options);
+    bench::CheckOk(session.status());
+    return *std::move(session);
+  }
+
+  SequenceId NewSequence(Session* session) {
+    StatusOr<SequenceId> sequence = session->CreateSequence();
+    bench::CheckOk(sequence.status());
+    return *sequence;
+  }
+
+  void FillContext(Session* session, SequenceId sequence) {
+    const std::vector<int32_t> prompt = RandomTokens(flags_.context);
+    for (int32_t at = 0; at < flags_.context;) {
+      StepRow row;
+      row.sequence = sequence;
+      row.tokens = &prompt[at];
+      row.num_tokens = std::min(512, flags_.context - at);
+      row.sample = false;
+      bench::CheckOk(session->Step({row}, &results_));
+      at += row.num_tokens;
+    }
+  }
+
+  std::vector<int32_t> RandomTokens(int32_t count) {
+    std::vector<int32_t> tokens(count);
+    for (int32_t& token : tokens) {
+      state_ = state_ * 6364136223846793005u + 1442695040888963407u;
+      token = static_cast<int32_t>((state_ >> 33) % config_.vocab_size);
+    }
+    return tokens;
+  }
+
+  bench::Bench* bench_;
+  Flags flags_;
+  ModelConfig config_;
+  std::shared_ptr<const Model> model_;
+  std::string shape_;
+  std::vector<StepRowResult> results_;
+  uint64_t state_ = 1;
+};
+
+// Takes this program's own flags out of argv.
+Flags TakeFlags(int* argc, char** argv) {
+  Flags flags;
+  int kept = 1;
+  for (int i = 1; i < *argc; ++i) {
+    const bool has_value = i + 1 < *argc;
+    if (has_value && std::strcmp(argv[i], "--layers") == 0) {
+      flags.layers = std::atoi(argv[++i]);
+    } else if (has_value && std::strcmp(argv[i], "--context") == 0) {
+      flags.context = std::atoi(argv[++i]);
+    } else if (has_value && std::strcmp(argv[i], "--prefill") == 0) {
+      flags.prefill = std::atoi(argv[++i]);
+    } else if (has_value && std::strcmp(argv[i], "--batch") == 0) {
+      for (char* item = std::strtok(argv[++i], ","); item != nullptr;
+           item = std::strtok(nullptr, ",")) {
+        flags.batches.push_back(std::atoi(item));
+      }
+    } else {
+      argv[kept++] = argv[i];
+    }
+  }
+  *argc = kept;
+  return flags;
+}
+
+}  // namespace
+}  // namespace tenon
+
+int main(int argc, char** argv) {
+  tenon::Flags flags = tenon::TakeFlags(&argc, argv);
+  tenon::bench::Bench b(argc, argv, "decode_bench");
+  const bool cuda = b.device().type == tenon::DeviceType::kCuda;
+  if (flags.layers <= 0) flags.layers = cuda ? 48 : 4;
+  if (flags.batches.empty()) {
+    flags.batches =
+        cuda ? std::vector<int32_t>{1, 8, 32} : std::vector<int32_t>{1};
+  }
+  tenon::DecodeBench bench(&b, flags);
+  bench.Prefill();
+  for (int32_t batch : flags.batches) bench.Decode(batch);
+  return b.Finish();
+}
