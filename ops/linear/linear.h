@@ -25,15 +25,19 @@ class CublasLt;
 // batch_invariant it does not depend on their number either. On the CPU that
 // always holds.
 //
-// Does not allocate or synchronise; can be captured in a CUDA graph. Needs
+// Speed on CUDA: rows that start at multiples of 16 bytes and in_features that
+// fill whole 16 bytes. Others work, slowly.
+//
+// Does not allocate or synchronise; can be captured in a CUDA graph. (The first
+// call of a shape through cublas_lt looks up an algorithm, on the host.) Needs
 // `workspace` of LinearWorkspaceBytes(params). Zero tokens is OK.
 struct LinearParams {
   TensorView x;
   TensorView weight;
   TensorView bias;  // optional
   TensorView out;
-  // CUDA: the matrix library to use (see cublas_lt.h). Null, or
-  // batch_invariant: the kernels built in here.
+  // CUDA: the matrix library to use (see cublas_lt.h), of out's device. Null,
+  // or batch_invariant: the kernels built in here.
   CublasLt* cublas_lt = nullptr;
   bool batch_invariant = false;
   void* workspace = nullptr;
@@ -41,8 +45,8 @@ struct LinearParams {
 };
 
 // An upper bound that grows with tokens, so that a caller may size the
-// workspace once for its largest call. Depends on shapes, dtypes and device
-// alone; 0 for invalid params.
+// workspace once for its largest call. Depends on shapes, dtypes, device,
+// whether cublas_lt is given and batch_invariant alone; 0 for invalid params.
 size_t LinearWorkspaceBytes(const LinearParams& params);
 
 Status Linear(const LinearParams& params, Stream stream);

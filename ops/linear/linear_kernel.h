@@ -1,0 +1,46 @@
+#ifndef TENON_OPS_LINEAR_LINEAR_KERNEL_H_
+#define TENON_OPS_LINEAR_LINEAR_KERNEL_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "ops/linear/linear.h"
+
+// How linear chooses among its CUDA kernels. Private to linear and its tests.
+
+namespace tenon {
+
+enum class LinearKernel {
+  kGemv,        // streams the weights once for a few rows of x
+  kSmallTile,   // GEMM tiles of 16 x 32
+  kMediumTile,  // 64 x 64
+  kLargeTile,   // 128 x 128
+  kCublasLt,
+};
+const char* LinearKernelName(LinearKernel kernel);
+
+// What the choice depends on.
+struct LinearProblem {
+  int64_t tokens = 0;
+  // Rows of x and weight start at multiples of 16 bytes and fill whole ones.
+  bool rows_aligned = false;
+  // No two rows of a matrix overlap, which cuBLASLt demands.
+  bool rows_apart = false;
+  bool has_cublas_lt = false;
+  bool batch_invariant = false;
+};
+LinearProblem MakeLinearProblem(const LinearParams& params);
+
+// The rule: up to kLinearGemvTokens tokens are a matter of reading the weights,
+// which kGemv does best; beyond, cuBLASLt where there is one. GEMM tiles do the
+// rest, and everything that must be batch-invariant: an element's bits do not
+// depend on the tile's size.
+inline constexpr int64_t kLinearGemvTokens = 8;
+LinearKernel SelectLinearKernel(const LinearProblem& problem);
+
+// Scratch memory that cuBLASLt may use, for split sums.
+inline constexpr size_t kCublasLtWorkspaceBytes = size_t{32} << 20;
+
+}  // namespace tenon
+
+#endif  // TENON_OPS_LINEAR_LINEAR_KERNEL_H_
