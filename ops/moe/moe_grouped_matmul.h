@@ -7,31 +7,9 @@
 #include "ops/core/status.h"
 #include "ops/core/stream.h"
 #include "ops/core/tensor_view.h"
+#include "ops/moe/expert_matrices.h"
 
 namespace tenon {
-
-// One matrix [rows, cols] per expert, all of one dtype and row stride. Either a
-// base pointer and a distance between experts, as in a tensor [num_experts,
-// rows, cols], or (on the CPU only) a table with one pointer per expert, as in
-// a mapped checkpoint that keeps every expert's matrix on its own.
-struct ExpertMatrices {
-  const void* data = nullptr;
-  int64_t expert_stride = 0;           // in elements
-  const void* const* table = nullptr;  // [num_experts], instead of data
-  int64_t num_experts = 0;
-  int64_t rows = 0;
-  int64_t cols = 0;
-  int64_t row_stride = 0;  // in elements, >= cols
-  DType dtype = DType::kInvalid;
-  Device device;
-};
-
-// All of a contiguous or strided [num_experts, rows, cols] tensor, or `count`
-// rows of each expert from `first_row` on (such as the gate or the up half of a
-// packed w13).
-ExpertMatrices MakeExpertMatrices(const TensorView& weights);
-ExpertMatrices MakeExpertMatrices(const TensorView& weights, int64_t first_row,
-                                  int64_t count);
 
 // For every slot s of expert e in the CSR of MoeAlign:
 //   out[s] = (x[s / slots_per_row] * weight[e]^T + bias[e]) * routing[s]
@@ -45,10 +23,15 @@ ExpertMatrices MakeExpertMatrices(const TensorView& weights, int64_t first_row,
 // [num_slots, rows of weights]. x, weights and out have one dtype (float32,
 // float16 or bfloat16). Rows of x and out may be strided.
 //
+// Limits: num_experts 1 to 1024, rows and cols of weights 1 to 2^30, fewer than
+// 2^31 slots. out overlaps no other tensor.
+//
 // Numerics: products and sums in float32 (no TF32), then bias, then the routing
 // weight, in float32; one rounding to out's dtype. A row's sum over cols has an
-// order that depends on the shapes alone, and with batch_invariant only on
-// cols. Never depends on the other rows' content or experts.
+// order that depends on cols alone, in every kernel choice: a row depends
+// neither on the other rows' content or experts nor on their number, with
+// batch_invariant or without. (The option promises it; without it a later
+// version may choose otherwise.)
 //
 // Does not allocate or synchronise; can be captured in a CUDA graph. Needs
 // `workspace` of MoeGroupedMatmulWorkspaceBytes(params). Zero slots is OK.

@@ -1,0 +1,55 @@
+#ifndef TENON_OPS_MOE_EXPERT_MATRICES_H_
+#define TENON_OPS_MOE_EXPERT_MATRICES_H_
+
+#include <cstdint>
+
+#include "ops/core/status.h"
+#include "ops/core/tensor_view.h"
+
+namespace tenon {
+
+// One matrix [rows, cols] per expert, all of one dtype and row stride. Either a
+// base pointer and a distance between experts, as in a tensor [num_experts,
+// rows, cols], or (on the CPU only) a table with one pointer per expert, as in
+// a mapped checkpoint that keeps every expert's matrix on its own.
+struct ExpertMatrices {
+  const void* data = nullptr;
+  int64_t expert_stride = 0;           // in elements
+  const void* const* table = nullptr;  // [num_experts], instead of data
+  int64_t num_experts = 0;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  int64_t row_stride = 0;  // in elements, >= cols
+  DType dtype = DType::kInvalid;
+  Device device;
+};
+
+// All of a contiguous or strided [num_experts, rows, cols] tensor, or `count`
+// rows of each expert from `first_row` on (such as the gate or the up half of a
+// packed w13).
+ExpertMatrices MakeExpertMatrices(const TensorView& weights);
+ExpertMatrices MakeExpertMatrices(const TensorView& weights, int64_t first_row,
+                                  int64_t count);
+
+// Row `row` of one expert's matrix, in host memory or as a device address.
+inline const void* ExpertRow(const ExpertMatrices& matrices, int64_t expert,
+                             int64_t row) {
+  const void* base =
+      matrices.table != nullptr ? matrices.table[expert] : matrices.data;
+  const int64_t offset =
+      row * matrices.row_stride +
+      (matrices.table != nullptr ? 0 : expert * matrices.expert_stride);
+  return static_cast<const char*>(base) +
+         offset * static_cast<int64_t>(DTypeSize(matrices.dtype));
+}
+
+// Requires `matrices` to have the given shape, dtype and device, and pointers
+// and strides that can be used. InvalidArgument names op, field and value.
+Status CheckExpertMatrices(const char* op, const char* field,
+                           const ExpertMatrices& matrices, int64_t num_experts,
+                           int64_t rows, int64_t cols, DType dtype,
+                           Device device);
+
+}  // namespace tenon
+
+#endif  // TENON_OPS_MOE_EXPERT_MATRICES_H_

@@ -1,0 +1,166 @@
+#include "ops/moe/moe.h"
+
+#include <algorithm>
+
+#include "ops/core/build_config.h"
+#include "ops/core/validate.h"
+#include "ops/moe/moe_backend.h"
+#include "ops/moe/moe_tile_rows.h"
+
+namespace tenon {
+namespace {
+
+constexpr char kOp[] = "Moe";
+constexpr int64_t kMaxExperts = 1024;
+constexpr int64_t kMaxTopK = 32;
+constexpr int64_t kMaxDim = int64_t{1} << 30;
+
+Status ValidateShapes(const MoeParams& p) {
+  const Device device = p.x.device;
+  const DType dtype = p.x.dtype;
+  TENON_RETURN_IF_ERROR(
+      CheckTensor(kOp, "x", p.x, {kAnySize, kAnySize}, kFloatDTypes, device));
+  const int64_t tokens = p.x.shape[0];
+  const int64_t hidden = p.x.shape[1];
+  const int64_t intermediate = p.gate.rows;
+  const int64_t num_experts = p.gate.num_experts;
+  TENON_RETURN_IF_ERROR(
+      CheckRange(kOp, "hidden (columns of x)", hidden, 1, kMaxDim));
+  TENON_RETURN_IF_ERROR(
+      CheckRange(kOp, "intermediate (rows of gate)", intermediate, 1, kMaxDim));
+  TENON_RETURN_IF_ERROR(
+      CheckRange(kOp, "num_experts of gate", num_experts, 1, kMaxExperts));
+  TENON_RETURN_IF_ERROR(CheckExpertMatrices(
+      kOp, "gate", p.gate, num_experts, intermediate, hidden, dtype, device));
+  TENON_RETURN_IF_ERROR(CheckExpertMatrices(
+      kOp, "up", p.up, num_experts, intermediate, hidden, dtype, device));
+  TENON_RETURN_IF_ERROR(CheckExpertMatrices(
+      kOp, "down", p.down, num_experts, hidden, intermediate, dtype, device));
+  TENON_RETURN_IF_ERROR(CheckTensor(kOp, "topk_ids", p.topk_ids,
+                                    {tokens, kAnySize}, DTypes({DType::kInt32}),
+                                    device));
+  const int64_t top_k = p.topk_ids.shape[1];
+  TENON_RETURN_IF_ERROR(
+      CheckRange(kOp, "top_k (columns of topk_ids)", top_k, 1, kMaxTopK));
+  TENON_RETURN_IF_ERROR(CheckTensor(kOp, "topk_weights", p.topk_weights,
+                                    {tokens, top_k}, DTypes({DType::kFloat32}),
+                                    device));
+  return CheckOutput(kOp, "out", p.out, {tokens, hidden}, DTypes({dtype}),
+                     device);
+}
+
+Status Validate(const MoeParams& p) {
+  TENON_RETURN_IF_ERROR(ValidateShapes(p));
+  if (p.out.data != p.x.data && MemoryOverlaps(p.out, p.x)) {
+    return InvalidArgumentError(kOp, ": out overlaps x without being x");
+  }
+  if (p.out.data == p.x.data && p.x.shape[0] > 1 &&
+      p.out.stride[0] != p.x.stride[0]) {
+    return InvalidArgumentError(kOp, ": out is x with another row stride");
+  }
+  if (MemoryOverlaps(p.out, p.topk_ids) ||
+      MemoryOverlaps(p.out, p.topk_weights)) {
+    return InvalidArgumentError(kOp, ": out overlaps topk_ids or topk_weights");
+  }
+  return CheckWorkspace(kOp, p.workspace, p.workspace_size,
+                        LayOutScratch(p).bytes, p.x.device);
+}
+
+int64_t ChunkTokens(Device device) {
+  return device.type == DeviceType::kCpu ? kMoeCpuChunkTokens : kMoeChunkTokens;
+}
+
+MoeAlignParams AlignParams(const MoeParams& chunk, const MoeScratch& scratch) {
+  const Device device = chunk.x.device;
+  const int64_t num_slots = NumElements(chunk.topk_ids);
+  MoeAlignParams p;
+  p.topk_ids = chunk.topk_ids;
+  p.num_experts = static_cast<int32_t>(chunk.gate.num_experts);
+  p.expert_offsets = MakeTensor(scratch.expert_offsets, DType::kInt32, device,
+                                {chunk.gate.num_experts + 1});
+  p.sorted_slots =
+      MakeTensor(scratch.sorted_slots, DType::kInt32, device, {num_slots});
+  p.workspace = scratch.align;
+  p.workspace_size = scratch.align_bytes;
+  return p;
+}
+
+MoeParams Chunk(const MoeParams& p, int64_t first, int64_t count) {
+  MoeParams chunk = p;
+  chunk.x = Rows(p.x, first, count);
+  chunk.topk_ids = Rows(p.topk_ids, first, count);
+  chunk.topk_weights = Rows(p.topk_weights, first, count);
+  chunk.out = Rows(p.out, first, count);
+  return chunk;
+}
+
+}  // namespace
+
+MoeScratch LayOutScratch(const MoeParams& p) {
+  const bool cuda = p.x.device.type == DeviceType::kCuda;
+  const int64_t tokens = std::min(p.x.shape[0], ChunkTokens(p.x.device));
+  const int64_t num_experts = p.gate.num_experts;
+  const int64_t slots = tokens * p.topk_ids.shape[1];
+  const int64_t hidden = p.x.shape[1];
+  const int64_t intermediate = p.gate.rows;
+  const int64_t element = static_cast<int64_t>(DTypeSize(p.x.dtype));
+
+  WorkspaceCutter cutter(p.workspace);
+  MoeScratch s;
+  s.expert_offsets = cutter.Take<int32_t>(num_experts + 1);
+  s.sorted_slots = cutter.Take<int32_t>(slots);
+  s.align_bytes =
+      MoeAlignWorkspaceBytes(AlignParams(Chunk(p, 0, tokens), MoeScratch()));
+  s.align = cutter.TakeBytes(s.align_bytes);
+  if (cuda) {
+    s.tiles = cutter.Take<int32_t>(
+        3 *
+        MoeMaxTiles(slots, static_cast<int32_t>(num_experts), kMoeMinTileRows));
+    s.hidden = cutter.TakeBytes(slots * intermediate * element);
+  } else {
+    s.active_experts = cutter.Take<int32_t>(num_experts);
+    s.gathered = cutter.Take<float>(slots * hidden);
+    s.hidden = cutter.Take<float>(slots * intermediate);
+  }
+  s.weighted = cutter.TakeBytes(slots * hidden * element);
+  s.bytes = cutter.size();
+  return s;
+}
+
+Status AlignChunk(const MoeParams& chunk, const MoeScratch& scratch,
+                  int32_t tile_rows, int64_t num_tiles, Stream stream) {
+  MoeAlignParams p = AlignParams(chunk, scratch);
+  if (tile_rows > 0) {
+    p.tile_rows = tile_rows;
+    p.tiles = MakeTensor(scratch.tiles, DType::kInt32, chunk.x.device,
+                         {num_tiles, 3});
+  }
+  return MoeAlign(p, stream);
+}
+
+size_t MoeWorkspaceBytes(const MoeParams& params) {
+  return ValidateShapes(params).ok() ? LayOutScratch(params).bytes : 0;
+}
+
+Status Moe(const MoeParams& params, Stream stream) {
+  TENON_RETURN_IF_ERROR(Validate(params));
+  const Device device = params.x.device;
+  if (device.type == DeviceType::kCuda && !kCudaBuilt) {
+    return NoBackendError(kOp, device);
+  }
+  const MoeScratch scratch = LayOutScratch(params);
+  const int64_t tokens = params.x.shape[0];
+  const int64_t step = ChunkTokens(device);
+  for (int64_t first = 0; first < tokens; first += step) {
+    const MoeParams chunk =
+        Chunk(params, first, std::min(step, tokens - first));
+    if (device.type == DeviceType::kCpu) {
+      TENON_RETURN_IF_ERROR(MoeCpu(chunk, scratch, stream));
+    } else if constexpr (kCudaBuilt) {
+      TENON_RETURN_IF_ERROR(MoeCuda(chunk, scratch, stream));
+    }
+  }
+  return Status();
+}
+
+}  // namespace tenon

@@ -1,0 +1,227 @@
+#include "ops/core/gemm_tile_cuda.cuh"
+#include "ops/moe/moe_backend.h"
+#include "ops/moe/moe_gemm_cuda.cuh"
+#include "ops/moe/moe_tile_rows.h"
+
+// Launches: align, unless there are few slots; gate and up projection with
+// SwiGLU; down projection with the routing weight; sum.
+
+namespace tenon {
+namespace {
+
+using cuda::CeilDiv;
+using cuda::GemmTile;
+using cuda::GemmTileShape;
+using cuda::Vec;
+
+constexpr char kOp[] = "Moe";
+
+// ---------------------------------------------------------------------------
+// hidden[slot] = silu(x[token] * gate^T) * (x[token] * up^T)
+// ---------------------------------------------------------------------------
+
+struct GateUp {
+  MoeTileSource source;
+  TensorView x;
+  int32_t top_k;
+  ExpertMatrices gate;
+  ExpertMatrices up;
+  void* hidden;
+};
+
+template <class T, class Shape, bool kAligned>
+__global__ void __launch_bounds__(GemmTile<T, Shape, kAligned>::kThreads)
+    GateUpKernel(const GateUp g) {
+  using Tile = GemmTile<T, Shape, kAligned>;
+  extern __shared__ __align__(128) char shared[];
+  __shared__ MoeTile<Shape::kM> tile;
+  const int64_t cols = g.gate.rows;
+  const int col_tiles = static_cast<int>(CeilDiv(cols, int64_t{Shape::kN}));
+  FindTile(g.source, blockIdx.x / col_tiles, &tile);
+  if (tile.expert < 0) return;
+
+  const int64_t col = blockIdx.x % col_tiles * int64_t{Shape::kN};
+  const T* const b[2] = {
+      static_cast<const T*>(g.gate.data) + tile.expert * g.gate.expert_stride +
+          col * g.gate.row_stride,
+      static_cast<const T*>(g.up.data) + tile.expert * g.up.expert_stride +
+          col * g.up.row_stride};
+  const int64_t b_stride[2] = {g.gate.row_stride, g.up.row_stride};
+  Tile::Run(
+      shared,
+      [&](int m) -> const T* {
+        const int slot = tile.slots[m];
+        return slot < 0 ? nullptr
+                        : g.x.As<const T>() + slot / g.top_k * g.x.stride[0];
+      },
+      b, b_stride, cols - col, static_cast<int>(g.gate.cols),
+      [&](int m, int n, const float(&c)[2][Tile::kCols]) {
+        const int slot = tile.slots[m];
+        if (slot < 0) return;
+        float v[Tile::kCols];
+#pragma unroll
+        for (int i = 0; i < Tile::kCols; ++i) {
+          v[i] = c[0][i] / (1.0f + expf(-c[0][i])) * c[1][i];
+        }
+        cuda::StoreColumns(static_cast<T*>(g.hidden) + slot * cols, col + n,
+                           cols, v, kAligned);
+      });
+}
+
+template <class T, class Shape, bool kAligned>
+Status LaunchShape(const GateUp& g, Stream stream) {
+  using Tile = GemmTile<T, Shape, kAligned>;
+  dim3 grid;
+  TENON_RETURN_IF_ERROR(
+      MoeGrid(kOp, g.source.num_tiles, g.gate.rows, Shape::kN, &grid));
+  return cuda::Launch(kOp, stream, grid, dim3(Tile::kThreads),
+                      Tile::kSharedBytes, GateUpKernel<T, Shape, kAligned>, g);
+}
+
+// The shapes of the grouped matrix product, with half the columns of two
+// matrices each.
+template <class T>
+Status LaunchGateUp(const GateUp& g, int32_t tile_rows, bool aligned,
+                    Stream stream) {
+  if constexpr (sizeof(T) == 4) {
+    using Low = GemmTileShape<16, 32, 1, 2, 4, 2>;
+    using Tall = GemmTileShape<64, 32, 2, 2, 3, 2>;
+    if (!aligned) return LaunchShape<T, Tall, false>(g, stream);
+    return tile_rows == 16 ? LaunchShape<T, Low, true>(g, stream)
+                           : LaunchShape<T, Tall, true>(g, stream);
+  } else {
+    using Any = GemmTileShape<64, 32, 2, 2, 2, 2>;
+    using Low = GemmTileShape<16, 32, 1, 2, 6, 2>;
+    using Tall = GemmTileShape<64, 64, 2, 4, 4, 2>;
+    using Taller = GemmTileShape<128, 64, 2, 4, 3, 2>;
+    if (!aligned) return LaunchShape<T, Any, false>(g, stream);
+    if (tile_rows == 16) return LaunchShape<T, Low, true>(g, stream);
+    return tile_rows == 64 ? LaunchShape<T, Tall, true>(g, stream)
+                           : LaunchShape<T, Taller, true>(g, stream);
+  }
+}
+
+// ---------------------------------------------------------------------------
+// out[token] = sum of weighted[token * top_k + j] over the valid choices j
+// ---------------------------------------------------------------------------
+
+constexpr int kSumThreads = 128;
+
+template <class T, int kVec>
+__global__ void __launch_bounds__(kSumThreads)
+    SumKernel(TensorView ids, int num_experts, const T* weighted,
+              TensorView out) {
+  const int64_t hidden = out.shape[1];
+  const int64_t per_row = hidden / kVec;
+  const int64_t i = blockIdx.x * int64_t{kSumThreads} + threadIdx.x;
+  const int64_t token = i / per_row;
+  if (token >= out.shape[0]) return;
+  const int64_t col = i % per_row * kVec;
+  const int top_k = static_cast<int>(ids.shape[1]);
+  const int32_t* token_ids = ids.As<const int32_t>() + token * ids.stride[0];
+  const T* row = weighted + token * top_k * hidden + col;
+  float sums[kVec] = {};
+#pragma unroll 4
+  for (int j = 0; j < top_k; ++j) {
+    if (static_cast<unsigned>(token_ids[j]) >=
+        static_cast<unsigned>(num_experts)) {
+      continue;
+    }
+    const auto v = *reinterpret_cast<const Vec<T, kVec>*>(row + j * hidden);
+#pragma unroll
+    for (int c = 0; c < kVec; ++c) sums[c] += cuda::ToFloat(v.v[c]);
+  }
+  Vec<T, kVec> sum;
+#pragma unroll
+  for (int c = 0; c < kVec; ++c) sum.v[c] = cuda::FromFloat<T>(sums[c]);
+  *reinterpret_cast<Vec<T, kVec>*>(out.As<T>() + token * out.stride[0] + col) =
+      sum;
+}
+
+template <class T>
+Status LaunchSum(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
+  constexpr int kWide = 16 / sizeof(T);
+  const bool wide =
+      p.out.shape[1] % kWide == 0 && cuda::RowsAreAligned(p.out, 16);
+  const int64_t threads = NumElements(p.out) / (wide ? kWide : 1);
+  const int64_t blocks = CeilDiv(threads, int64_t{kSumThreads});
+  auto* const kernel = wide ? SumKernel<T, kWide> : SumKernel<T, 1>;
+  return cuda::Launch(kOp, stream, dim3(static_cast<unsigned>(blocks)),
+                      dim3(kSumThreads), 0, kernel, p.topk_ids,
+                      static_cast<int>(p.gate.num_experts),
+                      static_cast<const T*>(scratch.weighted), p.out);
+}
+
+// ---------------------------------------------------------------------------
+
+// Whether all that the matrix products read and write can be read 16 bytes at
+// a time. Intermediate rows are contiguous, so widths suffice there.
+template <class T>
+bool IsAligned(const MoeParams& p) {
+  return MoeMatricesAreAligned(p.gate) && MoeMatricesAreAligned(p.up) &&
+         MoeMatricesAreAligned(p.down) &&
+         cuda::GemmRowsAreAligned(p.x.data,
+                                  p.x.shape[0] > 1 ? p.x.stride[0] : 0,
+                                  p.x.shape[1], sizeof(T));
+}
+
+template <class T>
+Status Compute(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
+  const Device device = p.x.device;
+  const int64_t num_experts = p.gate.num_experts;
+  const int32_t top_k = static_cast<int32_t>(p.topk_ids.shape[1]);
+  const int64_t num_slots = p.x.shape[0] * top_k;
+  const bool aligned = IsAligned<T>(p);
+  const int32_t tile_rows =
+      MoeTileRows(p.x.dtype, aligned, num_slots, num_experts);
+
+  MoeTileSource source;
+  if (num_slots <= kMoeMaxDirectSlots) {
+    source.ids = p.topk_ids.As<const int32_t>();
+    source.ids_stride = p.topk_ids.stride[0];
+    source.top_k = top_k;
+    source.num_slots = static_cast<int32_t>(num_slots);
+    source.num_experts = static_cast<int32_t>(num_experts);
+    source.num_tiles = num_slots;
+  } else {
+    source.num_tiles =
+        MoeMaxTiles(num_slots, static_cast<int32_t>(num_experts), tile_rows);
+    TENON_RETURN_IF_ERROR(
+        AlignChunk(p, scratch, tile_rows, source.num_tiles, stream));
+    source.tiles = scratch.tiles;
+    source.expert_offsets = scratch.expert_offsets;
+    source.sorted_slots = scratch.sorted_slots;
+  }
+
+  const GateUp gate_up = {source, p.x, top_k, p.gate, p.up, scratch.hidden};
+  TENON_RETURN_IF_ERROR(LaunchGateUp<T>(gate_up, tile_rows, aligned, stream));
+
+  MoeGroupedGemm down;
+  down.source = source;
+  down.x =
+      MakeTensor(scratch.hidden, p.x.dtype, device, {num_slots, p.gate.rows});
+  down.weights = p.down;
+  down.routing = {p.topk_weights.As<const float>(), p.topk_weights.stride[0],
+                  top_k};
+  down.out = MakeTensor(scratch.weighted, p.x.dtype, device,
+                        {num_slots, p.x.shape[1]});
+  TENON_RETURN_IF_ERROR(
+      LaunchMoeGroupedGemm(kOp, down, tile_rows, aligned, stream));
+  return LaunchSum<T>(p, scratch, stream);
+}
+
+}  // namespace
+
+Status MoeCuda(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
+  const cuda::DeviceGuard guard(p.x.device);
+  switch (p.x.dtype) {
+    case DType::kFloat32:
+      return Compute<float>(p, scratch, stream);
+    case DType::kFloat16:
+      return Compute<__half>(p, scratch, stream);
+    default:
+      return Compute<__nv_bfloat16>(p, scratch, stream);
+  }
+}
+
+}  // namespace tenon

@@ -1,0 +1,25 @@
+#ifndef TENON_OPS_MOE_MOE_GROUPED_MATMUL_BACKEND_H_
+#define TENON_OPS_MOE_MOE_GROUPED_MATMUL_BACKEND_H_
+
+#include "ops/core/workspace.h"
+#include "ops/moe/moe_grouped_matmul.h"
+
+namespace tenon {
+
+// The pieces of a call's workspace.
+struct MoeGroupedMatmulScratch {
+  int32_t* tiles = nullptr;           // CUDA: [max_tiles, 3], as in MoeAlign
+  float* gathered = nullptr;          // CPU: rows of x, as in sorted_slots
+  int32_t* active_experts = nullptr;  // CPU: [num_experts]
+  size_t bytes = 0;
+};
+MoeGroupedMatmulScratch LayOutScratch(const MoeGroupedMatmulParams& params);
+
+// Backends trust `params`: MoeGroupedMatmul() has validated them.
+Status MoeGroupedMatmulCpu(const MoeGroupedMatmulParams& params, Stream stream);
+Status MoeGroupedMatmulCuda(const MoeGroupedMatmulParams& params,
+                            Stream stream);
+
+}  // namespace tenon
+
+#endif  // TENON_OPS_MOE_MOE_GROUPED_MATMUL_BACKEND_H_
