@@ -1,7 +1,6 @@
 #include "ops/core/cpu_matmul.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "ops/core/cpu_matmul_isa.h"
 
@@ -43,7 +42,7 @@ void ConvertToFloat(DType dtype, const void* from, int64_t count, float* to) {
     case DType::kBFloat16:
       return Convert(static_cast<const BFloat16*>(from), count, to);
     default:
-      std::memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
+      std::copy_n(static_cast<const float*>(from), count, to);
   }
 }
 
@@ -54,7 +53,7 @@ void ConvertFromFloat(DType dtype, const float* from, int64_t count, void* to) {
     case DType::kBFloat16:
       return Convert(from, count, static_cast<BFloat16*>(to));
     default:
-      std::memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
+      std::copy_n(from, count, static_cast<float*>(to));
   }
 }
 

@@ -1,0 +1,580 @@
+#include "ops/linear/linear.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <memory>
+
+#include "ops/linear/cublas_lt.h"
+#include "ops/linear/linear_kernel.h"
+#include "tests/reference/linear_reference.h"
+#include "tests/testing/compare.h"
+#include "tests/testing/op_test.h"
+#include "tests/testing/random.h"
+#include "tests/testing/test_tensor.h"
+
+namespace tenon {
+namespace {
+
+using testing::Normal;
+using testing::TestTensor;
+
+// The ways to run a call.
+enum class Mode { kDefault, kBatchInvariant, kCublasLt };
+
+const char* ModeName(Mode mode) {
+  switch (mode) {
+    case Mode::kDefault:
+      return "default";
+    case Mode::kBatchInvariant:
+      return "batch-invariant";
+    case Mode::kCublasLt:
+      break;
+  }
+  return "cuBLASLt";
+}
+
+struct Shape {
+  int64_t tokens;
+  int64_t out_features;
+  int64_t in_features;
+};
+
+struct Options {
+  bool bias = false;
+  bool float_out = false;
+  int64_t padding = 0;  // elements between rows
+  int64_t offset = 0;   // elements before the first, all of which are unaligned
+};
+
+// The tensors of one call.
+class Call {
+ public:
+  Call(Device device, DType dtype, Shape s, Options o, uint64_t seed = 1)
+      : x_(Matrix(device, dtype, s.tokens, s.in_features, o, seed)),
+        weight_(
+            Matrix(device, dtype, s.out_features, s.in_features, o, seed + 1)),
+        out_(device, o.float_out ? DType::kFloat32 : dtype,
+             {s.tokens, s.out_features + o.offset},
+             {s.out_features + o.offset + o.padding, 1}, {}),
+        shape_(s),
+        options_(o) {
+    if (o.bias) {
+      bias_ = TestTensor(device, dtype, {s.out_features + o.offset},
+                         Normal(s.out_features + o.offset, seed + 2));
+    }
+  }
+
+  LinearParams params() const {
+    LinearParams p;
+    p.x = Inner(x_);
+    p.weight = Inner(weight_);
+    p.out = Inner(out_);
+    if (options_.bias) {
+      p.bias = bias_.view();
+      p.bias.shape[0] -= options_.offset;
+      p.bias.data =
+          bias_.view().As<char>() +
+          options_.offset * static_cast<int64_t>(DTypeSize(p.bias.dtype));
+    }
+    return p;
+  }
+
+  std::vector<double> Values() const { return InnerValues(out_, false); }
+
+  reference::LinearResult Expected() const {
+    std::vector<double> bias;
+    if (options_.bias) {
+      bias = bias_.InitialValues();
+      bias.erase(bias.begin(), bias.begin() + options_.offset);
+    }
+    return reference::Linear(InnerValues(x_, true), InnerValues(weight_, true),
+                             bias, shape_.tokens, shape_.out_features,
+                             shape_.in_features);
+  }
+
+  void ExpectOnlyOutChanged() const {
+    EXPECT_EQ(x_.Bytes(), x_.InitialBytes());
+    EXPECT_EQ(weight_.Bytes(), weight_.InitialBytes());
+    EXPECT_EQ(out_.NumStrayWrites(), 0);
+    if (options_.offset == 0) return;
+    // The columns before the first are elements of out_, but not of the call.
+    const int64_t width = out_.view().shape[1];
+    const std::vector<double> values = out_.Values();
+    for (size_t i = 0; i < values.size(); i += width) {
+      for (int64_t c = 0; c < options_.offset; ++c) {
+        EXPECT_TRUE(std::isnan(values[i + c]));
+      }
+    }
+  }
+
+ private:
+  static TestTensor Matrix(Device device, DType dtype, int64_t rows,
+                           int64_t cols, Options o, uint64_t seed) {
+    return TestTensor(device, dtype, {rows, cols + o.offset},
+                      {cols + o.offset + o.padding, 1},
+                      Normal(rows * (cols + o.offset), seed));
+  }
+
+  TensorView Inner(const TestTensor& matrix) const {
+    return Columns(matrix.view(), options_.offset,
+                   matrix.view().shape[1] - options_.offset);
+  }
+
+  std::vector<double> InnerValues(const TestTensor& matrix,
+                                  bool initial) const {
+    const std::vector<double> all =
+        initial ? matrix.InitialValues() : matrix.Values();
+    const int64_t width = matrix.view().shape[1];
+    std::vector<double> inner;
+    for (size_t i = 0; i < all.size(); i += width) {
+      inner.insert(inner.end(), all.begin() + i + options_.offset,
+                   all.begin() + i + width);
+    }
+    return inner;
+  }
+
+  TestTensor x_;
+  TestTensor weight_;
+  TestTensor bias_;
+  TestTensor out_;
+  Shape shape_;
+  Options options_;
+};
+
+class LinearTest : public testing::OpTest {
+ protected:
+  static void TearDownTestSuite() { cublas_lt_.reset(); }
+
+  void SetUp() override {
+    OpTest::SetUp();
+    if (IsSkipped() || device().type == DeviceType::kCpu || cublas_lt_) return;
+    StatusOr<std::unique_ptr<CublasLt>> lt = CublasLt::Create(device());
+    if (lt.ok()) {
+      cublas_lt_ = *std::move(lt);
+    } else {
+      EXPECT_EQ(lt.status().code(), StatusCode::kUnavailable);
+    }
+  }
+
+  std::vector<Mode> Modes() const {
+    if (device().type == DeviceType::kCpu) return {Mode::kDefault};
+    std::vector<Mode> modes = {Mode::kDefault, Mode::kBatchInvariant};
+    if (cublas_lt_) modes.push_back(Mode::kCublasLt);
+    return modes;
+  }
+
+  void Run(LinearParams p, Mode mode) { Run(p, mode, stream()); }
+  void Run(LinearParams p, Mode mode, Stream on) {
+    p.batch_invariant = mode == Mode::kBatchInvariant;
+    p.cublas_lt = mode == Mode::kCublasLt ? cublas_lt_.get() : nullptr;
+    p.workspace_size = LinearWorkspaceBytes(p);
+    StatusOr<Buffer> workspace = Buffer::Allocate(device(), p.workspace_size);
+    ASSERT_TRUE(workspace.ok()) << workspace.status().message();
+    p.workspace = workspace->data();
+    const Status status = Linear(p, on);
+    ASSERT_TRUE(status.ok()) << status.message();
+    Finish();
+  }
+
+  // The out of a call, as bits that memcmp as they are.
+  std::vector<double> OutOf(const Call& call, Mode mode) {
+    Run(call.params(), mode);
+    return call.Values();
+  }
+
+  void ExpectMatches(const Call& call, Mode mode, DType out_dtype,
+                     const reference::LinearResult& expected, int64_t depth) {
+    Run(call.params(), mode);
+    call.ExpectOnlyOutChanged();
+    const std::vector<double> actual = call.Values();
+    ASSERT_EQ(actual.size(), expected.out.size());
+    // Sums in float32: the error of a sum grows with its number of steps, and
+    // tensor cores truncate where others round. Then half an ulp of out.
+    const double sum_error = std::ldexp(8.0 + depth / 4.0, -24);
+    double half_ulp = 0.0;
+    double tiny = 0.0;
+    if (out_dtype == DType::kBFloat16) half_ulp = std::ldexp(1.0, -8);
+    if (out_dtype == DType::kFloat16) {
+      half_ulp = std::ldexp(1.0, -11);
+      tiny = std::ldexp(1.0, -25);
+    }
+    for (size_t i = 0; i < actual.size(); ++i) {
+      ASSERT_NEAR(actual[i], expected.out[i],
+                  std::fabs(expected.out[i]) * half_ulp + tiny +
+                      expected.magnitude[i] * sum_error)
+          << "element " << i;
+    }
+    if (actual.empty()) return;
+    EXPECT_LT(testing::RelativeFrobeniusError(actual, expected.out),
+              out_dtype == DType::kFloat32 ? 1e-5 : 4e-3);
+    if (out_dtype == DType::kFloat32 || actual.size() < 1000) return;
+    // Nearly all elements are those of an exact sum, and the others unbiased.
+    testing::Closeness closeness;
+    closeness.min_exact = 0.9;
+    closeness.absolute = 0.05;
+    EXPECT_TRUE(testing::IsClose(actual, expected.out, out_dtype, closeness));
+  }
+
+  void CheckShape(Shape shape, Options options) {
+    SCOPED_TRACE(StrCat(shape.tokens, "x", shape.out_features, "x",
+                        shape.in_features, options.bias ? " bias" : "",
+                        options.float_out ? " float out" : "", " padding ",
+                        options.padding, " offset ", options.offset));
+    const DType out_dtype = options.float_out ? DType::kFloat32 : dtype();
+    reference::LinearResult expected;
+    for (Mode mode : Modes()) {
+      SCOPED_TRACE(ModeName(mode));
+      const Call call(device(), dtype(), shape, options);
+      if (mode == Mode::kDefault) expected = call.Expected();
+      ExpectMatches(call, mode, out_dtype, expected, shape.in_features);
+    }
+  }
+
+  static std::unique_ptr<CublasLt> cublas_lt_;
+};
+std::unique_ptr<CublasLt> LinearTest::cublas_lt_;
+
+// The options take turns, so that all of them meet all kinds of sizes.
+TEST_P(LinearTest, MatchesReference) {
+  int turn = 0;
+  for (int64_t tokens : {0, 1, 2, 3, 7, 13, 64, 111}) {
+    for (int64_t out_features : {1, 8, 13, 64, 111, 192, 2048}) {
+      for (int64_t in_features : {1, 8, 13, 64, 111, 192, 2048}) {
+        if (tokens * out_features * in_features > 2000000) continue;
+        Options options;
+        options.bias = turn % 2 == 1;
+        options.float_out = turn % 3 == 1;
+        options.padding = turn % 5 == 1 ? 3 : turn % 5 == 2 ? 8 : 0;
+        options.offset = turn % 7 == 3 ? 1 : 0;
+        ++turn;
+        CheckShape({tokens, out_features, in_features}, options);
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+// Every option with sizes that the fast paths take.
+TEST_P(LinearTest, MatchesReferenceWithAlignedRows) {
+  for (int64_t tokens : {1, 5, 8, 9, 33, 130}) {
+    for (bool bias : {false, true}) {
+      for (bool float_out : {false, true}) {
+        for (int64_t padding : {0, 8}) {
+          CheckShape({tokens, 72, 328}, {bias, float_out, padding, 0});
+          if (HasFatalFailure()) return;
+        }
+      }
+    }
+  }
+  CheckShape({2, 264, 4096}, {true, false, 0, 0});
+  CheckShape({1, 7, 12288}, {false, false, 0, 0});
+  CheckShape({17, 40, 8192}, {true, false, 0, 0});
+}
+
+// Layer shapes of models, against the CPU backend, which the tests above hold
+// to the reference.
+TEST_P(LinearTest, MatchesCpuAtModelShapes) {
+  if (device().type == DeviceType::kCpu) GTEST_SKIP() << "is the CPU";
+  for (const Shape& shape : std::vector<Shape>{{1, 5120, 2048},
+                                               {4, 2048, 4096},
+                                               {8, 5120, 2048},
+                                               {32, 2048, 4096},
+                                               {200, 5120, 2048},
+                                               {512, 1024, 4096}}) {
+    SCOPED_TRACE(
+        StrCat(shape.tokens, "x", shape.out_features, "x", shape.in_features));
+    const Call on_cpu(Device(), dtype(), shape, {true, true, 0, 0});
+    std::vector<float> scratch(shape.tokens * shape.in_features + 16);
+    LinearParams p = on_cpu.params();
+    p.workspace_size = LinearWorkspaceBytes(p);
+    p.workspace = reinterpret_cast<void*>(
+        (reinterpret_cast<uintptr_t>(scratch.data()) + 63) / 64 * 64);
+    ASSERT_TRUE(Linear(p, Stream()).ok());
+    const std::vector<double> expected = on_cpu.Values();
+    for (Mode mode : Modes()) {
+      SCOPED_TRACE(ModeName(mode));
+      for (bool float_out : {false, true}) {
+        const Call call(device(), dtype(), shape, {true, float_out, 0, 0});
+        const std::vector<double> actual = OutOf(call, mode);
+        const bool exact = float_out || dtype() == DType::kFloat32;
+        EXPECT_LT(testing::RelativeFrobeniusError(actual, expected),
+                  exact ? 1e-5 : 4e-3);
+      }
+    }
+  }
+}
+
+TEST_P(LinearTest, SameCallGivesTheSameBits) {
+  for (Shape shape : {Shape{1, 520, 2048}, Shape{6, 64, 776},
+                      Shape{24, 136, 4096}, Shape{150, 264, 512}}) {
+    for (Mode mode : Modes()) {
+      SCOPED_TRACE(StrCat(shape.tokens, " tokens, ", ModeName(mode)));
+      const Call call(device(), dtype(), shape, {true, true, 0, 0});
+      const std::vector<double> first = OutOf(call, mode);
+      for (int i = 0; i < 3; ++i) EXPECT_EQ(OutOf(call, mode), first);
+    }
+  }
+}
+
+TEST_P(LinearTest, RowDoesNotDependOnTheContentOfOthers) {
+  constexpr int64_t kIn = 264;
+  constexpr int64_t kOut = 72;
+  const std::vector<float> weight = Normal(kOut * kIn, 20);
+  for (int64_t tokens : {2, 8, 16, 64, 130}) {
+    for (Mode mode : Modes()) {
+      SCOPED_TRACE(StrCat(tokens, " tokens, ", ModeName(mode)));
+      std::vector<double> rows[2];
+      for (int i = 0; i < 2; ++i) {
+        // The last row is the same, the others huge in the second call.
+        std::vector<float> x =
+            Normal(tokens * kIn, 21 + i, 0.0f, 1.0f + 99 * i);
+        const std::vector<float> last = Normal(kIn, 23);
+        std::copy(last.begin(), last.end(), x.end() - kIn);
+        const TestTensor x_tensor(device(), dtype(), {tokens, kIn}, x);
+        const TestTensor weight_tensor(device(), dtype(), {kOut, kIn}, weight);
+        const TestTensor out(device(), DType::kFloat32, {tokens, kOut});
+        LinearParams p;
+        p.x = x_tensor.view();
+        p.weight = weight_tensor.view();
+        p.out = out.view();
+        Run(p, mode);
+        rows[i] = out.Values();
+        rows[i].erase(rows[i].begin(), rows[i].end() - kOut);
+      }
+      EXPECT_EQ(rows[0], rows[1]);
+    }
+  }
+}
+
+TEST_P(LinearTest, BatchInvariantRowDoesNotDependOnTheNumberOfOthers) {
+  const Mode mode = device().type == DeviceType::kCpu ? Mode::kDefault
+                                                      : Mode::kBatchInvariant;
+  for (int64_t in_features : {264, 2048, 131}) {
+    constexpr int64_t kOut = 200;
+    const Call all(device(), dtype(), {200, kOut, in_features},
+                   {true, true, 0, 0});
+    const std::vector<double> expected = OutOf(all, mode);
+    for (int64_t tokens : {1, 2, 8, 9, 16, 17, 64, 65, 111}) {
+      for (int64_t first : {0, 89}) {
+        SCOPED_TRACE(StrCat(tokens, " tokens from ", first));
+        const TestTensor out(device(), DType::kFloat32, {tokens, kOut});
+        LinearParams p = all.params();
+        p.x = Rows(p.x, first, tokens);
+        p.out = out.view();
+        Run(p, mode);
+        const std::vector<double> actual = out.Values();
+        EXPECT_EQ(std::memcmp(actual.data(), &expected[first * kOut],
+                              actual.size() * sizeof(double)),
+                  0);
+      }
+    }
+  }
+}
+
+TEST_P(LinearTest, CpuResultDoesNotDependOnThreads) {
+  if (device().type != DeviceType::kCpu) GTEST_SKIP() << "for the CPU";
+  for (int64_t tokens : {1, 5, 70}) {
+    const Call call(device(), dtype(), {tokens, 777, 300}, {true, false, 0, 0});
+    Run(call.params(), Mode::kDefault, Stream());
+    const std::vector<double> alone = call.Values();
+    for (int threads : {1, 2, 3, 5}) {
+      StatusOr<OwnedStream> stream = OwnedStream::Create(device(), threads);
+      ASSERT_TRUE(stream.ok());
+      const Call again(device(), dtype(), {tokens, 777, 300},
+                       {true, false, 0, 0});
+      Run(again.params(), Mode::kDefault, stream->get());
+      EXPECT_EQ(again.Values(), alone) << threads << " threads";
+    }
+  }
+}
+
+// Rows that are 2^31 elements apart.
+TEST_P(LinearTest, OffsetsBeyond31Bits) {
+  if (dtype() != DType::kBFloat16) GTEST_SKIP() << "one dtype will do";
+  constexpr int64_t kStride = (int64_t{1} << 31) + 64;
+  constexpr int64_t kSize = 64;
+  const Call call(device(), dtype(), {2, kSize, kSize}, {});
+  const std::vector<double> expected = OutOf(call, Mode::kDefault);
+  StatusOr<Buffer> buffer =
+      Buffer::Allocate(device(), (kStride + kSize) * sizeof(BFloat16));
+  if (!buffer.ok()) GTEST_SKIP() << buffer.status().message();
+  const auto copy_row = [&](const TensorView& to, const TensorView& from,
+                            int64_t row) {
+    ASSERT_TRUE(CopyMemory(Rows(to, row, 1).data, device(),
+                           Rows(from, row, 1).data, device(),
+                           kSize * sizeof(BFloat16), stream())
+                    .ok());
+  };
+  const TensorView far =
+      MakeMatrix(buffer->data(), dtype(), device(), 2, kSize, kStride);
+  for (Mode mode : Modes()) {
+    SCOPED_TRACE(ModeName(mode));
+    LinearParams p = call.params();
+    p.x = far;  // then the weight's first two rows, then out
+    for (int64_t row : {0, 1}) copy_row(far, call.params().x, row);
+    Run(p, mode);
+    const std::vector<double> of_far_x = call.Values();
+    for (size_t i = 0; i < expected.size(); ++i) {
+      EXPECT_NEAR(of_far_x[i], expected[i], 0.2);
+    }
+
+    const TestTensor narrow(device(), dtype(), {2, 2});
+    p = call.params();
+    p.weight = far;
+    for (int64_t row : {0, 1}) copy_row(far, call.params().weight, row);
+    p.out = narrow.view();
+    Run(p, mode);
+    const std::vector<double> values = narrow.Values();
+    for (int i = 0; i < 4; ++i) {
+      EXPECT_NEAR(values[i], expected[i / 2 * kSize + i % 2], 0.2);
+    }
+
+    p = call.params();
+    p.out = far;
+    Run(p, mode);
+    const TestTensor near(device(), dtype(), {2, kSize});
+    for (int64_t row : {0, 1}) copy_row(near.view(), far, row);
+    Finish();
+    const std::vector<double> copied = near.Values();
+    for (size_t i = 0; i < copied.size(); ++i) {
+      EXPECT_NEAR(copied[i], expected[i], 0.2);
+    }
+  }
+}
+
+TEST_P(LinearTest, ZeroTokensIsOk) {
+  const Call call(device(), dtype(), {0, 64, 64}, {true, false, 0, 0});
+  EXPECT_EQ(LinearWorkspaceBytes(call.params()), 0u);
+  EXPECT_TRUE(Linear(call.params(), stream()).ok());
+}
+
+TEST_P(LinearTest, WorkspaceGrowsWithTokens) {
+  for (Mode mode : Modes()) {
+    size_t previous = 0;
+    for (int64_t tokens : {1, 8, 9, 64, 1000}) {
+      // Needs no data.
+      LinearParams p;
+      p.x = MakeTensor(nullptr, dtype(), device(), {tokens, 128});
+      p.weight = MakeTensor(nullptr, dtype(), device(), {64, 128});
+      p.out = MakeTensor(nullptr, dtype(), device(), {tokens, 64});
+      p.cublas_lt = mode == Mode::kCublasLt ? cublas_lt_.get() : nullptr;
+      const size_t bytes = LinearWorkspaceBytes(p);
+      EXPECT_GE(bytes, previous);
+      previous = bytes;
+      p.x.shape[1] = 127;
+      EXPECT_EQ(LinearWorkspaceBytes(p), 0u);
+    }
+  }
+}
+
+TEST_P(LinearTest, RejectsBadArguments) {
+  const Call call(device(), dtype(), {4, 48, 64}, {true, false, 0, 0});
+  StatusOr<Buffer> workspace = Buffer::Allocate(device(), 1 << 16);
+  ASSERT_TRUE(workspace.ok());
+  LinearParams good = call.params();
+  good.workspace = workspace->data();
+  good.workspace_size = 1 << 16;
+  const auto expect = [&](std::vector<std::string> parts, auto&& change) {
+    LinearParams p = good;
+    change(p);
+    testing::ExpectInvalid(Linear(p, stream()), parts);
+  };
+  expect({"Linear", "x is missing"},
+         [](LinearParams& p) { p.x = TensorView(); });
+  expect({"x", "rank 1"}, [](LinearParams& p) { p.x.rank = 1; });
+  expect({"x", "null data"}, [](LinearParams& p) { p.x.data = nullptr; });
+  expect({"x", "int64"}, [](LinearParams& p) { p.x.dtype = DType::kInt64; });
+  expect({"x", "stride -1"}, [](LinearParams& p) { p.x.stride[0] = -1; });
+  expect({"x", "innermost stride 2"},
+         [](LinearParams& p) { p.x.stride[1] = 2; });
+  expect({"in_features", "0"}, [](LinearParams& p) { p.x.shape[1] = 0; });
+  expect({"tokens", "2147483648"}, [](LinearParams& p) {
+    p.x.shape[0] = p.out.shape[0] = int64_t{1} << 31;
+  });
+  expect({"weight is missing"},
+         [](LinearParams& p) { p.weight = TensorView(); });
+  expect({"weight", "[48, 63]", "[*, 64]"},
+         [](LinearParams& p) { p.weight.shape[1] = 63; });
+  expect({"weight", "dtype"},
+         [](LinearParams& p) { p.weight.dtype = DType::kUInt8; });
+  expect({"out_features", "0"},
+         [](LinearParams& p) { p.weight.shape[0] = p.out.shape[1] = 0; });
+  expect({"bias", "[47]", "[48]"},
+         [](LinearParams& p) { p.bias.shape[0] = 47; });
+  expect({"bias", "cuda:7"}, [](LinearParams& p) {
+    p.bias.device = {DeviceType::kCuda, 7};
+  });
+  expect({"out", "[3, 48]", "[4, 48]"},
+         [](LinearParams& p) { p.out.shape[0] = 3; });
+  expect({"out", "dtype"},
+         [](LinearParams& p) { p.out.dtype = DType::kInt32; });
+  expect({"out", "share memory"},
+         [](LinearParams& p) { p.out.stride[0] = 47; });
+  expect({"out overlaps x"}, [](LinearParams& p) { p.out.data = p.x.data; });
+  expect({"out overlaps weight"},
+         [](LinearParams& p) { p.out.data = p.weight.data; });
+  expect({"out overlaps bias"},
+         [](LinearParams& p) { p.out.data = p.bias.data; });
+  if (LinearWorkspaceBytes(good) > 0) {
+    expect({"workspace is null"},
+           [](LinearParams& p) { p.workspace = nullptr; });
+    expect({"workspace_size", "1023", "1024"},
+           [](LinearParams& p) { p.workspace_size = 1023; });
+  }
+  EXPECT_TRUE(Linear(good, stream()).ok());
+  if (cublas_lt_ == nullptr) return;
+  const Call on_cpu(Device(), dtype(), {4, 48, 64}, {});
+  LinearParams p = on_cpu.params();
+  p.cublas_lt = cublas_lt_.get();
+  testing::ExpectInvalid(Linear(p, Stream()), {"cublas_lt", "cuda:0", "cpu:0"});
+}
+
+TEST(LinearKernelTest, IsChosenByTokensAlignmentAndMode) {
+  LinearProblem p;
+  p.rows_aligned = p.rows_apart = true;
+  const auto select = [&](int64_t tokens) {
+    p.tokens = tokens;
+    return SelectLinearKernel(p);
+  };
+  EXPECT_EQ(select(1), LinearKernel::kGemv);
+  EXPECT_EQ(select(8), LinearKernel::kGemv);
+  EXPECT_EQ(select(9), LinearKernel::kSmallTile);
+  EXPECT_EQ(select(16), LinearKernel::kSmallTile);
+  EXPECT_EQ(select(17), LinearKernel::kMediumTile);
+  EXPECT_EQ(select(64), LinearKernel::kMediumTile);
+  EXPECT_EQ(select(65), LinearKernel::kLargeTile);
+  p.has_cublas_lt = true;
+  EXPECT_EQ(select(8), LinearKernel::kGemv);
+  EXPECT_EQ(select(9), LinearKernel::kCublasLt);
+  p.rows_apart = false;
+  EXPECT_EQ(select(9), LinearKernel::kSmallTile);
+  p.rows_apart = true;
+  p.rows_aligned = false;
+  EXPECT_EQ(select(1), LinearKernel::kCublasLt);
+  p.batch_invariant = true;
+  EXPECT_EQ(select(1), LinearKernel::kMediumTile);
+  EXPECT_EQ(select(1000), LinearKernel::kMediumTile);
+  p.rows_aligned = true;
+  EXPECT_EQ(select(1), LinearKernel::kSmallTile);
+  EXPECT_EQ(select(1000), LinearKernel::kLargeTile);
+}
+
+TEST(CublasLtTest, NamesWhatIsMissing) {
+  testing::ExpectInvalid(CublasLt::Create(Device()).status(),
+                         {"CublasLt", "cpu:0"});
+  const Status status = CublasLt::Create({DeviceType::kCuda, 99}).status();
+  EXPECT_TRUE(status.code() == StatusCode::kUnavailable ||
+              status.code() == StatusCode::kUnimplemented)
+      << status.message();
+  EXPECT_NE(std::string(status.message()).find("CublasLt"), std::string::npos)
+      << status.message();
+}
+
+INSTANTIATE_TEST_SUITE_P(Targets, LinearTest,
+                         ::testing::ValuesIn(testing::AllTargets()),
+                         testing::TargetName);
+
+}  // namespace
+}  // namespace tenon
