@@ -102,9 +102,9 @@ Status DataLossError(const Args&... args) {
 template <class T>
 class [[nodiscard]] StatusOr {
  public:
-  StatusOr(Status status) : status_(std::move(status)) {  // NOLINT: implicit
-    if (status_.ok()) status_ = InternalError("StatusOr made from OK");
-  }
+  StatusOr(Status status)  // NOLINT: implicit
+      : status_(status.ok() ? InternalError("StatusOr made from OK")
+                            : std::move(status)) {}
   StatusOr(T value) : value_(std::move(value)) {}  // NOLINT: implicit
 
   bool ok() const { return value_.has_value(); }

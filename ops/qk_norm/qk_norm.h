@@ -17,7 +17,9 @@ struct RotaryParams {
   // [max_positions, rotary_dim] float32: the cosines of the rotary_dim / 2
   // frequencies, then their sines. Not present: no rotation.
   TensorView cos_sin;
-  TensorView positions;    // [tokens] int32 or int64
+  // [tokens] int32 or int64. Device memory cannot be checked before the launch:
+  // a position outside the table leaves the heads of its token unrotated.
+  TensorView positions;
   int32_t rotary_dim = 0;  // even, 2 to head_dim; the tail stays as normalised
 };
 
@@ -57,7 +59,9 @@ struct KvCacheWriteParams {
 // results divided by the scale, rounded to nearest even, saturated at 448.
 // Everything of a head depends on that head alone.
 //
-// Aliasing: in place; q, k and v must not overlap each other, nor the cache.
+// Aliasing: in place; no tensor that is written may share memory with another
+// one. Slices that interleave, such as the heads of K and V in one buffer, are
+// fine.
 // Elements outside Q and K (V, gaps) keep their bytes.
 //
 // Allocates nothing, does not synchronise, can be captured in a CUDA graph.

@@ -18,8 +18,8 @@ Status Validate(const RmsNormParams& p) {
   const int64_t tokens = p.x.shape[0];
   const int64_t hidden = p.x.shape[1];
   const DTypeSet same = DTypes({p.x.dtype});
-  TENON_RETURN_IF_ERROR(CheckRange(kOp, "hidden (columns of x)", hidden, 1,
-                                   std::numeric_limits<int32_t>::max()));
+  TENON_RETURN_IF_ERROR(
+      CheckRange(kOp, "hidden (columns of x)", hidden, 1, int64_t{1} << 30));
   TENON_RETURN_IF_ERROR(CheckTensor(kOp, "weight", p.weight, {hidden},
                                     same | DTypes({DType::kFloat32}), device));
   TENON_RETURN_IF_ERROR(
@@ -35,11 +35,15 @@ Status Validate(const RmsNormParams& p) {
       p.out.stride[0] != p.x.stride[0]) {
     return InvalidArgumentError(kOp, ": out is x with another row stride");
   }
+  if (MemoryOverlaps(p.out, p.weight)) {
+    return InvalidArgumentError(kOp, ": out overlaps weight");
+  }
   if (!p.residual.present()) return Status();
   TENON_RETURN_IF_ERROR(
       CheckOutput(kOp, "residual", p.residual, {tokens, hidden}, same, device));
-  if (MemoryOverlaps(p.residual, p.x) || MemoryOverlaps(p.residual, p.out)) {
-    return InvalidArgumentError(kOp, ": residual overlaps x or out");
+  if (MemoryOverlaps(p.residual, p.x) || MemoryOverlaps(p.residual, p.out) ||
+      MemoryOverlaps(p.residual, p.weight)) {
+    return InvalidArgumentError(kOp, ": residual overlaps x, weight or out");
   }
   return Status();
 }

@@ -6,8 +6,8 @@
 namespace tenon {
 namespace {
 
-// Independent sums: vector registers of any width can hold them without changing
-// the order, and short sums lose fewer bits.
+// Independent sums: vector registers of any width can hold them without
+// changing the order, and short sums lose fewer bits.
 constexpr int kLanes = 32;
 
 template <class T, class W>

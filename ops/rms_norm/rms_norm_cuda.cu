@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "ops/core/core_cuda.cuh"
 #include "ops/rms_norm/rms_norm_backend.h"
 
@@ -8,35 +10,83 @@ using cuda::Vec;
 
 constexpr int kThreads = 256;
 
-// One block per row. Each thread keeps its first kKept vectors in registers, so
-// that rows up to kThreads * kKept * kVec elements are read once.
+// One block per row, vectors of 16 bytes. Each thread keeps its first kKept
+// vectors in registers, so that rows up to kThreads * kKept * kVec elements are
+// read once.
 constexpr int kKept = 4;
+constexpr int64_t kMaxGridX = int64_t{1} << 30;
 
-template <class T, class W, int kVec>
+// Vector i of a row: one access where kAligned, else by elements, with zeros
+// past the end of the row. Either way a thread adds up the same elements in the
+// same order.
+template <bool kAligned, class T, int kVec>
+__device__ __forceinline__ Vec<T, kVec> Load(const T* row, int i, int hidden) {
+  if constexpr (kAligned) {
+    return reinterpret_cast<const Vec<T, kVec>*>(row)[i];
+  } else {
+    Vec<T, kVec> v;
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) {
+      const int64_t element = int64_t{i} * kVec + j;
+      v.v[j] = element < hidden ? row[element] : cuda::FromFloat<T>(0.0f);
+    }
+    return v;
+  }
+}
+template <bool kAligned, class T, int kVec>
+__device__ __forceinline__ void Store(const Vec<T, kVec>& v, T* row, int i,
+                                      int hidden) {
+  if constexpr (kAligned) {
+    reinterpret_cast<Vec<T, kVec>*>(row)[i] = v;
+  } else {
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) {
+      const int64_t element = int64_t{i} * kVec + j;
+      if (element < hidden) row[element] = v.v[j];
+    }
+  }
+}
+
+// The weights of vector i as floats; float32 ones take several accesses.
+template <bool kAligned, int kVec, class W>
+__device__ __forceinline__ void LoadWeights(const W* weight, int i, int hidden,
+                                            float (&to)[kVec]) {
+  constexpr int kPart = 16 / sizeof(W) < kVec ? 16 / sizeof(W) : kVec;
+#pragma unroll
+  for (int part = 0; part < kVec / kPart; ++part) {
+    const Vec<W, kPart> w =
+        Load<kAligned, W, kPart>(weight, i * (kVec / kPart) + part, hidden);
+#pragma unroll
+    for (int j = 0; j < kPart; ++j)
+      to[part * kPart + j] = cuda::ToFloat(w.v[j]);
+  }
+}
+
+template <class T, class W, bool kAligned>
 __global__ void __launch_bounds__(kThreads) RmsNormKernel(RmsNormParams p) {
+  constexpr int kVec = 16 / sizeof(T);
   __shared__ float shared[kThreads / 32];
-  const int64_t row = blockIdx.x;
+  const int64_t row = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
+  if (row >= p.x.shape[0]) return;
   const int hidden = static_cast<int>(p.x.shape[1]);
-  const int num_vecs = hidden / kVec;
-  const auto* x = reinterpret_cast<const Vec<T, kVec>*>(p.x.As<const T>() +
-                                                        row * p.x.stride[0]);
-  auto* residual = reinterpret_cast<Vec<T, kVec>*>(
-      p.residual.present() ? p.residual.As<T>() + row * p.residual.stride[0]
-                           : nullptr);
-  auto* out =
-      reinterpret_cast<Vec<T, kVec>*>(p.out.As<T>() + row * p.out.stride[0]);
+  const int num_vecs = cuda::CeilDiv(hidden, kVec);
+  const T* const x = p.x.As<const T>() + row * p.x.stride[0];
+  T* const residual = p.residual.present()
+                          ? p.residual.As<T>() + row * p.residual.stride[0]
+                          : nullptr;
+  T* const out = p.out.As<T>() + row * p.out.stride[0];
 
   // Reads (and with a residual, updates) vector i of the row to be normalised.
   const auto load = [&](int i) {
-    Vec<T, kVec> v = x[i];
+    Vec<T, kVec> v = Load<kAligned, T, kVec>(x, i, hidden);
     if (residual != nullptr) {
-      const Vec<T, kVec> r = residual[i];
+      const Vec<T, kVec> r = Load<kAligned, T, kVec>(residual, i, hidden);
 #pragma unroll
       for (int j = 0; j < kVec; ++j) {
         v.v[j] =
             cuda::FromFloat<T>(cuda::ToFloat(r.v[j]) + cuda::ToFloat(v.v[j]));
       }
-      residual[i] = v;
+      Store<kAligned>(v, residual, i, hidden);
     }
     return v;
   };
@@ -66,40 +116,41 @@ __global__ void __launch_bounds__(kThreads) RmsNormKernel(RmsNormParams p) {
   const float inv_rms = 1.0f / sqrtf(sum / hidden + p.epsilon);
 
   const bool cast_first = p.rounding == NormRounding::kCastThenMultiply;
-  const auto* weight =
-      reinterpret_cast<const Vec<W, kVec>*>(p.weight.As<const W>());
   const auto store = [&](int i, Vec<T, kVec> v) {
-    const Vec<W, kVec> w = weight[i];
+    float weight[kVec];
+    LoadWeights<kAligned>(p.weight.As<const W>(), i, hidden, weight);
 #pragma unroll
     for (int j = 0; j < kVec; ++j) {
       float f = cuda::ToFloat(v.v[j]) * inv_rms;
       if (cast_first) f = cuda::ToFloat(cuda::FromFloat<T>(f));
-      v.v[j] = cuda::FromFloat<T>(f * cuda::ToFloat(w.v[j]));
+      v.v[j] = cuda::FromFloat<T>(f * weight[j]);
     }
-    out[i] = v;
+    Store<kAligned>(v, out, i, hidden);
   };
 #pragma unroll
   for (int k = 0; k < kKept; ++k) {
     const int i = threadIdx.x + k * kThreads;
     if (i < num_vecs) store(i, kept[k]);
   }
+  const T* const source = residual != nullptr ? residual : x;
   for (int i = threadIdx.x + kKept * kThreads; i < num_vecs; i += kThreads) {
     // Each element is read back by the thread that wrote it.
-    store(i, residual != nullptr ? residual[i] : x[i]);
+    store(i, Load<kAligned, T, kVec>(source, i, hidden));
   }
 }
 
 template <class T, class W>
 Status LaunchRmsNorm(const RmsNormParams& p, Stream stream) {
-  const dim3 grid(static_cast<unsigned>(p.x.shape[0]));
-  constexpr int kWide = 4 * sizeof(float) / sizeof(W);
-  const bool wide =
-      p.x.shape[1] % kWide == 0 && cuda::RowsAreAligned(p.x, 16) &&
+  const int64_t rows = p.x.shape[0];
+  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(rows, kMaxGridX)),
+                  static_cast<unsigned>(cuda::CeilDiv(rows, kMaxGridX)));
+  const bool aligned =
+      p.x.shape[1] * sizeof(T) % 16 == 0 && cuda::RowsAreAligned(p.x, 16) &&
       cuda::RowsAreAligned(p.out, 16) && cuda::RowsAreAligned(p.weight, 16) &&
       (!p.residual.present() || cuda::RowsAreAligned(p.residual, 16));
-  auto* const kernel =
-      wide ? RmsNormKernel<T, W, kWide> : RmsNormKernel<T, W, 1>;
-  return cuda::Launch("RmsNorm", stream, grid, dim3(kThreads), 0, kernel, p);
+  return cuda::Launch(
+      "RmsNorm", stream, grid, dim3(kThreads), 0,
+      aligned ? RmsNormKernel<T, W, true> : RmsNormKernel<T, W, false>, p);
 }
 
 template <class T>

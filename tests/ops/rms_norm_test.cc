@@ -164,6 +164,33 @@ TEST_P(RmsNormTest, RowDoesNotDependOnTheOthers) {
                                               values.begin() + 42 * kHidden));
 }
 
+TEST_P(RmsNormTest, AlignmentDoesNotChangeBits) {
+  constexpr int64_t kHidden = 1032;
+  constexpr int64_t kStride = kHidden + 9;  // odd: most rows are not aligned
+  for (DType weight_dtype : {dtype(), DType::kFloat32}) {
+    TestTensor x = Tensor({5, kHidden}, {kHidden, 1}, 14);
+    TestTensor padded = Tensor({5, kHidden}, {kStride, 1}, 14);
+    TestTensor weight(device(), weight_dtype, {kHidden},
+                      Normal(kHidden, 15, 1.0f));
+    TestTensor residual = Tensor({5, kHidden}, {kHidden, 1}, 16);
+    TestTensor padded_residual = Tensor({5, kHidden}, {kStride, 1}, 16);
+    RmsNormParams p;
+    p.x = p.out = x.view();
+    p.residual = residual.view();
+    p.weight = weight.view();
+    p.epsilon = kEpsilon;
+    ASSERT_TRUE(RmsNorm(p, stream()).ok());
+    p.x = p.out = padded.view();
+    p.residual = padded_residual.view();
+    ASSERT_TRUE(RmsNorm(p, stream()).ok());
+    Finish();
+    EXPECT_EQ(x.Values(), padded.Values());
+    EXPECT_EQ(residual.Values(), padded_residual.Values());
+    EXPECT_EQ(padded.NumStrayWrites(), 0);
+    EXPECT_EQ(padded_residual.NumStrayWrites(), 0);
+  }
+}
+
 TEST_P(RmsNormTest, ZeroTokensIsOk) {
   TestTensor x(device(), dtype(), {0, 64});
   TestTensor weight = Tensor({64}, {1}, 10);
@@ -224,6 +251,8 @@ TEST_P(RmsNormTest, RejectsBadArguments) {
   expect({"out overlaps x"},
          [](RmsNormParams& p) { p.out.data = p.x.As<char>() + 64; });
   expect({"residual overlaps"}, [](RmsNormParams& p) { p.residual = p.x; });
+  expect({"out overlaps weight"},
+         [](RmsNormParams& p) { p.weight.data = p.out.As<char>() + 64; });
   expect({"epsilon", "0"}, [](RmsNormParams& p) { p.epsilon = 0.0f; });
   expect({"epsilon", "nan"}, [](RmsNormParams& p) { p.epsilon = NAN; });
   expect({"rounding", "2"},

@@ -1,0 +1,81 @@
+#include <algorithm>
+#include <limits>
+
+#include "ops/core/core_cuda.cuh"
+#include "ops/embedding/embedding_backend.h"
+
+namespace tenon {
+namespace {
+
+constexpr int kThreads = 256;
+
+// All sizes in units of Access.
+struct KernelParams {
+  const void* ids;
+  bool wide_ids;
+  int64_t tokens;
+  int64_t vocab;
+  const void* table;
+  int64_t table_stride;
+  void* out;
+  int64_t out_stride;
+  int64_t row_size;
+};
+
+// One block per token copies its row, Access by Access.
+template <class Access>
+__global__ void __launch_bounds__(kThreads)
+    EmbeddingKernel(const __grid_constant__ KernelParams p) {
+  for (int64_t token = blockIdx.x; token < p.tokens; token += gridDim.x) {
+    const int64_t id = p.wide_ids ? static_cast<const int64_t*>(p.ids)[token]
+                                  : static_cast<const int32_t*>(p.ids)[token];
+    auto* const out = static_cast<Access*>(p.out) + token * p.out_stride;
+    if (id < 0 || id >= p.vocab) {
+      for (int64_t i = threadIdx.x; i < p.row_size; i += kThreads) {
+        out[i] = Access{};
+      }
+      continue;
+    }
+    const auto* const row =
+        static_cast<const Access*>(p.table) + id * p.table_stride;
+#pragma unroll 4
+    for (int64_t i = threadIdx.x; i < p.row_size; i += kThreads) {
+      out[i] = __ldg(row + i);
+    }
+  }
+}
+
+template <class Access>
+Status LaunchEmbedding(const EmbeddingParams& p, Stream stream) {
+  const int64_t element = static_cast<int64_t>(DTypeSize(p.out.dtype));
+  const int64_t access = sizeof(Access);
+  // The strides of one row do not matter and need not be divisible.
+  const KernelParams kernel = {p.ids.data,
+                               p.ids.dtype == DType::kInt64,
+                               p.out.shape[0],
+                               p.table.shape[0],
+                               p.table.data,
+                               p.table.stride[0] * element / access,
+                               p.out.data,
+                               p.out.stride[0] * element / access,
+                               p.out.shape[1] * element / access};
+  const int64_t grid =
+      std::min<int64_t>(p.out.shape[0], std::numeric_limits<int32_t>::max());
+  return cuda::Launch("Embedding", stream, dim3(static_cast<unsigned>(grid)),
+                      dim3(kThreads), 0, EmbeddingKernel<Access>, kernel);
+}
+
+}  // namespace
+
+Status EmbeddingCuda(const EmbeddingParams& p, Stream stream) {
+  const cuda::DeviceGuard guard(p.out.device);
+  const size_t element = DTypeSize(p.out.dtype);
+  const bool wide = p.out.shape[1] * static_cast<int64_t>(element) % 16 == 0 &&
+                    cuda::RowsAreAligned(p.table, 16) &&
+                    cuda::RowsAreAligned(p.out, 16);
+  if (wide) return LaunchEmbedding<uint4>(p, stream);
+  return element == 4 ? LaunchEmbedding<uint32_t>(p, stream)
+                      : LaunchEmbedding<uint16_t>(p, stream);
+}
+
+}  // namespace tenon

@@ -1,0 +1,115 @@
+#include <algorithm>
+#include <limits>
+
+#include "ops/core/core_cuda.cuh"
+#include "ops/qk_norm/qk_norm_backend.h"
+#include "ops/qk_norm/qk_norm_kernel_cuda.cuh"
+
+namespace tenon {
+namespace {
+
+using namespace qk_norm;  // NOLINT: this file is the host half of the kernel
+
+HeadArray ToHeadArray(const TensorView& heads) {
+  return {heads.data, heads.stride[0], heads.stride[1]};
+}
+
+CacheArray ToCacheArray(const TensorView& cache, float scale) {
+  return {cache.data, cache.stride[0], cache.stride[1], cache.stride[2], scale};
+}
+
+KernelParams MakeKernelParams(const QkNormParams& p) {
+  const int64_t head_dim = p.q.shape[2];
+  KernelParams kernel = {};
+  kernel.tokens = p.q.shape[0];
+  kernel.heads[kQ] = ToHeadArray(p.q);
+  kernel.heads[kK] = ToHeadArray(p.k);
+  kernel.first_k = static_cast<int32_t>(p.q.shape[1]);
+  kernel.first_v = kernel.first_k + static_cast<int32_t>(p.k.shape[1]);
+  kernel.num_heads = kernel.first_v;
+  while (kPerLane << kernel.log2_lanes < head_dim) ++kernel.log2_lanes;
+  const TensorView* const weights[] = {&p.q_weight, &p.k_weight};
+  for (Role role : {kQ, kK}) {
+    kernel.weight[role] = weights[role]->data;
+    kernel.float_weight[role] = weights[role]->dtype == DType::kFloat32;
+  }
+  kernel.cast_first = p.rounding == NormRounding::kCastThenMultiply;
+  kernel.epsilon = p.epsilon;
+  kernel.inv_head_dim = 1.0f / static_cast<float>(head_dim);
+  if (p.rotary.cos_sin.present()) {
+    const int64_t vec = 16 / static_cast<int64_t>(DTypeSize(p.q.dtype));
+    kernel.rotary_dim = p.rotary.rotary_dim;
+    kernel.vector_rotary = p.rotary.rotary_dim / 2 % vec == 0 &&
+                           cuda::RowsAreAligned(p.rotary.cos_sin, 16);
+    kernel.wide_positions = p.rotary.positions.dtype == DType::kInt64;
+    kernel.positions = p.rotary.positions.data;
+    kernel.cos_sin = p.rotary.cos_sin.As<const float>();
+    kernel.cos_sin_stride = p.rotary.cos_sin.stride[0];
+    kernel.max_positions = p.rotary.cos_sin.shape[0];
+  }
+  if (p.cache.k_cache.present()) {
+    kernel.heads[kV] = ToHeadArray(p.v);
+    kernel.num_heads += static_cast<int32_t>(p.v.shape[1]);
+    kernel.slots = p.cache.slot_mapping.As<const int64_t>();
+    kernel.page_size = p.cache.k_cache.shape[1];
+    kernel.num_slots = p.cache.k_cache.shape[0] * kernel.page_size;
+    kernel.fp8_cache = p.cache.k_cache.dtype == DType::kFloat8E4M3;
+    kernel.cache[0] = ToCacheArray(p.cache.k_cache, p.cache.k_scale);
+    kernel.cache[1] = ToCacheArray(p.cache.v_cache, p.cache.v_scale);
+  }
+  return kernel;
+}
+
+// Whether all views allow 16-byte accesses (of fp8 caches, as many elements).
+bool IsAligned(const QkNormParams& p) {
+  for (const TensorView* view : {&p.q, &p.k, &p.v, &p.q_weight, &p.k_weight}) {
+    if (view->present() && !cuda::RowsAreAligned(*view, 16)) return false;
+  }
+  const size_t cache_bytes =
+      16 / DTypeSize(p.q.dtype) * DTypeSize(p.cache.k_cache.dtype);
+  for (const TensorView* view : {&p.cache.k_cache, &p.cache.v_cache}) {
+    if (view->present() && !cuda::RowsAreAligned(*view, cache_bytes)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// Few steps: one to a warp, for the shortest way through. Many: several, so
+// that a warp has more bytes under way and reads the angles of a token less
+// often.
+int StepsPerWarp(int64_t total_steps) {
+  return total_steps <= 8192 ? 1 : kMaxSteps;
+}
+
+template <class T>
+Status LaunchQkNorm(const QkNormParams& p, Stream stream) {
+  KernelParams kernel = MakeKernelParams(p);
+  const int steps = cuda::CeilDiv(kernel.num_heads, 32 >> kernel.log2_lanes);
+  const int warps = cuda::CeilDiv(steps, StepsPerWarp(kernel.tokens * steps));
+  const int blocks = cuda::CeilDiv(warps, kMaxWarps);
+  const int warps_per_block = cuda::CeilDiv(warps, blocks);
+  kernel.num_steps = cuda::CeilDiv(steps, blocks * warps_per_block);
+  const int64_t grid_tokens =
+      std::min<int64_t>(kernel.tokens, std::numeric_limits<int32_t>::max());
+  const dim3 grid(static_cast<unsigned>(grid_tokens), blocks);
+  return cuda::Launch(
+      "QkNorm", stream, grid, dim3(32, warps_per_block), 0,
+      IsAligned(p) ? QkNormKernel<T, true> : QkNormKernel<T, false>, kernel);
+}
+
+}  // namespace
+
+Status QkNormCuda(const QkNormParams& p, Stream stream) {
+  const cuda::DeviceGuard guard(p.q.device);
+  switch (p.q.dtype) {
+    case DType::kFloat32:
+      return LaunchQkNorm<float>(p, stream);
+    case DType::kFloat16:
+      return LaunchQkNorm<__half>(p, stream);
+    default:
+      return LaunchQkNorm<__nv_bfloat16>(p, stream);
+  }
+}
+
+}  // namespace tenon
