@@ -1,0 +1,110 @@
+#ifndef TENON_OPS_ATTENTION_ATTENTION_CUDA_PTX_CUH_
+#define TENON_OPS_ATTENTION_ATTENTION_CUDA_PTX_CUH_
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "ops/core/core_cuda.cuh"
+
+// The instructions of the tensor-core attention kernels, sm_80 and later.
+
+namespace tenon::cuda {
+
+__device__ __forceinline__ uint32_t SharedAddress(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+// Copies 16 bytes to shared memory asynchronously, or writes zeros there
+// without reading.
+__device__ __forceinline__ void CopyOrZero16(uint32_t to, const void* from,
+                                             bool copy) {
+  asm volatile(
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(to),
+      "l"(from), "r"(copy ? 16 : 0)
+      : "memory");
+}
+__device__ __forceinline__ void CommitCopies() {
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+}
+// Waits for all but the latest kPending groups of this thread.
+template <int kPending>
+__device__ __forceinline__ void WaitForCopies() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8
+// of matrix l / 8, and gets elements l % 4 * 2 + {0, 1} of row l / 4 of each.
+__device__ __forceinline__ void LoadMatrices(uint32_t (&v)[4], uint32_t from) {
+  asm volatile(
+      "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+      : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+      : "r"(from)
+      : "memory");
+}
+// The same with rows and columns of each matrix exchanged.
+__device__ __forceinline__ void LoadMatricesTransposed(uint32_t (&v)[4],
+                                                       uint32_t from) {
+  asm volatile(
+      "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, "
+      "[%4];\n"
+      : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+      : "r"(from)
+      : "memory");
+}
+
+// c += a * b, of 16x16 by 16x8.
+template <class T>
+__device__ __forceinline__ void Mma(float (&c)[4], const uint32_t (&a)[4],
+                                    uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<T, __half>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+// 2^x, within 2 ulp, results below the normal numbers flushed to 0.
+__device__ __forceinline__ float Exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Two values of T, the first in the low half.
+template <class T>
+__device__ __forceinline__ uint32_t Pack(float low, float high) {
+  uint32_t bits;
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 v = __floats2half2_rn(low, high);
+    memcpy(&bits, &v, sizeof(bits));
+  } else {
+    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+    memcpy(&bits, &v, sizeof(bits));
+  }
+  return bits;
+}
+
+// Two float8 e4m3 values as two of T, which is exact.
+template <class T>
+__device__ __forceinline__ uint32_t WidenFloat8(uint16_t pair) {
+  const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3);
+  if constexpr (std::is_same_v<T, __half>) {
+    return uint32_t{raw.x} | uint32_t{raw.y} << 16;
+  } else {
+    const float2 v = __half22float2(__half2(raw));
+    return Pack<T>(v.x, v.y);
+  }
+}
+
+}  // namespace tenon::cuda
+
+#endif  // TENON_OPS_ATTENTION_ATTENTION_CUDA_PTX_CUH_
