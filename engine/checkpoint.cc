@@ -54,10 +54,11 @@ Status Checkpoint::AddShards(const std::string& index_path) {
   for (const auto& [name, file] : (*root)["weight_map"].items()) {
     if (!file.is_string() ||
         !IsPlainFileName(file.get_ref<const std::string&>())) {
-      return DataLossError(index_path, ": tensor \"", name, "\": ",
-                           file.is_string() ? file.get_ref<const std::string&>()
-                                            : std::string("the value"),
-                           " is not the name of a file in this directory");
+      return DataLossError(
+          index_path, ": tensor \"", name,
+          "\": its value is not the name of a file in this directory: ",
+          file.is_string() ? file.get_ref<const std::string&>()
+                           : std::string("not a string"));
     }
     shards.insert(file.get_ref<const std::string&>());
     index.emplace(name, file.get_ref<const std::string&>());

@@ -137,6 +137,14 @@ class KvCache {
     int32_t new_num_pages = 0;
     bool copies_last_page = false;
     int32_t shared_page = -1;  // the old last page, if it is copied
+    bool left_last = false;    // no sequence has shared_page any more
+  };
+
+  // Of a page during PlanAppend: the earlier rows that will copy it, and so
+  // leave it to the others, and the greatest length among them.
+  struct Leaving {
+    int32_t rows = 0;
+    int32_t max_length = 0;
   };
 
   TensorView Plane(int32_t index) const;
@@ -168,9 +176,7 @@ class KvCache {
   uint64_t plan_number_ = 0;
   std::vector<PlannedRow> plan_;
   std::vector<PageCopy> copies_;
-  // During PlanAppend, of each page: earlier rows that will copy it, and so no
-  // longer share it.
-  std::vector<int32_t> leaving_;
+  std::vector<Leaving> leaving_;  // of each page; empty between calls
 };
 
 }  // namespace tenon

@@ -38,11 +38,15 @@ Status KvCache::PlanRow(const AppendRow& row, int64_t* pages_needed) {
       (new_length + options_.page_size - 1) / options_.page_size);
   *pages_needed += planned.new_num_pages - planned.old_num_pages;
   if (sequence.length % options_.page_size != 0) {
-    // New tokens go into the last page. The last sequence of those that share
-    // it, when all of them write to it in this append, may keep it.
+    // New tokens go into the last page. Where all that share it write in this
+    // append, the last one may do so in place, unless that would overwrite
+    // tokens that a longer one, which copies them, gets back by a rollback.
     const int32_t last = PagesOf(*slot)[sequence.num_pages - 1];
-    if (references_[last] - leaving_[last] > 1) {
-      ++leaving_[last];
+    Leaving& leaving = leaving_[last];
+    if (references_[last] - leaving.rows > 1 ||
+        leaving.max_length > sequence.length) {
+      ++leaving.rows;
+      leaving.max_length = std::max(leaving.max_length, sequence.length);
       planned.copies_last_page = true;
       planned.shared_page = last;
       ++*pages_needed;
@@ -64,7 +68,7 @@ Status KvCache::PlanAppend(const std::vector<AppendRow>& rows) {
     if (!status.ok()) break;
   }
   for (const PlannedRow& row : plan_) {
-    if (row.copies_last_page) leaving_[row.shared_page] = 0;
+    if (row.copies_last_page) leaving_[row.shared_page] = Leaving();
   }
   if (status.ok() && pages_needed > num_free_pages()) {
     status = ResourceExhaustedError("KvCache: the append needs ", pages_needed,
@@ -81,14 +85,15 @@ Status KvCache::PlanAppend(const std::vector<AppendRow>& rows) {
 
 void KvCache::CommitAppend() {
   assert(append_ == AppendState::kPlanned);
-  for (const PlannedRow& row : plan_) {
+  for (PlannedRow& row : plan_) {
     Sequence& sequence = sequences_[row.slot];
     int32_t* pages = PagesOf(row.slot);
     if (row.copies_last_page) {
       const int32_t copy = TakePage();
       copies_.push_back(
           {row.shared_page, copy, row.old_length % options_.page_size});
-      --references_[row.shared_page];
+      // Not free before FinishAppend: a rollback needs its contents.
+      row.left_last = --references_[row.shared_page] == 0;
       pages[row.old_num_pages - 1] = copy;
     }
     while (sequence.num_pages < row.new_num_pages) {
@@ -101,6 +106,9 @@ void KvCache::CommitAppend() {
 
 void KvCache::FinishAppend() {
   assert(append_ == AppendState::kCommitted);
+  for (const PlannedRow& row : plan_) {
+    if (row.left_last) free_pages_.push_back(row.shared_page);
+  }
   append_ = AppendState::kNone;
   plan_.clear();
   copies_.clear();

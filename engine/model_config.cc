@@ -1,7 +1,6 @@
 #include "engine/model_config.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "ops/core/validate.h"
 
@@ -116,7 +115,11 @@ Status ModelConfig::Validate() const {
       CheckRange(kWhat, "vocab_size", vocab_size, 1, kMaxVocab));
   TENON_RETURN_IF_ERROR(CheckRange(kWhat, "max_position_embeddings",
                                    max_position_embeddings, 1, kMaxPositions));
-  if (num_experts != 0) TENON_RETURN_IF_ERROR(ValidateMoe(*this));
+  if (architecture == Architecture::kQwen3Moe) {
+    TENON_RETURN_IF_ERROR(ValidateMoe(*this));
+  } else {
+    TENON_RETURN_IF_ERROR(CheckRange(kWhat, "num_experts", num_experts, 0, 0));
+  }
   if (HasDenseLayers()) {
     TENON_RETURN_IF_ERROR(
         CheckRange(kWhat, "intermediate_size", intermediate_size, 1, kMaxSize));

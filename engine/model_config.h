@@ -44,6 +44,7 @@ struct ModelConfig {
   int32_t bos_token_id = -1;  // -1: none
   std::vector<int32_t> eos_token_ids;
 
+  // Of a config that is valid.
   bool IsMoeLayer(int32_t layer) const;
   bool HasMoeLayers() const;
   bool HasDenseLayers() const;

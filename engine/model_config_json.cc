@@ -94,17 +94,12 @@ class Fields {
 };
 
 Status ReadArchitecture(const Fields& fields, ModelConfig* config) {
-  std::string name;
-  if (const json* list = fields.Find("architectures"); list != nullptr) {
-    if (!list->is_array() || list->empty() || !list->front().is_string()) {
-      return fields.WrongType("architectures", "an array of names");
-    }
-    name = list->front().get_ref<const std::string&>();
-  } else {
-    std::string type;
-    TENON_RETURN_IF_ERROR(fields.Require("architectures"));
-    TENON_RETURN_IF_ERROR(fields.Get("model_type", &type));
+  TENON_RETURN_IF_ERROR(fields.Require("architectures"));
+  const json& list = *fields.Find("architectures");
+  if (!list.is_array() || list.empty() || !list.front().is_string()) {
+    return fields.WrongType("architectures", "an array of names");
   }
+  const auto& name = list.front().get_ref<const std::string&>();
   for (Architecture known : {Architecture::kQwen3Moe, Architecture::kQwen3}) {
     if (name == ArchitectureName(known)) {
       config->architecture = known;

@@ -147,7 +147,8 @@ TEST(ModelConfigTest, SparseLayersFollowStepAndExceptions) {
   config.mlp_only_layers = {3};
   std::vector<bool> sparse;
   for (int32_t i = 0; i < 6; ++i) sparse.push_back(config.IsMoeLayer(i));
-  EXPECT_EQ(sparse, (std::vector<bool>{false, true, false, false, false, true}));
+  EXPECT_EQ(sparse,
+            (std::vector<bool>{false, true, false, false, false, true}));
 }
 
 TEST(ModelConfigTest, RejectsTextThatIsNoConfig) {
@@ -170,9 +171,9 @@ TEST(ModelConfigTest, RejectsUnknownArchitectures) {
 }
 
 TEST(ModelConfigTest, RejectsWhatWouldChangeTheResults) {
-  ExpectUnimplemented(With("\"attention_bias\": false",
-                           "\"attention_bias\": true"),
-                      {"attention_bias"});
+  ExpectUnimplemented(
+      With("\"attention_bias\": false", "\"attention_bias\": true"),
+      {"attention_bias"});
   ExpectUnimplemented(
       With("\"use_sliding_window\": false", "\"use_sliding_window\": true"),
       {"use_sliding_window"});
@@ -184,9 +185,8 @@ TEST(ModelConfigTest, RejectsWhatWouldChangeTheResults) {
       With("\"rope_scaling\": null",
            "\"rope_scaling\": {\"type\": \"linear\", \"factor\": 4.0}"),
       {"rope_scaling", "linear"});
-  ExpectUnimplemented(
-      Add("\"rope_parameters\": {\"rope_type\": \"llama3\"}"),
-      {"rope_parameters", "llama3"});
+  ExpectUnimplemented(Add("\"rope_parameters\": {\"rope_type\": \"llama3\"}"),
+                      {"rope_parameters", "llama3"});
   ExpectUnimplemented(Add("\"rope_parameters\": {\"rope_theta\": 1e6, "
                           "\"partial_rotary_factor\": 0.5}"),
                       {"partial_rotary_factor", "0.5"});
@@ -305,14 +305,14 @@ TEST(ModelConfigTest, GenerationConfigGivesTheEndTokens) {
   ASSERT_TRUE(config.ok()) << config.status().message();
   EXPECT_EQ(config->eos_token_ids, (std::vector<int32_t>{151645, 151643}));
 
-  for (const char* bad :
-       {"{\"eos_token_id\": 151936}", "{\"eos_token_id\": \"</s>\"}", "[", ""}) {
+  for (const char* bad : {"{\"eos_token_id\": 151936}",
+                          "{\"eos_token_id\": \"</s>\"}", "[", ""}) {
     directory.Write("generation_config.json", bad);
     config = LoadModelConfig(directory.path());
     ASSERT_FALSE(config.ok()) << bad;
-    EXPECT_NE(std::string(config.status().message())
-                  .find("generation_config.json"),
-              std::string::npos)
+    EXPECT_NE(
+        std::string(config.status().message()).find("generation_config.json"),
+        std::string::npos)
         << config.status().message();
   }
 }

@@ -11,10 +11,21 @@ namespace tenon::testing {
 // `text` with one to four random changes: a bit or byte changed, a stretch
 // removed, repeated or moved, a number or word put in that parsers trip over.
 inline std::string Mutate(std::string text, std::mt19937_64* rng) {
-  static const char* const kWords[] = {
-      "0",    "-1",  "1e999", "18446744073709551615", "9223372036854775807",
-      "null", "[]",  "{}",    "true",                 "\"\"",
-      "4096", "0.5", "2",     "\"F64\"",              "4294967296"};
+  static const char* const kWords[] = {"0",
+                                       "-1",
+                                       "1e999",
+                                       "18446744073709551615",
+                                       "9223372036854775807",
+                                       "null",
+                                       "[]",
+                                       "{}",
+                                       "true",
+                                       "\"\"",
+                                       "4096",
+                                       "0.5",
+                                       "2",
+                                       "\"F64\"",
+                                       "4294967296"};
   const auto below = [&](size_t n) {
     return n == 0 ? size_t{0} : static_cast<size_t>((*rng)() % n);
   };
