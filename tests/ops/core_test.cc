@@ -1,17 +1,13 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <cmath>
 #include <cstring>
-#include <limits>
-#include <thread>
+#include <memory>
 #include <vector>
 
 #include "ops/core/cpu_thread_pool.h"
 #include "ops/core/device_info.h"
-#include "ops/core/dtype.h"
 #include "ops/core/memory.h"
 #include "ops/core/status.h"
 #include "ops/core/validate.h"
@@ -22,175 +18,6 @@ namespace tenon {
 namespace {
 
 using testing::ExpectInvalid;
-
-// ---- dtype ----
-
-// A small float format, written down from its definition.
-template <class T>
-struct Format;
-template <>
-struct Format<Float16> {
-  static constexpr int kBits = 16, kMantissa = 10, kBias = 15;
-  static constexpr uint32_t kInfinity =
-      0x7c00;  // codes from here on: not finite
-  static constexpr bool kSaturates = false;
-};
-template <>
-struct Format<BFloat16> {
-  static constexpr int kBits = 16, kMantissa = 7, kBias = 127;
-  static constexpr uint32_t kInfinity = 0x7f80;
-  static constexpr bool kSaturates = false;
-};
-template <>
-struct Format<Float8E4M3> {
-  static constexpr int kBits = 8, kMantissa = 3, kBias = 7;
-  static constexpr uint32_t kInfinity = 0x7f;  // the NaN: there is no infinity
-  static constexpr bool kSaturates = true;
-};
-
-// The value of a non-negative code. kInfinity gives the power of two at which
-// an unbounded format would go on: rounding to it means overflow.
-template <class T>
-double ValueOf(uint32_t code) {
-  using F = Format<T>;
-  const int exponent = static_cast<int>(code >> F::kMantissa);
-  const int fraction = static_cast<int>(code & ((1u << F::kMantissa) - 1));
-  if (exponent == 0) return std::ldexp(fraction, 1 - F::kBias - F::kMantissa);
-  return std::ldexp(fraction + (1 << F::kMantissa),
-                    exponent - F::kBias - F::kMantissa);
-}
-
-template <class T>
-std::vector<double> Magnitudes() {
-  std::vector<double> values;
-  for (uint32_t code = 0; code <= Format<T>::kInfinity; ++code) {
-    values.push_back(ValueOf<T>(code));
-  }
-  return values;
-}
-
-// Searches the nearest of `magnitudes`, ties to the even code.
-template <class T>
-uint32_t SlowFromFloat(const std::vector<double>& magnitudes, float value) {
-  using F = Format<T>;
-  const uint32_t sign = std::signbit(value) ? 1u << (F::kBits - 1) : 0;
-  const double magnitude = std::fabs(static_cast<double>(value));
-  const auto above =
-      std::lower_bound(magnitudes.begin(), magnitudes.end(), magnitude);
-  uint32_t code;
-  if (above == magnitudes.end()) {
-    code = F::kInfinity;
-  } else {
-    code = static_cast<uint32_t>(above - magnitudes.begin());
-    if (*above != magnitude) {
-      const double to_above = *above - magnitude;
-      const double to_below = magnitude - magnitudes[code - 1];
-      if (to_below < to_above || (to_below == to_above && code % 2 == 1))
-        --code;
-    }
-  }
-  if (F::kSaturates) code = std::min(code, F::kInfinity - 1);
-  return sign | code;
-}
-
-template <class T>
-class SmallFloatTest : public ::testing::Test {};
-using SmallFloats = ::testing::Types<Float16, BFloat16, Float8E4M3>;
-TYPED_TEST_SUITE(SmallFloatTest, SmallFloats);
-
-TYPED_TEST(SmallFloatTest, EveryCodeRoundTrips) {
-  using F = Format<TypeParam>;
-  const uint32_t sign = 1u << (F::kBits - 1);
-  for (uint32_t code = 0; code < 2 * sign; ++code) {
-    TypeParam typed;
-    typed.bits = static_cast<decltype(typed.bits)>(code);
-    const float value = ToFloat(typed);
-    const uint32_t magnitude = code & (sign - 1);
-    const uint32_t back = FromFloat<TypeParam>(value).bits;
-    ASSERT_EQ(std::signbit(value), (code & sign) != 0) << code;
-    if (magnitude > F::kInfinity ||
-        (F::kSaturates && magnitude == F::kInfinity)) {
-      ASSERT_TRUE(std::isnan(value)) << code;
-      typed.bits = static_cast<decltype(typed.bits)>(back);
-      ASSERT_TRUE(std::isnan(ToFloat(typed))) << code;
-      ASSERT_EQ(back & sign, code & sign) << code;
-      continue;
-    }
-    if (magnitude == F::kInfinity) {
-      ASSERT_TRUE(std::isinf(value)) << code;
-    } else {
-      ASSERT_EQ(std::fabs(static_cast<double>(value)),
-                ValueOf<TypeParam>(magnitude))
-          << code;
-    }
-    ASSERT_EQ(back, code);
-  }
-}
-
-TYPED_TEST(SmallFloatTest, RoundsToNearestEven) {
-  const std::vector<double> magnitudes = Magnitudes<TypeParam>();
-  const auto check = [&](float value) {
-    ASSERT_EQ(FromFloat<TypeParam>(value).bits,
-              SlowFromFloat<TypeParam>(magnitudes, value))
-        << value;
-  };
-  constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  for (size_t i = 1; i < magnitudes.size(); ++i) {
-    // The halfway point has one bit more than the format, so it is a float.
-    const double middle = (magnitudes[i - 1] + magnitudes[i]) / 2;
-    for (float sign : {1.0f, -1.0f}) {
-      const float tie = static_cast<float>(middle) * sign;
-      for (float value : {tie, std::nextafter(tie, 0.0f),
-                          std::nextafter(tie, sign * kInfinity)}) {
-        ASSERT_NO_FATAL_FAILURE(check(value));
-      }
-    }
-  }
-  for (float value :
-       {0.0f, -0.0f, 1e-45f, -1e-45f, std::numeric_limits<float>::min(),
-        std::numeric_limits<float>::max(), std::numeric_limits<float>::lowest(),
-        448.0f, 464.0f, 465.0f, 65504.0f, 65519.99f, 65520.0f, 1e30f}) {
-    ASSERT_NO_FATAL_FAILURE(check(value));
-  }
-  for (int64_t bits : testing::UniformIntegers(500000, 1, 0, 0xffffffff)) {
-    const float value = FloatFromBits(static_cast<uint32_t>(bits));
-    if (!std::isfinite(value)) continue;
-    ASSERT_NO_FATAL_FAILURE(check(value));
-  }
-  for (float value : testing::Normal(500000, 2)) {
-    ASSERT_NO_FATAL_FAILURE(check(value));
-  }
-}
-
-TYPED_TEST(SmallFloatTest, KeepsInfinityAndNan) {
-  using F = Format<TypeParam>;
-  constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  const uint32_t sign = 1u << (F::kBits - 1);
-  const uint32_t largest = F::kSaturates ? F::kInfinity - 1 : F::kInfinity;
-  EXPECT_EQ(FromFloat<TypeParam>(kInfinity).bits, largest);
-  EXPECT_EQ(FromFloat<TypeParam>(-kInfinity).bits, largest | sign);
-  // Quiet, signalling (payload only in the bits that rounding drops), negative.
-  for (uint32_t bits : {0x7fc00000u, 0x7f800001u, 0xff800001u, 0xffffffffu}) {
-    EXPECT_TRUE(std::isnan(ToFloat(FromFloat<TypeParam>(FloatFromBits(bits)))))
-        << bits;
-  }
-}
-
-TEST(DTypeTest, SizesAndNames) {
-  EXPECT_EQ(DTypeSize(DType::kFloat32), 4u);
-  EXPECT_EQ(DTypeSize(DType::kFloat16), 2u);
-  EXPECT_EQ(DTypeSize(DType::kBFloat16), 2u);
-  EXPECT_EQ(DTypeSize(DType::kFloat8E4M3), 1u);
-  EXPECT_EQ(DTypeSize(DType::kInt32), 4u);
-  EXPECT_EQ(DTypeSize(DType::kInt64), 8u);
-  EXPECT_EQ(DTypeSize(DType::kUInt8), 1u);
-  EXPECT_EQ(DTypeSize(DType::kInvalid), 0u);
-  EXPECT_EQ(DTypeSize(static_cast<DType>(99)), 0u);
-  EXPECT_STREQ(DTypeName(DType::kFloat8E4M3), "float8_e4m3");
-  EXPECT_STREQ(DTypeName(static_cast<DType>(-1)), "invalid");
-}
-
-// ---- Status ----
 
 TEST(StatusTest, CodesAreThoseOfAbsl) {
   EXPECT_EQ(static_cast<int>(StatusCode::kInvalidArgument), 3);
@@ -258,8 +85,6 @@ TEST(StatusOrTest, HoldsAValueOrAnError) {
   EXPECT_FALSE(misused.ok());
   EXPECT_EQ(misused.status().code(), StatusCode::kInternal);
 }
-
-// ---- validate ----
 
 class ValidateTest : public ::testing::Test {
  protected:
@@ -468,124 +293,6 @@ TEST_F(ValidateTest, NoBackend) {
   EXPECT_EQ(status.code(), StatusCode::kUnimplemented);
   EXPECT_STREQ(status.message(), "Op: this build has no backend for cuda:2");
 }
-
-// ---- thread pool ----
-
-TEST(CpuThreadPoolTest, RunsEveryPieceOnce) {
-  for (int threads : {1, 2, 3, 8}) {
-    CpuThreadPool pool(threads);
-    EXPECT_EQ(pool.num_threads(), threads);
-    for (int64_t count : {0, 1, 2, 13, 111, 1000}) {
-      for (int64_t grain : {1, 2, 7, 64, 111, 2000}) {
-        std::vector<int> visits(static_cast<size_t>(count), 0);
-        std::atomic<int64_t> bad_pieces{0};
-        auto body = [&](int64_t begin, int64_t end) {
-          const bool good = begin % grain == 0 && begin < end &&
-                            end == std::min(begin + grain, count);
-          bad_pieces += !good;
-          for (int64_t i = begin; i < end; ++i) ++visits[i];
-        };
-        using Body = decltype(body);
-        pool.Run(
-            count, grain,
-            [](void* context, int64_t begin, int64_t end) {
-              (*static_cast<Body*>(context))(begin, end);
-            },
-            &body);
-        EXPECT_EQ(bad_pieces, 0) << count << " by " << grain;
-        EXPECT_EQ(std::count(visits.begin(), visits.end(), 1), count);
-      }
-    }
-  }
-}
-
-TEST(CpuThreadPoolTest, ParallelForCoversTheRange) {
-  CpuThreadPool pool(2);
-  for (CpuThreadPool* cpu : {static_cast<CpuThreadPool*>(nullptr), &pool}) {
-    const Stream stream = {nullptr, cpu};
-    EXPECT_EQ(NumThreads(stream), cpu == nullptr ? 1 : 2);
-    for (int64_t count : {-3, 0, 1, 5, 100}) {
-      for (int64_t grain : {-1, 0, 1, 3, 1000}) {
-        std::vector<int> visits(
-            static_cast<size_t>(std::max<int64_t>(count, 0)));
-        ParallelFor(stream, count, grain, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) ++visits[i];
-        });
-        EXPECT_EQ(std::count(visits.begin(), visits.end(), 1),
-                  static_cast<int64_t>(visits.size()));
-      }
-    }
-  }
-}
-
-TEST(CpuThreadPoolTest, ManyShortLoops) {
-  CpuThreadPool pool(3);
-  const Stream stream = {nullptr, &pool};
-  std::vector<int64_t> sums(7, 0);
-  for (int64_t loop = 0; loop < 20000; ++loop) {
-    // Each loop reads what the one before wrote, maybe on another thread.
-    ParallelFor(stream, 7, 1,
-                [&](int64_t begin, int64_t) { sums[begin] += loop; });
-  }
-  for (int64_t sum : sums) EXPECT_EQ(sum, 20000LL * 19999 / 2);
-}
-
-TEST(CpuThreadPoolTest, WakesAfterSleeping) {
-  CpuThreadPool pool(2);
-  const Stream stream = {nullptr, &pool};
-  for (int loop = 0; loop < 5; ++loop) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(5));
-    std::atomic<int> pieces{0};
-    ParallelFor(stream, 10, 1, [&](int64_t, int64_t) { ++pieces; });
-    EXPECT_EQ(pieces, 10);
-  }
-}
-
-TEST(CpuThreadPoolTest, ConcurrentCallersTakeTurns) {
-  CpuThreadPool pool(2);
-  const Stream stream = {nullptr, &pool};
-  std::atomic<int> inside{0};  // callers whose loop is under way
-  std::atomic<int> mixed{0};
-  std::vector<std::thread> callers;
-  std::vector<int64_t> totals(4, 0);
-  for (int caller = 0; caller < 4; ++caller) {
-    callers.emplace_back([&, caller] {
-      for (int loop = 0; loop < 500; ++loop) {
-        std::vector<int> visits(17, 0);
-        ParallelFor(stream, 17, 2, [&](int64_t begin, int64_t end) {
-          if (begin == 0) mixed += inside.fetch_add(1) != 0;
-          for (int64_t i = begin; i < end; ++i) ++visits[i];
-          if (begin == 0) inside.fetch_sub(1);
-        });
-        for (int v : visits) totals[caller] += v == 1;
-      }
-    });
-  }
-  for (std::thread& caller : callers) caller.join();
-  EXPECT_EQ(mixed, 0);
-  for (int64_t total : totals) EXPECT_EQ(total, 500 * 17);
-}
-
-TEST(CpuThreadPoolTest, CanBeDestroyedAtAnyTime) {
-  for (int i = 0; i < 50; ++i) {
-    CpuThreadPool pool(4);  // never used: threads may not have started
-  }
-  for (int i = 0; i < 20; ++i) {
-    CpuThreadPool pool(4);
-    std::atomic<int> pieces{0};
-    ParallelFor({nullptr, &pool}, 8, 1, [&](int64_t, int64_t) { ++pieces; });
-    EXPECT_EQ(pieces, 8);
-    // Even rounds find the workers spinning, odd ones asleep.
-    if (i % 2 == 1) std::this_thread::sleep_for(std::chrono::milliseconds(2));
-  }
-}
-
-TEST(CpuThreadPoolTest, DefaultsToTheUsableCpus) {
-  CpuThreadPool pool(0);
-  EXPECT_EQ(pool.num_threads(), GetDeviceInfo(Device{})->num_cores);
-}
-
-// ---- memory ----
 
 class MemoryTest : public testing::OpTest {
  protected:
