@@ -1,0 +1,203 @@
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "ops/sampler/philox.h"
+#include "ops/sampler/sampler.h"
+#include "tests/ops/sampler_test_base.h"
+#include "tests/testing/random.h"
+
+// Whether draws follow the distribution. Seeds are fixed, so that a test either
+// always passes or always fails.
+
+namespace tenon {
+namespace {
+
+using testing::Drawn;
+using testing::Normal;
+using testing::TestTensor;
+
+// Standard normal deviation of a chi-square statistic (Wilson and Hilferty):
+// 3.09 is a probability of 1e-3.
+double ChiSquareDeviation(double statistic, double degrees) {
+  const double spread = 2.0 / (9.0 * degrees);
+  return (std::cbrt(statistic / degrees) - (1.0 - spread)) / std::sqrt(spread);
+}
+
+// Pools the tokens expected fewer than five times.
+double ChiSquareDeviation(const std::vector<int64_t>& counts,
+                          const std::vector<double>& probability,
+                          double draws) {
+  double statistic = 0.0;
+  double degrees = -1.0;
+  double rare_expected = 0.0;
+  double rare_count = 0.0;
+  const auto add = [&](double count, double expected) {
+    statistic += (count - expected) * (count - expected) / expected;
+    degrees += 1.0;
+  };
+  for (size_t i = 0; i < counts.size(); ++i) {
+    const double expected = probability[i] * draws;
+    const double count = static_cast<double>(counts[i]);
+    if (expected >= 5.0) {
+      add(count, expected);
+    } else {
+      rare_expected += expected;
+      rare_count += count;
+    }
+  }
+  if (rare_expected > 0.0) add(rare_count, rare_expected);
+  return degrees < 1.0 ? 0.0 : ChiSquareDeviation(statistic, degrees);
+}
+
+class SamplerStatisticsTest : public testing::SamplerTestBase {
+ protected:
+  // How often each token comes in `draws` draws.
+  std::vector<int64_t> Count(const TestTensor& logits, SamplingParams sampling,
+                             int64_t draws) {
+    std::vector<int64_t> counts(static_cast<size_t>(logits.view().shape[1]));
+    constexpr int64_t kBatch = 1 << 15;
+    for (int64_t i = 0; i < draws; i += kBatch) {
+      const Drawn drawn =
+          DrawMany(logits.view(), sampling, std::min(kBatch, draws - i));
+      for (int64_t token : drawn.tokens) ++counts.at(token);
+      sampling.position += kBatch;
+    }
+    return counts;
+  }
+
+  void ExpectFollows(const TestTensor& logits, const SamplingParams& sampling,
+                     int64_t draws) {
+    const reference::Distribution expected = reference::KeptDistribution(
+        logits.InitialValues(), ReferenceOf(sampling));
+    ASSERT_GT(expected.margin, 1e-6) << "choose another top_p";
+    const std::vector<int64_t> counts = Count(logits, sampling, draws);
+    for (size_t i = 0; i < counts.size(); ++i) {
+      if (expected.probability[i] == 0.0) {
+        EXPECT_EQ(counts[i], 0) << "token " << i << " was filtered";
+      }
+    }
+    EXPECT_LT(ChiSquareDeviation(counts, expected.probability,
+                                 static_cast<double>(draws)),
+              3.09);
+  }
+};
+
+TEST_P(SamplerStatisticsTest, Acceptance27_PlainDrawsFollowTheSoftmax) {
+  for (int64_t vocab : {2, 17, 512}) {
+    SCOPED_TRACE(vocab);
+    const TestTensor logits =
+        Logits(Normal(vocab, static_cast<uint64_t>(vocab), 0.0f, 1.5f));
+    SamplingParams sampling;
+    sampling.temperature = 0.8f;
+    sampling.seed = 1;
+    ExpectFollows(logits, sampling, vocab == 17 ? 1 << 20 : 1 << 17);
+  }
+}
+
+TEST_P(SamplerStatisticsTest, FilteredDrawsFollowTheKeptDistribution) {
+  const TestTensor logits = Logits(Normal(600, 2, 0.0f, 2.0f));
+  const auto expect = [&](int32_t top_k, float top_p, float min_p,
+                          FilterOrder order) {
+    SCOPED_TRACE(StrCat("k ", top_k, " p ", top_p, " min_p ", min_p));
+    SamplingParams sampling;
+    sampling.top_k = top_k;
+    sampling.top_p = top_p;
+    sampling.min_p = min_p;
+    sampling.filter_order = order;
+    sampling.seed = 3;
+    ExpectFollows(logits, sampling, 1 << 15);
+  };
+  expect(40, 1.0f, 0.0f, FilterOrder::kSequential);
+  expect(0, 0.8f, 0.0f, FilterOrder::kSequential);
+  expect(0, 1.0f, 0.03f, FilterOrder::kSequential);
+  expect(40, 0.7f, 0.02f, FilterOrder::kSequential);
+  expect(40, 0.7f, 0.0f, FilterOrder::kJoint);
+}
+
+TEST_P(SamplerStatisticsTest, SeedsAndPositionsAreIndependent) {
+  // Each of these in turn moves through the draws; the draws stay uniform, and
+  // neighbours are uncorrelated.
+  constexpr int64_t kDraws = 1 << 15;
+  const TestTensor logits = Logits(std::vector<float>(64, 0.5f));
+  for (int mode = 0; mode < 3; ++mode) {
+    SCOPED_TRACE(mode);
+    std::vector<SamplingParams> sampling(kDraws);
+    for (int64_t i = 0; i < kDraws; ++i) {
+      sampling[i].seed = mode == 0 ? 9 : static_cast<uint64_t>(i);
+      sampling[i].position = mode == 1 ? 9 : static_cast<uint64_t>(i);
+    }
+    const Drawn drawn = Draw(Repeat(logits.view(), kDraws), sampling);
+    std::vector<int64_t> counts(64);
+    std::vector<int64_t> pairs(64 * 64);
+    for (int64_t i = 0; i < kDraws; ++i) {
+      ++counts.at(drawn.tokens[i]);
+      if (i > 0) ++pairs.at(drawn.tokens[i - 1] * 64 + drawn.tokens[i]);
+    }
+    EXPECT_LT(
+        ChiSquareDeviation(counts, std::vector<double>(64, 1.0 / 64), kDraws),
+        3.09);
+    EXPECT_LT(ChiSquareDeviation(pairs, std::vector<double>(4096, 1.0 / 4096),
+                                 kDraws - 1),
+              3.09);
+  }
+}
+
+// One likely token and many that together come once in a few thousand draws:
+// at a gap of 20 each has a probability below 2^-28, where uniforms of 24 bits
+// have no value left.
+TEST_P(SamplerStatisticsTest, TailBeyond24BitUniformsIsReached) {
+  constexpr int64_t kVocab = 65536;
+  constexpr int64_t kDraws = 4096;
+  std::vector<float> row(kVocab, -20.0f);
+  row[0] = 0.0f;
+  const TestTensor logits = Logits(row);
+  // Positions are chosen by their uniform to be in the tail, so that few draws
+  // reach it: the head's interval of the CDF comes first.
+  const double tail = (kVocab - 1) * std::exp(-20.0);
+  const double head = 1.0 / (1.0 + tail);
+  std::vector<SamplingParams> sampling;
+  for (uint64_t position = 0; sampling.size() < kDraws / 64; ++position) {
+    SamplingParams one;
+    one.seed = 4;
+    one.position = position;
+    if (Uniform(one) > head) sampling.push_back(one);
+  }
+  // Half of these uniforms are nearer to 1 than the tail is wide: they must
+  // spread over all of it.
+  const Drawn drawn = Draw(
+      Repeat(logits.view(), static_cast<int64_t>(sampling.size())), sampling);
+  for (size_t i = 0; i < sampling.size(); ++i) {
+    const double share = (Uniform(sampling[i]) - head) / (1.0 - head);
+    EXPECT_NEAR(drawn.tokens[i], 1.0 + share * (kVocab - 1), 100.0);
+  }
+  EXPECT_GT(*std::max_element(drawn.tokens.begin(), drawn.tokens.end()),
+            kVocab * 3 / 4);
+  EXPECT_LT(*std::min_element(drawn.tokens.begin(), drawn.tokens.end()),
+            kVocab / 4);
+}
+
+TEST_P(SamplerStatisticsTest, Acceptance27_ImpossibleTokensAreNeverDrawn) {
+  constexpr int64_t kVocab = 300;
+  std::vector<float> row(kVocab, -std::numeric_limits<float>::infinity());
+  // The first, the last and a few between are impossible.
+  for (int64_t i = 1; i + 1 < kVocab; i += 2) row[i] = 0.0f;
+  const TestTensor logits = Logits(row);
+  SamplingParams sampling;
+  sampling.seed = 5;
+  const std::vector<int64_t> counts = Count(logits, sampling, 1 << 18);
+  for (int64_t i = 0; i < kVocab; ++i) {
+    if (row[i] != 0.0f) {
+      EXPECT_EQ(counts[i], 0) << i;
+    } else {
+      EXPECT_GT(counts[i], 0) << i;
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Targets, SamplerStatisticsTest,
+                         ::testing::ValuesIn(testing::Float32Targets()),
+                         testing::TargetName);
+
+}  // namespace
+}  // namespace tenon
