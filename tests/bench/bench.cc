@@ -4,16 +4,18 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
-#include <random>
 
 #include "ops/core/build_config.h"
-#include "ops/core/device_info.h"
 #include "ops/linear/cublas_lt.h"
 #include "ops/linear/linear.h"
 #include "tests/bench/bench_backend.h"
 
 namespace tenon::bench {
 namespace {
+
+constexpr int kGraphReplays = 21;
+constexpr int kHotCalls = 48;
+constexpr int kMinCalls = 8;  // of a graph
 
 [[noreturn]] void ExitUsage(const std::string& message) {
   std::fprintf(stderr, "%s\n", message.c_str());
@@ -27,16 +29,21 @@ double Seconds() {
 }
 
 double Median(std::vector<double> values) {
+  if (values.empty()) return 0.0;
   std::sort(values.begin(), values.end());
   return values[values.size() / 2];
 }
 
+double Median(const StatusOr<std::vector<double>>& values) {
+  CheckOk(values.status());
+  return Median(*values);
+}
+
 DType ParseDType(const std::string& name) {
-  for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16,
-                      DType::kFloat8E4M3}) {
+  for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
     if (name == DTypeName(dtype)) return dtype;
   }
-  ExitUsage("--dtype: unknown dtype " + name);
+  ExitUsage("--dtype: not float32, float16 or bfloat16: " + name);
 }
 
 std::vector<int64_t> ParseList(const std::string& flag,
@@ -48,7 +55,7 @@ std::vector<int64_t> ParseList(const std::string& flag,
     char* rest = nullptr;
     const std::string item = text.substr(begin, end - begin);
     values.push_back(std::strtoll(item.c_str(), &rest, 10));
-    if (item.empty() || *rest != '\0' || values.back() < 0) {
+    if (item.empty() || *rest != '\0' || values.back() < 1) {
       ExitUsage(flag + ": not a list of counts: " + text);
     }
     begin = end + 1;
@@ -56,16 +63,17 @@ std::vector<int64_t> ParseList(const std::string& flag,
   return values;
 }
 
-// Median seconds of ten calls, after one.
-double TimeCalls(const std::function<void()>& call) {
-  call();
-  std::vector<double> seconds;
-  for (int i = 0; i < 10; ++i) {
+// The shortest of call(0) to call(count - 1), in seconds. Other programs on the
+// host should not lower a ceiling, so calls are short and the best one counts.
+double BestSeconds(int count, const std::function<void(int)>& call) {
+  double best = 0.0;
+  for (int i = 0; i < count; ++i) {
     const double begin = Seconds();
-    call();
-    seconds.push_back(Seconds() - begin);
+    call(i);
+    const double seconds = Seconds() - begin;
+    best = i == 0 ? seconds : std::min(best, seconds);
   }
-  return Median(seconds);
+  return best;
 }
 
 }  // namespace
@@ -77,83 +85,92 @@ void CheckOk(const Status& status) {
 }
 
 Bench::Bench(int argc, char** argv, const std::string& name) : name_(name) {
-  device_.type = NumCudaDevices() > 0 ? DeviceType::kCuda : DeviceType::kCpu;
-  int threads = 0;
+  if (NumCudaDevices() > 0) info_.device.type = DeviceType::kCuda;
+  ParseFlags(argc, argv);
+  const StatusOr<DeviceInfo> info = GetDeviceInfo(device());
+  if (!info.ok()) ExitUsage(info.status().message());
+  info_ = *info;
+  StatusOr<OwnedStream> stream = OwnedStream::Create(device(), num_threads_);
+  CheckOk(stream.status());
+  stream_ = *std::move(stream);
+  if (cuda()) {
+    MeasureCudaCeilings();
+  } else {
+    MeasureCpuCeilings();
+  }
+  if (!json_) PrintHeader();
+}
+
+Bench::~Bench() = default;
+
+void Bench::ParseFlags(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {
     const std::string flag = argv[i];
-    if (flag == "--json") {
-      json_ = true;
+    if (flag == "--json" || flag == "--hot") {
+      (flag == "--json" ? json_ : hot_) = true;
       continue;
     }
     if (i + 1 == argc) ExitUsage(flag + ": unknown flag or value missing");
     const std::string value = argv[++i];
     if (flag == "--device" && (value == "cpu" || value == "cuda")) {
-      device_.type = value == "cpu" ? DeviceType::kCpu : DeviceType::kCuda;
-    } else if (flag == "--dtype") {
-      dtype_ = ParseDType(value);
+      info_.device.type = value == "cpu" ? DeviceType::kCpu : DeviceType::kCuda;
+    } else if (flag == "--op") {
+      op_ = value;
     } else if (flag == "--shape") {
       shape_ = value;
+    } else if (flag == "--dtype") {
+      dtype_ = ParseDType(value);
     } else if (flag == "--tokens") {
       tokens_ = ParseList(flag, value);
     } else if (flag == "--threads") {
-      threads = static_cast<int>(ParseList(flag, value)[0]);
+      num_threads_ = static_cast<int>(ParseList(flag, value)[0]);
     } else {
       ExitUsage(flag + " " + value +
-                ": unknown; flags are --device cpu|cuda, --dtype NAME, "
-                "--shape TEXT, --tokens N[,N], --threads N, --json");
+                ": unknown; flags are --device cpu|cuda, --op TEXT, "
+                "--shape TEXT, --dtype NAME, --tokens N[,N], --threads N, "
+                "--hot, --json");
     }
   }
-  StatusOr<DeviceInfo> info = GetDeviceInfo(device_);
-  if (!info.ok()) ExitUsage(info.status().message());
-  device_name_ = info->name;
-  cache_bytes_ = static_cast<double>(info->l2_bytes);
-  StatusOr<OwnedStream> stream = OwnedStream::Create(device_, threads);
-  CheckOk(stream.status());
-  stream_ = *std::move(stream);
-  MeasureCeilings();
-  if (json_) return;
-  std::printf("%s on %s", name_.c_str(), device_name_.c_str());
-  std::printf("; measured read bandwidth %.1f GB/s, matrix rate %.2f TFLOP/s\n",
-              ceilings_.read_gb_per_s, ceilings_.matmul_tflops);
-  std::printf("%-24s %-22s %7s %-9s %11s %9s %6s %9s %6s\n", "op", "shape",
-              "tokens", "dtype", "us", "GB/s", "%read", "TFLOP/s", "%mm");
 }
 
-bool Bench::Selected(const std::string& shape, int64_t tokens,
-                     DType dtype) const {
-  return shape.find(shape_) != std::string::npos &&
-         (tokens_.empty() ||
-          std::find(tokens_.begin(), tokens_.end(), tokens) != tokens_.end()) &&
-         (dtype_ == DType::kInvalid || dtype_ == dtype);
+std::vector<testing::ModelShape> Bench::Shapes() const {
+  std::vector<testing::ModelShape> shapes;
+  for (const testing::ModelShape& shape : testing::kModelShapes) {
+    if (std::string(shape.name).find(shape_) == std::string::npos) continue;
+    shapes.push_back(shape);
+    if (!cuda() && shape_.empty()) break;
+  }
+  return shapes;
+}
+
+std::vector<DType> Bench::DTypes(std::initializer_list<DType> own) const {
+  if (dtype_ != DType::kInvalid) return {dtype_};
+  return own;
+}
+
+std::vector<int64_t> Bench::Tokens(
+    std::initializer_list<int64_t> on_cuda,
+    std::initializer_list<int64_t> on_cpu) const {
+  if (!tokens_.empty()) return tokens_;
+  return cuda() ? on_cuda : on_cpu;
+}
+
+double Bench::CacheBytes() const {
+  // A virtual machine may report a last-level cache that it has a slice of.
+  return std::clamp(static_cast<double>(info_.l2_bytes), 32e6, 256e6);
 }
 
 int Bench::NumSets(double bytes) const {
-  // A virtual machine may report a last-level cache that it has a slice of.
-  const double cache = std::min(std::max(cache_bytes_, 32e6), 256e6);
   return static_cast<int>(
-      std::clamp(2.0 * cache / std::max(bytes, 1.0) + 1.0, 2.0, 64.0));
+      std::clamp(2.0 * CacheBytes() / std::max(bytes, 1.0) + 1.0, 2.0, 64.0));
 }
 
 void Bench::Run(const Case& what, int num_sets,
                 const std::function<Status(int)>& call) {
-  std::vector<double> seconds;
-  if (device_.type == DeviceType::kCuda) {
-    if constexpr (kCudaBuilt) {
-      StatusOr<std::vector<double>> timed =
-          TimeGraphCuda(device_, stream(), num_sets, 21, call);
-      CheckOk(timed.status());
-      for (double s : *timed) seconds.push_back(s / num_sets);
-    }
-  } else {
-    for (int i = 0; i < std::min(num_sets, 4); ++i) CheckOk(call(i));
-    const double begin = Seconds();
-    for (int i = 0; i < 1000 && (i < 5 || Seconds() - begin < 0.5); ++i) {
-      const double start = Seconds();
-      CheckOk(call(i % num_sets));
-      seconds.push_back(Seconds() - start);
-    }
-  }
-  Add(what, Median(seconds) * 1e6);
+  if (what.op.find(op_) == std::string::npos) return;
+  const double seconds =
+      cuda() ? TimeCuda(what.bytes, num_sets, call) : TimeCpu(num_sets, call);
+  Add(what, seconds * 1e6);
 }
 
 void Bench::Add(const Case& what, double microseconds) {
@@ -161,83 +178,185 @@ void Bench::Add(const Case& what, double microseconds) {
   if (!json_) PrintRow(results_.back());
 }
 
-void Bench::MeasureCeilings() {
-  const int64_t bytes = int64_t{device_.type == DeviceType::kCuda ? 4 : 1}
-                        << 30;
-  StatusOr<Buffer> data = Buffer::Allocate(device_, bytes);
-  CheckOk(data.status());
-  CheckOk(FillMemory(data->data(), device_, 0x5a, bytes, stream()));
-  if (device_.type == DeviceType::kCpu) {
-    const double read =
-        TimeCalls([&] { ReadAllCpu(data->data(), bytes, stream()); });
-    ceilings_.read_gb_per_s = static_cast<double>(bytes) / read * 1e-9;
-    double flops = 0.0;
-    const double fma =
-        TimeCalls([&] { flops = MultiplyAddCpu(2000000, stream()); });
-    ceilings_.matmul_tflops = flops / fma * 1e-12;
-    return;
+// By reading, which leaves nothing to be written back later. Caches do not
+// replace strictly by age, hence more than their size.
+Status Bench::EmptyCache() {
+  const int64_t bytes = static_cast<int64_t>(CacheBytes() * 3.0) / 4096 * 4096;
+  constexpr int64_t kResultBytes = 256;
+  if (cache_filler_.size() == 0) {
+    StatusOr<Buffer> filler = Buffer::Allocate(device(), bytes + kResultBytes);
+    TENON_RETURN_IF_ERROR(filler.status());
+    cache_filler_ = *std::move(filler);
+    TENON_RETURN_IF_ERROR(
+        FillMemory(cache_filler_.data(), device(), 1, bytes, stream()));
   }
+  char* data = static_cast<char*>(cache_filler_.data());
   if constexpr (kCudaBuilt) {
-    StatusOr<Buffer> result = Buffer::Allocate(device_, 256);
-    CheckOk(result.status());
-    StatusOr<std::vector<double>> read =
-        TimeGraphCuda(device_, stream(), 1, 11, [&](int) {
-          return ReadAllCuda(data->data(), bytes, result->data(), stream());
-        });
-    CheckOk(read.status());
-    ceilings_.read_gb_per_s = static_cast<double>(bytes) / Median(*read) * 1e-9;
-
-    constexpr int64_t kSize = 8192;
-    const Buffer a = RandomBuffer(device_, DType::kBFloat16, kSize * kSize, 1);
-    const Buffer b = RandomBuffer(device_, DType::kBFloat16, kSize * kSize, 2);
-    const auto matrix = [&](const void* p) {
-      return MakeTensor(p, DType::kBFloat16, device_, {kSize, kSize});
-    };
-    StatusOr<std::unique_ptr<CublasLt>> lt = CublasLt::Create(device_);
-    CheckOk(lt.status());
-    LinearParams p;
-    p.x = matrix(a.data());
-    p.weight = matrix(b.data());
-    p.out = matrix(data->data());
-    p.cublas_lt = lt->get();
-    p.workspace_size = LinearWorkspaceBytes(p);
-    StatusOr<Buffer> workspace = Buffer::Allocate(device_, p.workspace_size);
-    CheckOk(workspace.status());
-    p.workspace = workspace->data();
-    StatusOr<std::vector<double>> matmul = TimeGraphCuda(
-        device_, stream(), 1, 11, [&](int) { return Linear(p, stream()); });
-    CheckOk(matmul.status());
-    ceilings_.matmul_tflops =
-        2.0 * kSize * kSize * kSize / Median(*matmul) * 1e-12;
+    if (cuda()) {
+      return ReadAllCuda(data, bytes, data + bytes, device(), stream());
+    }
   }
+  ReadAllCpu(data, bytes, stream());
+  return Status();
+}
+
+double Bench::TimeCpu(int num_sets, const std::function<Status(int)>& call) {
+  if (hot_) num_sets = 1;
+  for (int i = 0; i < 2; ++i) CheckOk(call(i % num_sets));
+  std::vector<double> seconds;
+  const double first = Seconds();
+  for (int i = 0; i < 1000 && (i < 3 || Seconds() - first < 0.5); ++i) {
+    if (!hot_ && i % num_sets == 0) CheckOk(EmptyCache());
+    const double begin = Seconds();
+    CheckOk(call(i % num_sets));
+    seconds.push_back(Seconds() - begin);
+  }
+  return Median(seconds);
+}
+
+double Bench::TimeCuda(double bytes, int num_sets,
+                       const std::function<Status(int)>& call) {
+  if constexpr (kCudaBuilt) {
+    if (hot_) {
+      return Median(TimeGraphCuda(device(), stream(), kHotCalls, kGraphReplays,
+                                  nullptr, [&](int) { return call(0); })) /
+             kHotCalls;
+    }
+    // Several rounds of short calls, so that the edges of a graph do not count.
+    // Few sets are large ones: a round leaves nothing of the one before.
+    const bool short_calls = num_sets < kMinCalls && bytes < 256e6;
+    const int calls =
+        short_calls ? (kMinCalls / num_sets + 1) * num_sets : num_sets;
+    return Median(TimeGraphCuda(
+               device(), stream(), calls, kGraphReplays,
+               [&] { return EmptyCache(); },
+               [&](int i) { return call(i % num_sets); })) /
+           calls;
+  }
+  return 0.0;
+}
+
+void Bench::MeasureCpuCeilings() {
+  // A slice is read again when all others have been.
+  constexpr int kSlices = 32;
+  constexpr int64_t kBytes = int64_t{32} << 20;
+  Tensors tensors(device());
+  char* data = static_cast<char*>(tensors.Bytes(kSlices * kBytes));
+  CheckOk(FillMemory(data, device(), 0x5a, kSlices * kBytes, stream()));
+  const double read = BestSeconds(4 * kSlices, [&](int i) {
+    ReadAllCpu(data + i % kSlices * kBytes, kBytes, stream());
+  });
+  ceilings_.read_gb_per_s = kBytes / read * 1e-9;
+  const double copy = BestSeconds(4 * kSlices, [&](int i) {
+    char* slice = data + i % kSlices * kBytes;
+    CopyAllCpu(slice, slice + kBytes / 2, kBytes / 2, stream());
+  });
+  ceilings_.copy_gb_per_s = kBytes / copy * 1e-9;
+  double flops = 0.0;
+  const double multiply_add =
+      BestSeconds(100, [&](int) { flops = MultiplyAddCpu(200000, stream()); });
+  ceilings_.matmul_tflops = flops / multiply_add * 1e-12;
+}
+
+void Bench::MeasureCudaCeilings() {
+  if constexpr (kCudaBuilt) {
+    constexpr int64_t kBytes = int64_t{4} << 30;
+    constexpr int kReplays = 11;
+    Tensors tensors(device());
+    char* data = static_cast<char*>(tensors.Bytes(kBytes));
+    void* result = tensors.Bytes(256);
+    CheckOk(FillMemory(data, device(), 0x5a, kBytes, stream()));
+    const auto time = [&](const std::function<Status()>& call) {
+      return Median(TimeGraphCuda(device(), stream(), 1, kReplays, nullptr,
+                                  [&](int) { return call(); }));
+    };
+    ceilings_.read_gb_per_s =
+        kBytes * 1e-9 / time([&] {
+          return ReadAllCuda(data, kBytes, result, device(), stream());
+        });
+    ceilings_.copy_gb_per_s =
+        kBytes * 1e-9 / time([&] {
+          return CopyAllCuda(data, data + kBytes / 2, kBytes / 2, device(),
+                             stream());
+        });
+
+    StatusOr<std::unique_ptr<CublasLt>> lt = CublasLt::Create(device());
+    if (lt.ok()) {
+      cublas_lt_ = *std::move(lt);
+    } else {
+      std::fprintf(stderr,
+                   "the matrix rate is that of the built-in kernels: %s\n",
+                   lt.status().message());
+    }
+    constexpr int64_t kSize = 8192;
+    LinearParams p;
+    p.x = tensors.Random(DType::kBFloat16, {kSize, kSize});
+    p.weight = tensors.Random(DType::kBFloat16, {kSize, kSize});
+    p.out = tensors.Zeros(DType::kBFloat16, {kSize, kSize});
+    p.cublas_lt = cublas_lt();
+    p.workspace_size = LinearWorkspaceBytes(p);
+    p.workspace = tensors.Bytes(p.workspace_size);
+    ceilings_.matmul_tflops = 2e-12 * kSize * kSize * kSize /
+                              time([&] { return Linear(p, stream()); });
+  }
+}
+
+void Bench::PrintHeader() const {
+  std::printf("%s on %s", name_.c_str(), info_.name.c_str());
+  if constexpr (kCudaBuilt) {
+    if (cuda()) std::printf(", up to %d MHz", ClockMhzCuda(device()));
+  }
+  std::printf("; %s inputs; medians\n", hot_ ? "hot" : "cold");
+  std::printf("measured: read %.1f GB/s, copy %.1f GB/s, matrix %.2f TFLOP/s\n",
+              ceilings_.read_gb_per_s, ceilings_.copy_gb_per_s,
+              ceilings_.matmul_tflops);
+  std::printf("%-26s %-28s %6s %-8s %10s %8s %6s %6s %8s %6s  %s\n", "op",
+              "shape", "tokens", "dtype", "us", "GB/s", "%read", "%copy",
+              "TFLOP/s", "%mm", "note");
 }
 
 void Bench::PrintRow(const Measurement& m) const {
+  std::printf("%-26s %-28s %6lld %-8s %10.2f ", m.what.op.c_str(),
+              m.what.shape.c_str(), static_cast<long long>(m.what.tokens),
+              DTypeName(m.what.dtype), m.microseconds);
   const double gb_per_s = m.what.bytes / m.microseconds * 1e-3;
+  if (gb_per_s > 0.0) {
+    std::printf("%8.1f %6.1f %6.1f ", gb_per_s,
+                100.0 * gb_per_s / ceilings_.read_gb_per_s,
+                100.0 * gb_per_s / ceilings_.copy_gb_per_s);
+  } else {
+    std::printf("%8s %6s %6s ", "-", "-", "-");
+  }
   const double tflops = m.what.flops / m.microseconds * 1e-6;
-  std::printf("%-24s %-22s %7lld %-9s %11.2f %9.1f %5.1f%% %9.2f %5.1f%%\n",
-              m.what.op.c_str(), m.what.shape.c_str(),
-              static_cast<long long>(m.what.tokens), DTypeName(m.what.dtype),
-              m.microseconds, gb_per_s,
-              100.0 * gb_per_s / ceilings_.read_gb_per_s, tflops,
-              100.0 * tflops / ceilings_.matmul_tflops);
+  if (tflops > 0.0) {
+    std::printf("%8.2f %6.1f", tflops,
+                100.0 * tflops / ceilings_.matmul_tflops);
+  } else {
+    std::printf("%8s %6s", "-", "-");
+  }
+  std::printf("  %s\n", m.what.note.c_str());
   std::fflush(stdout);
 }
 
+// Names and notes come from the programs and hold nothing to be escaped.
 void Bench::PrintJson() const {
-  std::printf("{\"bench\": \"%s\", \"device\": \"%s\",\n", name_.c_str(),
-              device_name_.c_str());
-  std::printf(" \"read_gb_per_s\": %.1f, \"matmul_tflops\": %.3f,\n",
-              ceilings_.read_gb_per_s, ceilings_.matmul_tflops);
+  std::printf("{\"bench\": \"%s\", \"device\": \"%s\", \"cache\": \"%s\",\n",
+              name_.c_str(), info_.name.c_str(), hot_ ? "hot" : "cold");
+  std::printf(
+      " \"read_gb_per_s\": %.1f, \"copy_gb_per_s\": %.1f, "
+      "\"matmul_tflops\": %.3f,\n",
+      ceilings_.read_gb_per_s, ceilings_.copy_gb_per_s,
+      ceilings_.matmul_tflops);
   std::printf(" \"results\": [");
   const char* separator = "\n";
   for (const Measurement& m : results_) {
     std::printf(
         "%s  {\"op\": \"%s\", \"shape\": \"%s\", \"tokens\": %lld, "
-        "\"dtype\": \"%s\", \"us\": %.3f, \"bytes\": %.0f, \"flops\": %.0f}",
+        "\"dtype\": \"%s\", \"us\": %.3f, \"bytes\": %.0f, \"flops\": %.0f, "
+        "\"note\": \"%s\"}",
         separator, m.what.op.c_str(), m.what.shape.c_str(),
         static_cast<long long>(m.what.tokens), DTypeName(m.what.dtype),
-        m.microseconds, m.what.bytes, m.what.flops);
+        m.microseconds, m.what.bytes, m.what.flops, m.what.note.c_str());
     separator = ",\n";
   }
   std::printf("\n ]}\n");
@@ -246,46 +365,6 @@ void Bench::PrintJson() const {
 int Bench::Finish() {
   if (json_) PrintJson();
   return 0;
-}
-
-Buffer BufferOf(Device device, const void* data, size_t bytes) {
-  StatusOr<Buffer> buffer = Buffer::Allocate(device, bytes);
-  CheckOk(buffer.status());
-  CheckOk(CopyMemory(buffer->data(), device, data, Device(), bytes, Stream()));
-  CheckOk(Synchronize(device, Stream()));
-  return *std::move(buffer);
-}
-
-Buffer RandomBuffer(Device device, DType dtype, int64_t count, uint64_t seed,
-                    float stddev) {
-  // One random block, repeated: drawing gigabytes would take longer than the
-  // benchmark. Its odd length keeps rows from repeating each other.
-  constexpr int64_t kBlock = (1 << 20) - 3;
-  std::mt19937_64 rng(seed);
-  std::normal_distribution<float> normal(0.0f, stddev);
-  const size_t size = DTypeSize(dtype);
-  std::vector<char> block(static_cast<size_t>(std::min(count, kBlock)) * size);
-  for (size_t i = 0; i < block.size(); i += size) {
-    const float value = normal(rng);
-    if (dtype == DType::kFloat32) {
-      std::memcpy(&block[i], &value, size);
-    } else {
-      const uint16_t bits = dtype == DType::kFloat16
-                                ? FromFloat<Float16>(value).bits
-                                : FromFloat<BFloat16>(value).bits;
-      std::memcpy(&block[i], &bits, size);
-    }
-  }
-  StatusOr<Buffer> buffer =
-      Buffer::Allocate(device, static_cast<size_t>(count) * size);
-  CheckOk(buffer.status());
-  for (size_t at = 0; at < buffer->size(); at += block.size()) {
-    CheckOk(CopyMemory(static_cast<char*>(buffer->data()) + at, device,
-                       block.data(), Device(),
-                       std::min(block.size(), buffer->size() - at), Stream()));
-  }
-  CheckOk(Synchronize(device, Stream()));
-  return *std::move(buffer);
 }
 
 }  // namespace tenon::bench

@@ -3,17 +3,25 @@
 
 #include <cstdint>
 #include <functional>
+#include <initializer_list>
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "ops/core/device_info.h"
 #include "ops/core/memory.h"
 #include "ops/core/status.h"
 #include "ops/core/tensor_view.h"
+#include "tests/testing/shapes.h"
+
+namespace tenon {
+class CublasLt;
+}  // namespace tenon
 
 namespace tenon::bench {
 
 // What a run of one case moves and computes, counted by hand from its shape:
-// each input read once, each output written once.
+// each input read once, each output written once. 0: not counted.
 struct Case {
   std::string op;
   std::string shape;
@@ -21,6 +29,7 @@ struct Case {
   DType dtype = DType::kInvalid;
   double bytes = 0.0;
   double flops = 0.0;
+  std::string note{};
 };
 
 struct Measurement {
@@ -31,36 +40,48 @@ struct Measurement {
 // The machine's own ceilings, measured in the same run.
 struct Ceilings {
   double read_gb_per_s = 0.0;
+  double copy_gb_per_s = 0.0;  // bytes read plus bytes written
   double matmul_tflops = 0.0;  // CPU: float32 fused multiply-adds; CUDA: an
                                // 8192^3 bfloat16 product by cuBLASLt
 };
 
 // One benchmark program: parses the flags, measures the ceilings, times cases,
-// prints a table (or JSON).
+// prints a table (or JSON). README.md tells how to read it.
 //   --device cpu|cuda   default: cuda where there is one
-//   --dtype NAME        only this dtype
+//   --op TEXT           only ops whose name contains TEXT
 //   --shape TEXT        only shapes whose name contains TEXT
-//   --tokens N[,N...]   only these token counts
+//   --dtype NAME        this dtype instead of the program's own
+//   --tokens N[,N...]   these token counts instead of the program's own
 //   --threads N         CPU threads; default: all
+//   --hot               one set of inputs, left in the cache
 //   --json              JSON instead of the table
 class Bench {
  public:
   // Exits with code 2 and one line on a wrong flag or a missing device.
   Bench(int argc, char** argv, const std::string& name);
+  ~Bench();
 
-  Device device() const { return device_; }
+  Device device() const { return info_.device; }
+  bool cuda() const { return device().type == DeviceType::kCuda; }
   Stream stream() const { return stream_.get(); }
+  int num_threads() const { return num_threads_; }  // CPU; 0: all
   const Ceilings& ceilings() const { return ceilings_; }
+  CublasLt* cublas_lt() const { return cublas_lt_.get(); }  // may be null
 
-  // Whether the flags select this case.
-  bool Selected(const std::string& shape, int64_t tokens, DType dtype) const;
+  // What to run: the flag's values, or the program's own for the device. On the
+  // CPU only the first model runs unless a flag asks for others.
+  std::vector<testing::ModelShape> Shapes() const;
+  std::vector<DType> DTypes(std::initializer_list<DType> own) const;
+  std::vector<int64_t> Tokens(std::initializer_list<int64_t> on_cuda,
+                              std::initializer_list<int64_t> on_cpu) const;
 
-  // How many copies of inputs of `bytes` bytes to rotate through, so that a
-  // call finds none of them in the last-level cache.
+  // How many copies of inputs of `bytes` bytes to rotate through.
   int NumSets(double bytes) const;
 
   // Times call(set) for set = 0, 1, ..., num_sets - 1, 0, ...; on CUDA as one
-  // graph of num_sets calls. Exits with code 1 if a call fails.
+  // graph of num_sets calls. The cache is emptied between rounds, so a call
+  // finds only what its predecessors in the round share with it. Exits with
+  // code 1 if a call fails.
   void Run(const Case& what, int num_sets,
            const std::function<Status(int set)>& call);
 
@@ -73,35 +94,69 @@ class Bench {
   int Finish();
 
  private:
-  void MeasureCeilings();
+  void ParseFlags(int argc, char** argv);
+  void MeasureCpuCeilings();
+  void MeasureCudaCeilings();
+  double CacheBytes() const;
+  Status EmptyCache();
+  double TimeCpu(int num_sets, const std::function<Status(int)>& call);
+  double TimeCuda(double bytes, int num_sets,
+                  const std::function<Status(int)>& call);
+  void PrintHeader() const;
   void PrintRow(const Measurement& measurement) const;
   void PrintJson() const;
 
   std::string name_;
-  Device device_;
-  std::string device_name_;
+  DeviceInfo info_;
   OwnedStream stream_;
+  std::unique_ptr<CublasLt> cublas_lt_;
   Ceilings ceilings_;
-  double cache_bytes_ = 0.0;
-  bool json_ = false;
-  DType dtype_ = DType::kInvalid;
-  std::string shape_;
-  std::vector<int64_t> tokens_;
+  Buffer cache_filler_;
   std::vector<Measurement> results_;
+
+  // Flags.
+  std::string op_;
+  std::string shape_;
+  DType dtype_ = DType::kInvalid;
+  std::vector<int64_t> tokens_;
+  int num_threads_ = 0;
+  bool hot_ = false;
+  bool json_ = false;
 };
 
-// A buffer of `count` normal values of the dtype (float32, float16, bfloat16),
-// scaled by `stddev`. Exits with code 1 where there is no memory.
-Buffer RandomBuffer(Device device, DType dtype, int64_t count, uint64_t seed,
+// Makes tensors on one device and keeps them alive. Exits with code 1 where
+// there is no memory.
+class Tensors {
+ public:
+  explicit Tensors(Device device) : device_(device) {}
+
+  // Normal values scaled by `stddev`, other ones in each tensor.
+  TensorView Random(DType dtype, std::initializer_list<int64_t> shape,
                     float stddev = 1.0f);
+  TensorView Zeros(DType dtype, std::initializer_list<int64_t> shape);
+  template <class T>
+  TensorView Of(const std::vector<T>& values,
+                std::initializer_list<int64_t> shape) {
+    return MakeTensor(CopyOf(values), kDTypeOf<T>, device_, shape);
+  }
 
-// A buffer with these bytes.
-Buffer BufferOf(Device device, const void* data, size_t bytes);
+  template <class T>
+  T* CopyOf(const std::vector<T>& values) {
+    return static_cast<T*>(Copy(values.data(), values.size() * sizeof(T)));
+  }
+  // Scratch memory.
+  void* Bytes(size_t bytes);
 
-template <class T>
-Buffer BufferOf(Device device, const std::vector<T>& values) {
-  return BufferOf(device, values.data(), values.size() * sizeof(T));
-}
+ private:
+  void* Copy(const void* data, size_t bytes);
+
+  Device device_;
+  int64_t num_random_ = 0;
+  std::vector<Buffer> buffers_;
+};
+
+// The elements of a contiguous tensor on any device.
+std::vector<int32_t> ReadInt32(const TensorView& tensor);
 
 // Prints the message and exits with code 1 unless OK.
 void CheckOk(const Status& status);

@@ -10,18 +10,29 @@
 
 namespace tenon::bench {
 
-// Seconds of each of `repeats` replays of one graph that holds all num_sets
-// calls.
+// Seconds of each of `repeats` replays of one graph that holds call(0) to
+// call(num_calls - 1). `before` is enqueued ahead of each replay, outside the
+// time; empty: the graph itself is.
 StatusOr<std::vector<double>> TimeGraphCuda(
-    Device device, Stream stream, int num_sets, int repeats,
+    Device device, Stream stream, int num_calls, int repeats,
+    const std::function<Status()>& before,
     const std::function<Status(int)>& call);
 
-// Enqueues a kernel that reads `bytes` bytes and keeps their xor.
-Status ReadAllCuda(const void* data, int64_t bytes, void* result,
+// Enqueues a kernel that reads `bytes` bytes (a multiple of 16) and keeps their
+// xor in the four bytes at `result`.
+Status ReadAllCuda(const void* data, int64_t bytes, void* result, Device device,
                    Stream stream);
 
-// The same on the CPU, on the stream's threads.
+// Enqueues a kernel that copies `bytes` bytes (a multiple of 16), 16 at a time.
+Status CopyAllCuda(const void* from, void* to, int64_t bytes, Device device,
+                   Stream stream);
+
+// The highest clock of the device's multiprocessors; 0: unknown.
+int ClockMhzCuda(Device device);
+
+// The same on the CPU, on the stream's threads; bytes a multiple of 256.
 uint64_t ReadAllCpu(const void* data, int64_t bytes, Stream stream);
+void CopyAllCpu(const void* from, void* to, int64_t bytes, Stream stream);
 
 // Runs `iterations` rounds of independent vector multiply-adds on every thread
 // of the stream; returns the floating-point operations done.
