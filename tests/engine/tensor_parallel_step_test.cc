@@ -1,0 +1,177 @@
+// Tensor parallelism without collectives: every rank runs its part of each
+// block on its shard of the weights, the test adds the parts up, and the result
+// must be that of one rank that has everything.
+
+#include <gtest/gtest.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine/activations.h"
+#include "engine/decode_step.h"
+#include "engine/kv_cache.h"
+#include "engine/model.h"
+#include "tests/testing/compare.h"
+
+namespace tenon {
+namespace {
+
+constexpr int32_t kTokens = 24;
+constexpr int32_t kPageSize = 16;
+constexpr int32_t kMaxPages = 2;
+
+// One rank: its shard, cache and intermediates.
+struct Rank {
+  std::shared_ptr<const Model> model;
+  KvCache cache;
+  Activations activations;
+};
+
+// The inputs of one prefill of kTokens tokens, the same on every rank.
+struct Inputs {
+  std::vector<int32_t> token_ids, positions, block_table, query_start, kv_len,
+      logit_rows;
+  std::vector<int64_t> slot_mapping;
+  StepInputs views;
+
+  explicit Inputs(int32_t vocab) {
+    for (int32_t i = 0; i < kTokens; ++i) {
+      token_ids.push_back((i * 37 + 11) % vocab);
+      positions.push_back(i);
+      slot_mapping.push_back(i);
+      logit_rows.push_back(i);
+    }
+    block_table = {0, 1};
+    query_start = {0, kTokens};
+    kv_len = {kTokens};
+    const auto view = [](const auto& values, DType dtype) {
+      return MakeTensor(values.data(), dtype, Device(),
+                        {static_cast<int64_t>(values.size())});
+    };
+    views.token_ids = view(token_ids, DType::kInt32);
+    views.positions = view(positions, DType::kInt32);
+    views.slot_mapping = view(slot_mapping, DType::kInt64);
+    views.query_start = view(query_start, DType::kInt32);
+    views.kv_len = view(kv_len, DType::kInt32);
+    views.logit_rows = view(logit_rows, DType::kInt32);
+    views.block_table =
+        MakeTensor(block_table.data(), DType::kInt32, Device(), {1, kMaxPages});
+    views.max_kv_len = views.max_query_len = kTokens;
+  }
+};
+
+Rank MakeRank(std::shared_ptr<const Model> model) {
+  Rank rank;
+  rank.model = std::move(model);
+  const ModelConfig& config = rank.model->config;
+  const StatusOr<LocalShape> local = MakeLocalShape(config, rank.model->shard);
+  EXPECT_TRUE(local.ok()) << local.status().message();
+  KvCacheOptions options;
+  options.num_layers = config.num_layers;
+  options.num_kv_heads = local->num_kv_heads;
+  options.head_dim = config.head_dim;
+  options.dtype = rank.model->weights.dtype;
+  options.page_size = kPageSize;
+  options.num_pages = kMaxPages;
+  options.max_sequences = 1;
+  options.max_context = kPageSize * kMaxPages;
+  StatusOr<KvCache> cache = KvCache::Create(options);
+  EXPECT_TRUE(cache.ok()) << cache.status().message();
+  rank.cache = *std::move(cache);
+  StepLimits limits;
+  limits.max_tokens = limits.max_logit_rows = kTokens;
+  limits.max_rows = 1;
+  limits.max_context = options.max_context;
+  limits.page_size = kPageSize;
+  limits.max_pages_per_row = kMaxPages;
+  StatusOr<Activations> activations = Activations::Create(
+      config, options.dtype, Device(), rank.model->shard, limits, false, false);
+  EXPECT_TRUE(activations.ok()) << activations.status().message();
+  rank.activations = *std::move(activations);
+  return rank;
+}
+
+// The all-reduce that a collective would do: block_out of every rank becomes
+// the sum over ranks.
+void AllReduce(const std::vector<StepContext>& ranks) {
+  const int64_t count = NumElements(ranks[0].activations.block_out);
+  for (int64_t i = 0; i < count; ++i) {
+    float sum = 0.0f;
+    for (const StepContext& rank : ranks) {
+      sum += rank.activations.block_out.As<float>()[i];
+    }
+    for (const StepContext& rank : ranks) {
+      rank.activations.block_out.As<float>()[i] = sum;
+    }
+  }
+}
+
+void ExpectOk(const Status& status) {
+  EXPECT_TRUE(status.ok()) << status.message();
+}
+
+// DecodeStep, with the sums over ranks in between; returns rank 0's logits.
+std::vector<double> RunRanks(const std::vector<Rank>& ranks) {
+  const ModelConfig& config = ranks[0].model->config;
+  const Inputs inputs(config.vocab_size);
+  std::vector<StepContext> contexts;
+  for (const Rank& rank : ranks) {
+    contexts.push_back({rank.model->config, rank.model->weights, rank.cache,
+                        rank.activations, inputs.views, nullptr, false,
+                        Stream()});
+  }
+  for (const StepContext& c : contexts) ExpectOk(EmbedTokens(c));
+  for (int32_t layer = 0; layer < config.num_layers; ++layer) {
+    for (const StepContext& c : contexts) {
+      const LayerWeights& w = c.weights.layers[layer];
+      ExpectOk(layer == 0 ? FirstNorm(c, w.input_norm)
+                          : AddNorm(c, w.input_norm));
+      ExpectOk(AttentionBlock(c, layer));
+    }
+    AllReduce(contexts);
+    for (const StepContext& c : contexts) {
+      ExpectOk(AddNorm(c, c.weights.layers[layer].post_attention_norm));
+      ExpectOk(MlpBlock(c, layer));
+    }
+    AllReduce(contexts);
+  }
+  for (const StepContext& c : contexts) {
+    ExpectOk(AddNorm(c, c.weights.final_norm));
+    ExpectOk(ComputeLogits(c));
+  }
+  const float* logits = ranks[0].activations.logits.As<float>();
+  return {logits, logits + int64_t{kTokens} * config.vocab_size};
+}
+
+class TensorParallelStepTest : public ::testing::TestWithParam<const char*> {
+ protected:
+  std::vector<double> Run(int32_t world_size) {
+    std::vector<Rank> ranks;
+    for (int32_t rank = 0; rank < world_size; ++rank) {
+      StatusOr<std::shared_ptr<const Model>> model = Model::Load(
+          StrCat("tests/golden/", GetParam()), Device(), {rank, world_size});
+      EXPECT_TRUE(model.ok()) << model.status().message();
+      if (!model.ok()) return {};
+      ranks.push_back(MakeRank(*std::move(model)));
+    }
+    return RunRanks(ranks);
+  }
+};
+
+TEST_P(TensorParallelStepTest, RanksAddUpToTheWhole) {
+  const std::vector<double> whole = Run(1);
+  ASSERT_FALSE(whole.empty());
+  for (int32_t world_size : {2, 4}) {
+    SCOPED_TRACE(world_size);
+    EXPECT_LT(testing::RelativeFrobeniusError(Run(world_size), whole), 1e-5);
+  }
+}
+
+// Four query and two KV heads: at world size 4 two ranks share a KV head.
+INSTANTIATE_TEST_SUITE_P(Models, TensorParallelStepTest,
+                         ::testing::Values("qwen3_moe_tiny",
+                                           "qwen3_dense_tiny"));
+
+}  // namespace
+}  // namespace tenon
