@@ -11,9 +11,11 @@ inline constexpr int kMoeRouterMaxTopK = 32;
 // Keeps the division by the sum of the chosen weights finite.
 inline constexpr float kMoeRouterMinSum = 1e-20f;
 
-// Backends trust `params`: MoeRouter() has validated them. Both order floats by
-// unsigned keys: 0 can not be chosen, kMoeRouterNanKey is below all numbers.
+// Both backends order floats by unsigned keys. 0 can not be chosen; this one,
+// of NaN, is below those of all numbers.
 inline constexpr unsigned kMoeRouterNanKey = 1;
+
+// Backends trust `params`: MoeRouter() has validated them.
 Status MoeRouterCpu(const MoeRouterParams& params, Stream stream);
 Status MoeRouterCuda(const MoeRouterParams& params, Stream stream);
 

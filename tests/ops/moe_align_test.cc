@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <limits>
 
+#include "ops/core/build_config.h"
 #include "tests/reference/moe_align_reference.h"
+#include "tests/testing/cuda_graph.h"
 #include "tests/testing/op_test.h"
 #include "tests/testing/random.h"
 #include "tests/testing/test_tensor.h"
@@ -71,7 +73,9 @@ class MoeAlignTest : public testing::OpTest {
         with_tiles ? call.p.tiles.shape[0] : 0);
     EXPECT_EQ(call.offsets.Integers(), expected.expert_offsets);
     EXPECT_EQ(call.slots.Integers(), expected.sorted_slots);
-    if (with_tiles) EXPECT_EQ(call.tiles.Integers(), expected.tiles);
+    if (with_tiles) {
+      EXPECT_EQ(call.tiles.Integers(), expected.tiles);
+    }
     EXPECT_EQ(call.ids.Bytes(), call.ids.InitialBytes());
     for (const TestTensor* tensor :
          {&call.offsets, &call.slots, &call.tiles, &call.workspace}) {
@@ -261,6 +265,25 @@ TEST_P(MoeAlignTest, DoesNotDependOnThreads) {
   const std::vector<uint8_t> slots = call.slots.Bytes();
   RunAndCheck(call, ids);
   EXPECT_EQ(call.slots.Bytes(), slots);
+}
+
+TEST_P(MoeAlignTest, RunsInACudaGraph) {
+  if (device().type != DeviceType::kCuda) GTEST_SKIP() << "CUDA only";
+  if constexpr (kCudaBuilt) {
+    // Two paths; 1024 experts need the most shared memory.
+    for (int64_t tokens : {16, 2000}) {
+      const std::vector<int64_t> ids = UniformIntegers(tokens * 8, 8, -1, 1023);
+      Call call = MakeCall(tokens, 8, 1024, ids, 16);
+      Call captured = MakeCall(tokens, 8, 1024, ids, 16);
+      RunAndCheck(call, ids);
+      const Status status = testing::RunAsCudaGraph(
+          stream(), 3, [&] { return MoeAlign(captured.p, stream()); });
+      ASSERT_TRUE(status.ok()) << status.message();
+      Finish();
+      EXPECT_EQ(captured.slots.Bytes(), call.slots.Bytes());
+      EXPECT_EQ(captured.tiles.Bytes(), call.tiles.Bytes());
+    }
+  }
 }
 
 TEST_P(MoeAlignTest, ZeroTokensIsOk) {
