@@ -38,6 +38,8 @@ def op_library(name, srcs = [], hdrs = [], cuda_srcs = [], deps = []):
         name = name,
         srcs = [name + ".cc", name + "_cpu.cc"] + srcs,
         hdrs = [name + ".h"] + hdrs,
+        # The CUDA archive comes after this one and calls back into extra srcs.
+        alwayslink = True,
         visibility = _USERS,
         deps = [":%s_headers" % name] + if_cuda([":%s_cuda" % name]),
     )
