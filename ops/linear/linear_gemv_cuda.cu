@@ -16,12 +16,13 @@ constexpr int kWarps = kThreads / 32;
 constexpr int64_t kTargetWarps = 132 * 16;
 
 // A warp works on kRows rows of the weight at once, of which each lane has
-// kVecs vectors of 16 bytes under way: 4 KiB for the warp. More rows mean that
-// x, which comes from L1, is read less often.
+// kVecs vectors of 16 bytes under way: enough for the latency of memory, with
+// the 16 warps of a multiprocessor that the registers allow. More rows mean
+// that x, which comes from L1, is read less often.
 template <int kTokens>
 struct Tiling {
-  static constexpr int kRows = kTokens <= 2 ? 2 : 4;
-  static constexpr int kVecs = 8 / kRows;
+  static constexpr int kRows = kTokens <= 4 ? 2 : 4;
+  static constexpr int kVecs = kTokens <= 4 ? 4 : 1;
   static constexpr int kOuts = kTokens * kRows;
   static_assert(kOuts <= 32, "a lane keeps one sum of its warp");
 };
@@ -97,7 +98,7 @@ __device__ __forceinline__ void AddProducts(
 
 // p.x has at most kTokens rows. `split` warps share kRows rows of the weight.
 template <class T, int kTokens>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     GemvKernel(LinearParams p, int split) {
   constexpr int kRows = Tiling<kTokens>::kRows;
   constexpr int kOuts = Tiling<kTokens>::kOuts;
