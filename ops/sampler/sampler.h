@@ -43,21 +43,28 @@ enum class SampleStatus : int32_t {
 // distribution's cumulative sum in order of token id:
 //   u = (top 53 bits of Philox4x32-10(key = seed, counter = (position low,
 //        position high, stream 0, version 1)) + 0.5) * 2^-53
-// so a token depends on (logits, parameters, seed, position) alone: not on the
-// batch, its order or neighbours. Ties everywhere go by (logit descending, id
-// ascending), exactly k kept. +inf makes a row one-hot (lowest such id).
-// A token with probability zero is never drawn.
+// (word 0 above word 1; rounded to float64, at most 1 - 2^-53), so a token
+// depends on (logits, parameters, seed, position) alone: not on the batch, its
+// order or neighbours. Ties everywhere go by (logit descending, id ascending),
+// exactly k kept. +inf makes a row one-hot (lowest such id). A token with
+// probability zero is never drawn.
 //
 // Shapes: logits [rows, vocab] float32, float16 or bfloat16, rows may be
 // strided, never modified; params: `rows` SamplingParams in the memory of the
 // device (host memory for the CPU); tokens [rows] int32; logprobs [rows]
 // float32, optional: log-softmax of logits / temperature over the whole
-// vocabulary, before the filters (temperature 0: as for 1); statuses [rows]
-// int32 (SampleStatus). vocab is 1 to 2^20.
+// vocabulary, before the filters (temperature 0: as for 1; NaN without a token,
+// 0 for +inf); statuses [rows] int32 (SampleStatus). vocab is 1 to 2^20, rows
+// at most 2^20.
 //
-// Numerics: float32 exponentials, float64 cumulative sums, fixed orders.
-// The CUDA and CPU backends can differ where u falls within rounding of a
-// boundary.
+// Numerics: float32 exponentials, summed in float32 over 256 consecutive ids
+// and in float64 over these, in fixed orders. top-p adds them up in fixed point
+// (2^-43 of the best token's). Threads, launch shapes and strides do not change
+// a bit. The CUDA and CPU backends, and instruction sets of the CPU, can differ
+// where u or a filter falls within rounding of a boundary.
+//
+// The number of passes over the logits is bounded, whatever they are: one, and
+// for filters a few more over the parts that can matter.
 //
 // Does not allocate or synchronise; can be captured in a CUDA graph. Needs
 // `workspace` of SamplerWorkspaceBytes(params). Zero rows is OK. Parameters are
