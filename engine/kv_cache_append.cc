@@ -2,7 +2,6 @@
 #include <cassert>
 
 #include "engine/kv_cache.h"
-#include "ops/core/validate.h"
 
 // The append of a step: planned, committed, then finished or rolled back.
 

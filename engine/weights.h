@@ -12,7 +12,7 @@
 #include "ops/core/memory.h"
 #include "ops/core/status.h"
 #include "ops/core/tensor_view.h"
-#include "ops/moe/moe_grouped_matmul.h"
+#include "ops/moe/expert_matrices.h"
 
 namespace tenon {
 

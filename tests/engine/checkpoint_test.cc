@@ -354,7 +354,7 @@ TEST_F(CheckpointTest, MutatedDirectoriesNeverCrash) {
                          "b": "model-1.safetensors"}})";
   std::mt19937_64 rng(3);
   int accepted = 0;
-  for (int i = 0; i < 2000; ++i) {
+  for (int i = 0; i < 500; ++i) {
     const bool of_index = i % 2 == 0;
     directory_.Write("model-1.safetensors",
                      of_index ? shard : testing::Mutate(shard, &rng));
@@ -370,7 +370,7 @@ TEST_F(CheckpointTest, MutatedDirectoriesNeverCrash) {
           << checkpoint.status().message();
     }
   }
-  EXPECT_GT(accepted, 10);
+  EXPECT_GT(accepted, 5);
 }
 
 TEST_F(CheckpointTest, OpensTheGoldenCheckpoints) {
