@@ -222,9 +222,10 @@ double Bench::TimeCuda(double bytes, int num_sets,
                                   nullptr, [&](int) { return call(0); })) /
              kHotCalls;
     }
-    // Several rounds of short calls, so that the edges of a graph do not count.
-    // Few sets are large ones: a round leaves nothing of the one before.
-    const bool short_calls = num_sets < kMinCalls && bytes < 256e6;
+    // Several rounds of few sets, so that the edges of a graph do not count:
+    // the events, and what is written to memory after the last one. Few sets
+    // are large ones, so a round leaves nothing in the cache for the next.
+    const bool short_calls = num_sets < kMinCalls && bytes < 1e9;
     const int calls =
         short_calls ? (kMinCalls / num_sets + 1) * num_sets : num_sets;
     return Median(TimeGraphCuda(

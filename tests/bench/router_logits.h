@@ -40,7 +40,7 @@ inline std::vector<float> RouterLogits(int64_t tokens, int32_t num_experts,
     if (routing == Routing::kAllToOne) base[rank] = -0.05f * rank;
   }
   std::shuffle(base.begin(), base.end(), rng);
-  std::vector<float> noise((1 << 16) - 15);
+  std::vector<float> noise((1 << 14) - 3);
   if (routing != Routing::kAllToOne) {
     std::uniform_real_distribution<float> uniform(0.001f, 0.999f);
     for (float& v : noise) v = -std::log(-std::log(uniform(rng)));
