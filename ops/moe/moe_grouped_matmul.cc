@@ -98,11 +98,14 @@ size_t MoeGroupedMatmulWorkspaceBytes(const MoeGroupedMatmulParams& params) {
 Status MoeGroupedMatmul(const MoeGroupedMatmulParams& params, Stream stream) {
   TENON_RETURN_IF_ERROR(Validate(params));
   if (params.sorted_slots.shape[0] == 0) return Status();
+  const MoeGroupedMatmulScratch scratch = LayOutScratch(params);
   switch (params.x.device.type) {
     case DeviceType::kCpu:
-      return MoeGroupedMatmulCpu(params, stream);
+      return MoeGroupedMatmulCpu(params, scratch, stream);
     case DeviceType::kCuda:
-      if constexpr (kCudaBuilt) return MoeGroupedMatmulCuda(params, stream);
+      if constexpr (kCudaBuilt) {
+        return MoeGroupedMatmulCuda(params, scratch, stream);
+      }
       break;
   }
   return NoBackendError(kOp, params.x.device);

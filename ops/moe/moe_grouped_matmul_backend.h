@@ -16,8 +16,11 @@ struct MoeGroupedMatmulScratch {
 MoeGroupedMatmulScratch LayOutScratch(const MoeGroupedMatmulParams& params);
 
 // Backends trust `params`: MoeGroupedMatmul() has validated them.
-Status MoeGroupedMatmulCpu(const MoeGroupedMatmulParams& params, Stream stream);
+Status MoeGroupedMatmulCpu(const MoeGroupedMatmulParams& params,
+                           const MoeGroupedMatmulScratch& scratch,
+                           Stream stream);
 Status MoeGroupedMatmulCuda(const MoeGroupedMatmulParams& params,
+                            const MoeGroupedMatmulScratch& scratch,
                             Stream stream);
 
 }  // namespace tenon

@@ -54,8 +54,9 @@ void ComputeBlock(const MoeGroupedMatmulParams& p, const float* gathered,
 
 }  // namespace
 
-Status MoeGroupedMatmulCpu(const MoeGroupedMatmulParams& p, Stream stream) {
-  const MoeGroupedMatmulScratch scratch = LayOutScratch(p);
+Status MoeGroupedMatmulCpu(const MoeGroupedMatmulParams& p,
+                           const MoeGroupedMatmulScratch& scratch,
+                           Stream stream) {
   const int32_t* offsets = p.expert_offsets.As<const int32_t>();
   const int64_t num_slots = p.sorted_slots.shape[0];
   const int64_t num_sorted = offsets[p.weights.num_experts];

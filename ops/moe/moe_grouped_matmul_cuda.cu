@@ -187,7 +187,8 @@ Status LaunchHalf(const char* op, const MoeGroupedGemm& g, int32_t tile_rows,
 }
 
 template <class T>
-Status Compute(const MoeGroupedMatmulParams& p, Stream stream) {
+Status Compute(const MoeGroupedMatmulParams& p,
+               const MoeGroupedMatmulScratch& scratch, Stream stream) {
   const int64_t num_slots = p.sorted_slots.shape[0];
   const int64_t num_experts = p.weights.num_experts;
   const bool aligned =
@@ -198,7 +199,7 @@ Status Compute(const MoeGroupedMatmulParams& p, Stream stream) {
       MoeTileRows(p.x.dtype, aligned, num_slots, num_experts);
 
   MoeGroupedGemm gemm;
-  gemm.source.tiles = LayOutScratch(p).tiles;
+  gemm.source.tiles = scratch.tiles;
   gemm.source.expert_offsets = p.expert_offsets.As<const int32_t>();
   gemm.source.sorted_slots = p.sorted_slots.As<const int32_t>();
   gemm.source.num_tiles =
@@ -211,7 +212,7 @@ Status Compute(const MoeGroupedMatmulParams& p, Stream stream) {
     gemm.routing = {p.routing_weights.As<const float>(), 1, 1};
   }
   gemm.out = p.out;
-  TENON_RETURN_IF_ERROR(LaunchSchedule<T>(p, tile_rows, LayOutScratch(p).tiles,
+  TENON_RETURN_IF_ERROR(LaunchSchedule<T>(p, tile_rows, scratch.tiles,
                                           gemm.source.num_tiles, stream));
   return LaunchMoeGroupedGemm("MoeGroupedMatmul", gemm, tile_rows, aligned,
                               stream);
@@ -249,15 +250,17 @@ Status LaunchMoeGroupedGemm(const char* op, const MoeGroupedGemm& gemm,
   }
 }
 
-Status MoeGroupedMatmulCuda(const MoeGroupedMatmulParams& p, Stream stream) {
+Status MoeGroupedMatmulCuda(const MoeGroupedMatmulParams& p,
+                            const MoeGroupedMatmulScratch& scratch,
+                            Stream stream) {
   const cuda::DeviceGuard guard(p.x.device);
   switch (p.x.dtype) {
     case DType::kFloat32:
-      return Compute<float>(p, stream);
+      return Compute<float>(p, scratch, stream);
     case DType::kFloat16:
-      return Compute<__half>(p, stream);
+      return Compute<__half>(p, scratch, stream);
     default:
-      return Compute<__nv_bfloat16>(p, stream);
+      return Compute<__nv_bfloat16>(p, scratch, stream);
   }
 }
 
