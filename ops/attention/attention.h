@@ -33,15 +33,21 @@ namespace tenon {
 //
 // The arrays are device memory: their contents are the caller's promise. Rows
 // with kv_len < their number of queries get zeros for queries at negative
-// positions; a block-table entry outside [0, num_pages) is treated as page 0.
+// positions, and so do tokens that belong to no sequence; a block-table entry
+// outside [0, num_pages) is treated as page 0; lengths are cut to the bounds.
 //
 // Numerics: scores, softmax and the weighted sum accumulate in float32
 // (half-precision probabilities feed the tensor cores where those are used),
-// one rounding at the store. The split of a long context into parts depends on
-// its length alone and parts are combined in order: the same call gives the
-// same bits, and a query does not depend on the other sequences. With
-// batch_invariant a query's result is the same whether it is computed alone or
-// in a chunk of several. On the CPU that always holds.
+// one rounding at the store. A long context is cut into parts that are combined
+// in order: the same call gives the same bits, and a query does not depend on
+// what the other sequences hold. How it is cut follows from its length, and on
+// CUDA from the number of queries in the call. With batch_invariant from its
+// length alone: then a query's result is the same whether it is computed alone
+// or in a chunk of several, in any company. On the CPU that always holds.
+// NaN in a query, or in a key or value that it attends to, makes it NaN.
+//
+// CUDA kernels (see attention_config.h) are at their best where q, out and the
+// caches can be accessed 16 bytes at a time; any other stride works.
 //
 // Aliasing: out may be q. Does not allocate or synchronise; can be captured in
 // a CUDA graph (the grid depends on shapes alone). Needs `workspace` of

@@ -151,7 +151,7 @@ __device__ __forceinline__ void MergeWarps(const AttentionArgs& args,
 #pragma unroll
     for (int warp = 0; warp < Shape::kWarps; ++warp) {
       const float2 of_warp = softmax[warp * kHeadsPerBlock + row];
-      if (of_warp.x == -INFINITY) continue;  // it had no keys
+      if (of_warp.y == 0.0f) continue;  // it had no keys
       const float weight = Exp2(of_warp.x - max);
       value += weight * reinterpret_cast<const float*>(
                             warps_shared + warp * Shape::kWarpBytes)[i];
