@@ -59,10 +59,6 @@ void ConvertFromFloat(DType dtype, const float* from, int64_t count, void* to) {
 
 constexpr int kL2 = 2;  // __builtin_prefetch: into the L2 cache
 
-// ---------------------------------------------------------------------------
-// Matrix product
-// ---------------------------------------------------------------------------
-//
 // The vector lanes run along depth. An output element has one vector of sums,
 // to which blocks of kLanes products are added in order, the last block padded
 // with zeros; AddLanes() then adds its lanes in a fixed tree. All paths below
@@ -119,13 +115,6 @@ HWY_INLINE void StoreTile(const Tile<kRows>& tile, float* out,
       }
     }
   }
-}
-
-// A zero-padded copy of the last, partial block.
-template <class T>
-HWY_INLINE const T* PadBlock(const T* from, int64_t count, T* padded) {
-  std::fill(std::copy(from, from + count, padded), padded + kLanes, T{});
-  return padded;
 }
 
 // Few rows: weights go from memory to registers, converted on the way, while
@@ -362,6 +351,8 @@ void Matmul(const CpuMatmulParams& p) {
   }
 }
 
+CpuKernels Kernels() { return {Matmul, ConvertToFloat, ConvertFromFloat}; }
+
 }  // namespace HWY_NAMESPACE
 }  // namespace tenon
 HWY_AFTER_NAMESPACE();
@@ -370,65 +361,33 @@ HWY_AFTER_NAMESPACE();
 
 namespace tenon {
 
-void CpuMatmul(CpuIsa isa, const CpuMatmulParams& params) {
+CpuKernels CpuKernelsFor(CpuIsa isa) {
   switch (isa) {
 #if HWY_TARGETS & HWY_AVX3
     case CpuIsa::kAvx512:
-      return N_AVX3::Matmul(params);
+      return N_AVX3::Kernels();
 #endif
 #if HWY_TARGETS & HWY_AVX2
     case CpuIsa::kAvx2:
-      return N_AVX2::Matmul(params);
+      return N_AVX2::Kernels();
 #endif
     default:
-      return HWY_STATIC_DISPATCH(Matmul)(params);
-  }
-}
-
-void CpuConvertToFloat(CpuIsa isa, DType dtype, const void* from, int64_t count,
-                       float* to) {
-  switch (isa) {
-#if HWY_TARGETS & HWY_AVX3
-    case CpuIsa::kAvx512:
-      return N_AVX3::ConvertToFloat(dtype, from, count, to);
-#endif
-#if HWY_TARGETS & HWY_AVX2
-    case CpuIsa::kAvx2:
-      return N_AVX2::ConvertToFloat(dtype, from, count, to);
-#endif
-    default:
-      return HWY_STATIC_DISPATCH(ConvertToFloat)(dtype, from, count, to);
-  }
-}
-
-void CpuConvertFromFloat(CpuIsa isa, DType dtype, const float* from,
-                         int64_t count, void* to) {
-  switch (isa) {
-#if HWY_TARGETS & HWY_AVX3
-    case CpuIsa::kAvx512:
-      return N_AVX3::ConvertFromFloat(dtype, from, count, to);
-#endif
-#if HWY_TARGETS & HWY_AVX2
-    case CpuIsa::kAvx2:
-      return N_AVX2::ConvertFromFloat(dtype, from, count, to);
-#endif
-    default:
-      return HWY_STATIC_DISPATCH(ConvertFromFloat)(dtype, from, count, to);
+      return HWY_STATIC_DISPATCH(Kernels)();
   }
 }
 
 void CpuMatmul(const CpuMatmulParams& params) {
-  CpuMatmul(DetectCpuIsa(), params);
+  CpuKernelsFor(DetectCpuIsa()).matmul(params);
 }
 
 void CpuConvertToFloat(DType dtype, const void* from, int64_t count,
                        float* to) {
-  CpuConvertToFloat(DetectCpuIsa(), dtype, from, count, to);
+  CpuKernelsFor(DetectCpuIsa()).convert_to_float(dtype, from, count, to);
 }
 
 void CpuConvertFromFloat(DType dtype, const float* from, int64_t count,
                          void* to) {
-  CpuConvertFromFloat(DetectCpuIsa(), dtype, from, count, to);
+  CpuKernelsFor(DetectCpuIsa()).convert_from_float(dtype, from, count, to);
 }
 
 }  // namespace tenon

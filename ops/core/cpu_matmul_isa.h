@@ -4,16 +4,20 @@
 #include "ops/core/cpu_matmul.h"
 #include "ops/core/device_info.h"
 
-// The functions of cpu_matmul.h for a given instruction set, so that tests
-// reach every path on one host. `isa` must not exceed DetectCpuIsa().
-
 namespace tenon {
 
-void CpuMatmul(CpuIsa isa, const CpuMatmulParams& params);
-void CpuConvertToFloat(CpuIsa isa, DType dtype, const void* from, int64_t count,
-                       float* to);
-void CpuConvertFromFloat(CpuIsa isa, DType dtype, const float* from,
-                         int64_t count, void* to);
+// The functions of cpu_matmul.h as compiled for one instruction set.
+struct CpuKernels {
+  void (*matmul)(const CpuMatmulParams& params);
+  void (*convert_to_float)(DType dtype, const void* from, int64_t count,
+                           float* to);
+  void (*convert_from_float)(DType dtype, const float* from, int64_t count,
+                             void* to);
+};
+
+// `isa` must not exceed DetectCpuIsa(). Given explicitly by tests, so that they
+// reach every path on one host.
+CpuKernels CpuKernelsFor(CpuIsa isa);
 
 }  // namespace tenon
 

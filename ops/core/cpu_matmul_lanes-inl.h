@@ -1,7 +1,7 @@
 // The vectors of cpu_matmul.cc: Floats, kLanes floats; Zero, Load and Store
-// with conversion, MultiplyAdd and AddLanes. Through Highway where this host's
-// compiler target has vectors that Highway knows, in compiler vectors
-// otherwise.
+// with conversion, MultiplyAdd, AddLanes and PadBlock. Through Highway where
+// this host's compiler target has vectors that Highway knows, in compiler
+// vectors otherwise.
 
 #if defined(TENON_OPS_CORE_CPU_MATMUL_LANES_INL_H_) == \
     defined(HWY_TARGET_TOGGLE)  // per-target include guard
@@ -13,6 +13,7 @@
 
 #include <hwy/highway.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "ops/core/dtype.h"
@@ -159,6 +160,13 @@ inline void AddLanes(Floats a, Floats b, Floats c, Floats e, float* to) {
 }
 
 #endif
+
+// A zero-padded copy of the last, partial block.
+template <class T>
+HWY_INLINE const T* PadBlock(const T* from, int64_t count, T* padded) {
+  std::fill(std::copy(from, from + count, padded), padded + kLanes, T{});
+  return padded;
+}
 
 }  // namespace HWY_NAMESPACE
 }  // namespace tenon

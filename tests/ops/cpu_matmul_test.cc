@@ -77,7 +77,7 @@ TEST_P(CpuMatmulTest, MatchesReference) {
           p.out_stride = cols + 1;
           p.rows = rows;
           p.cols = cols;
-          CpuMatmul(GetParam(), p);
+          CpuKernelsFor(GetParam()).matmul(p);
           const auto expected = reference::Linear(
               {x.begin(), x.end()}, weight.values, {}, rows, cols, depth);
           for (int64_t r = 0; r < rows; ++r) {
@@ -110,7 +110,7 @@ TEST_P(CpuMatmulTest, BitsDependOnDepthAlone) {
     p.out_stride = kCols;
     p.rows = kRows;
     p.cols = kCols;
-    CpuMatmul(GetParam(), p);
+    CpuKernelsFor(GetParam()).matmul(p);
     for (int64_t rows : {1, 2, 3, 8, 12}) {
       for (int64_t row : {0, 41}) {
         const int64_t col = 5;
@@ -120,7 +120,7 @@ TEST_P(CpuMatmulTest, BitsDependOnDepthAlone) {
         p.out = part.data();
         p.out_stride = p.cols = kCols - col;
         p.rows = rows;
-        CpuMatmul(GetParam(), p);
+        CpuKernelsFor(GetParam()).matmul(p);
         for (int64_t r = 0; r < rows; ++r) {
           ASSERT_EQ(
               std::memcmp(&part[r * p.cols], &all[(row + r) * kCols + col],
@@ -141,7 +141,7 @@ TEST_P(CpuMatmulTest, ZeroDepthGivesZeros) {
   p.out = out;
   p.rows = 2;
   p.cols = p.out_stride = 3;
-  CpuMatmul(GetParam(), p);
+  CpuKernelsFor(GetParam()).matmul(p);
   for (float v : out) EXPECT_EQ(v, 0.0f);
 }
 
@@ -151,8 +151,8 @@ void ExpectConvertsToFloat(CpuIsa isa) {
   for (size_t i = 0; i < all.size(); ++i)
     all[i].bits = static_cast<uint16_t>(i);
   std::vector<float> floats(all.size());
-  CpuConvertToFloat(isa, kDTypeOf<T>, all.data(),
-                    static_cast<int64_t>(all.size()), floats.data());
+  CpuKernelsFor(isa).convert_to_float(
+      kDTypeOf<T>, all.data(), static_cast<int64_t>(all.size()), floats.data());
   for (size_t i = 0; i < all.size(); ++i) {
     const float expected = ToFloat(all[i]);
     if (std::isnan(expected)) {
@@ -192,8 +192,9 @@ template <class T>
 void ExpectConvertsFromFloat(CpuIsa isa) {
   const std::vector<float> cases = RoundingCases();
   std::vector<T> converted(cases.size());
-  CpuConvertFromFloat(isa, kDTypeOf<T>, cases.data(),
-                      static_cast<int64_t>(cases.size()), converted.data());
+  CpuKernelsFor(isa).convert_from_float(kDTypeOf<T>, cases.data(),
+                                        static_cast<int64_t>(cases.size()),
+                                        converted.data());
   for (size_t i = 0; i < cases.size(); ++i) {
     if (std::isnan(cases[i])) {
       ASSERT_TRUE(std::isnan(ToFloat(converted[i]))) << i;
@@ -213,18 +214,19 @@ TEST_P(CpuMatmulTest, ConvertsNoMoreThanAsked) {
     const std::vector<float> from = Normal(count, 5);
     std::vector<BFloat16> narrow(count + 1, BFloat16{0x1234});
     std::vector<float> back(count + 1, -7.0f);
-    CpuConvertFromFloat(GetParam(), DType::kBFloat16, from.data(), count,
-                        narrow.data());
-    CpuConvertToFloat(GetParam(), DType::kBFloat16, narrow.data(), count,
-                      back.data());
+    CpuKernelsFor(GetParam())
+        .convert_from_float(DType::kBFloat16, from.data(), count,
+                            narrow.data());
+    CpuKernelsFor(GetParam())
+        .convert_to_float(DType::kBFloat16, narrow.data(), count, back.data());
     for (int64_t i = 0; i < count; ++i) {
       EXPECT_EQ(back[i], ToFloat(FromFloat<BFloat16>(from[i])));
     }
     EXPECT_EQ(narrow[count].bits, 0x1234);
     EXPECT_EQ(back[count], -7.0f);
     std::vector<float> copy(count + 1, -7.0f);
-    CpuConvertFromFloat(GetParam(), DType::kFloat32, from.data(), count,
-                        copy.data());
+    CpuKernelsFor(GetParam())
+        .convert_from_float(DType::kFloat32, from.data(), count, copy.data());
     EXPECT_TRUE(std::equal(from.begin(), from.end(), copy.begin()));
     EXPECT_EQ(copy[count], -7.0f);
   }
@@ -244,7 +246,7 @@ TEST(CpuMatmulDispatch, UsesThisHostsInstructions) {
   p.out = &detected;
   CpuMatmul(p);
   p.out = &expected;
-  CpuMatmul(DetectCpuIsa(), p);
+  CpuKernelsFor(DetectCpuIsa()).matmul(p);
   EXPECT_EQ(detected, expected);
 }
 
