@@ -1,7 +1,6 @@
 // The vectors of cpu_matmul.cc: Floats, kLanes floats; Zero, Load and Store
-// with conversion, MultiplyAdd, AddLanes and PadBlock. Through Highway where
-// this host's compiler target has vectors that Highway knows, in compiler
-// vectors otherwise.
+// with conversion, MultiplyAdd, AddLanes and PadBlock. Through Highway where it
+// knows the vectors of the target, in the compiler's own otherwise.
 
 #if defined(TENON_OPS_CORE_CPU_MATMUL_LANES_INL_H_) == \
     defined(HWY_TARGET_TOGGLE)  // per-target include guard
