@@ -429,6 +429,23 @@ TEST_P(SamplerTest, Acceptance29_EveryRowHasItsOwnSeedAndPosition) {
   }
 }
 
+TEST_P(SamplerTest, TheLargestVocabularyOfEqualLogits) {
+  constexpr int64_t kVocab = 1 << 20;
+  const TestTensor logits = Logits(std::vector<float>(kVocab, 0.0f));
+  const auto expect = [&](SamplingParams sampling, int64_t kept) {
+    for (int64_t token : DrawMany(logits.view(), sampling, 3).tokens) {
+      const double uniform = Uniform(sampling);
+      EXPECT_EQ(token, static_cast<int64_t>(uniform * kept));
+      ++sampling.position;
+    }
+  };
+  expect(Filters(0, 1.0f, 0.0f), kVocab);
+  expect(Filters(5, 1.0f, 0.0f), 5);
+  expect(Filters(1 << 19, 1.0f, 0.0f), 1 << 19);
+  expect(Filters(0, 0.25f, 0.0f), 1 << 18);
+  expect(Filters(0, 1.0f, 0.5f), kVocab);
+}
+
 TEST_P(SamplerTest, StridedAndUnalignedRows) {
   constexpr int64_t kRows = 5;
   for (int64_t vocab : {100, 1024, 5003}) {
