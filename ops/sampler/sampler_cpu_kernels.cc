@@ -16,6 +16,7 @@
 HWY_BEFORE_NAMESPACE();
 namespace tenon {
 namespace HWY_NAMESPACE {
+namespace sampler_kernels {  // other files have kernels of the same name
 
 namespace hn = hwy::HWY_NAMESPACE;
 
@@ -241,6 +242,7 @@ const SamplerCpuKernels& Kernels() {
   return kKernels;
 }
 
+}  // namespace sampler_kernels
 }  // namespace HWY_NAMESPACE
 }  // namespace tenon
 HWY_AFTER_NAMESPACE();
@@ -253,14 +255,14 @@ const SamplerCpuKernels& GetSamplerCpuKernels(CpuIsa isa) {
   switch (isa) {
 #if HWY_TARGETS & HWY_AVX3
     case CpuIsa::kAvx512:
-      return N_AVX3::Kernels();
+      return N_AVX3::sampler_kernels::Kernels();
 #endif
 #if HWY_TARGETS & HWY_AVX2
     case CpuIsa::kAvx2:
-      return N_AVX2::Kernels();
+      return N_AVX2::sampler_kernels::Kernels();
 #endif
     default:
-      return HWY_STATIC_DISPATCH(Kernels)();
+      return HWY_STATIC_DISPATCH(sampler_kernels::Kernels)();
   }
 }
 
