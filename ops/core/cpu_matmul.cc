@@ -16,6 +16,7 @@
 HWY_BEFORE_NAMESPACE();
 namespace tenon {
 namespace HWY_NAMESPACE {
+namespace cpu_matmul {  // other files have kernels of the same name
 
 // An x-by-weight tile of sums that fits the vector registers beside its inputs:
 // 24 of 32 with AVX-512, 12 of 16 elsewhere.
@@ -353,6 +354,7 @@ void Matmul(const CpuMatmulParams& p) {
 
 CpuKernels Kernels() { return {Matmul, ConvertToFloat, ConvertFromFloat}; }
 
+}  // namespace cpu_matmul
 }  // namespace HWY_NAMESPACE
 }  // namespace tenon
 HWY_AFTER_NAMESPACE();
@@ -365,14 +367,14 @@ CpuKernels CpuKernelsFor(CpuIsa isa) {
   switch (isa) {
 #if HWY_TARGETS & HWY_AVX3
     case CpuIsa::kAvx512:
-      return N_AVX3::Kernels();
+      return N_AVX3::cpu_matmul::Kernels();
 #endif
 #if HWY_TARGETS & HWY_AVX2
     case CpuIsa::kAvx2:
-      return N_AVX2::Kernels();
+      return N_AVX2::cpu_matmul::Kernels();
 #endif
     default:
-      return HWY_STATIC_DISPATCH(Kernels)();
+      return HWY_STATIC_DISPATCH(cpu_matmul::Kernels)();
   }
 }
 
