@@ -16,6 +16,7 @@
 HWY_BEFORE_NAMESPACE();
 namespace tenon {
 namespace HWY_NAMESPACE {
+namespace attention_keys {  // other files have kernels of the same name
 
 constexpr int kMaxKeys = kMaxCpuKeys;
 
@@ -122,6 +123,7 @@ void Fold(const AttentionKeys& keys, int count, int64_t head_dim,
   AddValues(keys, count, head_dim, weights, rescale, row.out);
 }
 
+}  // namespace attention_keys
 }  // namespace HWY_NAMESPACE
 }  // namespace tenon
 HWY_AFTER_NAMESPACE();
@@ -135,14 +137,15 @@ void FoldKeys(CpuIsa isa, const AttentionKeys& keys, int count,
   switch (isa) {
 #if HWY_TARGETS & HWY_AVX3
     case CpuIsa::kAvx512:
-      return N_AVX3::Fold(keys, count, head_dim, row);
+      return N_AVX3::attention_keys::Fold(keys, count, head_dim, row);
 #endif
 #if HWY_TARGETS & HWY_AVX2
     case CpuIsa::kAvx2:
-      return N_AVX2::Fold(keys, count, head_dim, row);
+      return N_AVX2::attention_keys::Fold(keys, count, head_dim, row);
 #endif
     default:
-      return HWY_STATIC_DISPATCH(Fold)(keys, count, head_dim, row);
+      return HWY_STATIC_DISPATCH(attention_keys::Fold)(keys, count, head_dim,
+                                                       row);
   }
 }
 

@@ -45,8 +45,12 @@ TEST_P(AttentionTest, MatchesReferenceForHeadsAndPages) {
 }
 
 TEST_P(AttentionTest, MatchesReferenceForContextLengths) {
-  for (int32_t length :
-       {1, 13, 63, 64, 65, 255, 256, 257, 511, 512, 513, 1000, 2049, 4097}) {
+  // Around a tile, a part of either backend, and several parts.
+  std::vector<int32_t> lengths = {1, 13, 511, 512, 513, 1000, 4097};
+  if (OnCuda()) {
+    lengths.insert(lengths.end(), {63, 64, 65, 255, 256, 257, 2049});
+  }
+  for (int32_t length : lengths) {
     for (int32_t queries : {1, 2, 19}) {
       if (queries > length || (!OnCuda() && queries == 2)) continue;
       SCOPED_TRACE(StrCat(queries, " queries of ", length));
@@ -94,6 +98,7 @@ TEST_P(AttentionTest, DecodesABatch) {
   shape.num_kv_heads = 1;
   for (int i = 0; i < 37; ++i) shape.sequences.push_back({1, 1 + 29 * i});
   for (bool batch_invariant : {false, true}) {
+    if (batch_invariant && !OnCuda()) break;
     Problem problem(device(), dtype(), shape);
     problem.params().max_query_len = 1;
     problem.params().batch_invariant = batch_invariant;
