@@ -24,7 +24,9 @@ def _cuda_library_impl(ctx):
         obj = ctx.actions.declare_file("_objs/%s/%s.o" % (ctx.label.name, src.basename))
         args = ctx.actions.args()
         args.add_all(["-x", "cu", "-c", src, "-o", obj, "-I", ".", "-std=c++17", "-O3"])
-        args.add_all(["--expt-relaxed-constexpr", "-lineinfo"])
+        # The code of two architectures is large: "size" makes it a tenth, for a
+        # moment of unpacking when a kernel is first used.
+        args.add_all(["--expt-relaxed-constexpr", "--compress-mode=size"])
         args.add_all(["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"])
         args.add_all(defines, before_each = "-D")
         args.add_all(_GENCODES, format_each = "-gencode=%s")
