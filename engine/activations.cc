@@ -36,6 +36,7 @@ struct Shapes {
   Device device;
   LocalShape local;
   const StepLimits& limits;
+  CublasLt* cublas_lt;
   bool batch_invariant;
 
   int64_t qkv_width() const {
@@ -50,6 +51,7 @@ size_t LinearBytes(const Shapes& s, int64_t tokens, int64_t in, int64_t out,
   p.x = Shaped(s.dtype, s.device, {tokens, in});
   p.weight = Shaped(s.dtype, s.device, {out, in});
   p.out = Shaped(out_dtype, s.device, {tokens, out});
+  p.cublas_lt = s.cublas_lt;
   p.batch_invariant = s.batch_invariant;
   return LinearWorkspaceBytes(p);
 }
@@ -159,10 +161,12 @@ void Carve(const Shapes& s, int64_t expert_layers, bool dense,
 
 StatusOr<Activations> Activations::Create(
     const ModelConfig& config, DType dtype, Device device, const Shard& shard,
-    const StepLimits& limits, bool keep_expert_ids, bool batch_invariant) {
+    const StepLimits& limits, bool keep_expert_ids, CublasLt* cublas_lt,
+    bool batch_invariant) {
   StatusOr<LocalShape> local = MakeLocalShape(config, shard);
   TENON_RETURN_IF_ERROR(local.status());
-  const Shapes shapes{config, dtype, device, *local, limits, batch_invariant};
+  const Shapes shapes{config, dtype,     device,         *local,
+                      limits, cublas_lt, batch_invariant};
   int64_t sparse_layers = 0;
   for (int32_t i = 0; i < config.num_layers; ++i) {
     sparse_layers += config.IsMoeLayer(i);

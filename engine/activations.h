@@ -7,6 +7,7 @@
 #include "engine/tensor_parallel.h"
 #include "ops/core/memory.h"
 #include "ops/core/tensor_view.h"
+#include "ops/linear/cublas_lt.h"
 
 namespace tenon {
 
@@ -44,11 +45,12 @@ struct Activations {
   Buffer arena;
 
   // keep_expert_ids: topk_ids has a slice per layer, so that a caller can read
-  // what each layer chose; otherwise all layers share one.
+  // what each layer chose; otherwise all layers share one. cublas_lt is what
+  // steps will use; it has a say in the size of the workspace.
   static StatusOr<Activations> Create(const ModelConfig& config, DType dtype,
                                       Device device, const Shard& shard,
                                       const StepLimits& limits,
-                                      bool keep_expert_ids,
+                                      bool keep_expert_ids, CublasLt* cublas_lt,
                                       bool batch_invariant);
 };
 

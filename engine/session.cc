@@ -288,12 +288,17 @@ StatusOr<std::unique_ptr<Session>> Session::Create(
   TENON_RETURN_IF_ERROR(cache.status());
   impl->cache = *std::move(cache);
 
+  if (m.device.type == DeviceType::kCuda && !o.batch_invariant) {
+    StatusOr<std::unique_ptr<CublasLt>> lt = CublasLt::Create(m.device);
+    TENON_RETURN_IF_ERROR(lt.status());
+    impl->cublas_lt = *std::move(lt);
+  }
   impl->limits = {o.max_tokens,     o.max_sequences,
                   o.max_logit_rows, o.max_context,
                   o.page_size,      impl->cache.max_pages_per_sequence()};
-  StatusOr<Activations> activations =
-      Activations::Create(m.config, m.weights.dtype, m.device, m.shard,
-                          impl->limits, o.count_experts, o.batch_invariant);
+  StatusOr<Activations> activations = Activations::Create(
+      m.config, m.weights.dtype, m.device, m.shard, impl->limits,
+      o.count_experts, impl->cublas_lt.get(), o.batch_invariant);
   TENON_RETURN_IF_ERROR(activations.status());
   impl->activations = *std::move(activations);
   StatusOr<StepBuffers> buffers = StepBuffers::Create(m.device, impl->limits);
@@ -302,11 +307,6 @@ StatusOr<std::unique_ptr<Session>> Session::Create(
   StatusOr<OwnedStream> stream = OwnedStream::Create(m.device, o.num_threads);
   TENON_RETURN_IF_ERROR(stream.status());
   impl->stream = *std::move(stream);
-  if (m.device.type == DeviceType::kCuda && !o.batch_invariant) {
-    StatusOr<std::unique_ptr<CublasLt>> lt = CublasLt::Create(m.device);
-    TENON_RETURN_IF_ERROR(lt.status());
-    impl->cublas_lt = *std::move(lt);
-  }
   impl->append.reserve(static_cast<size_t>(o.max_sequences));
   return std::unique_ptr<Session>(new Session(std::move(impl)));
 }

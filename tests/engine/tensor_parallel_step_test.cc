@@ -85,8 +85,9 @@ Rank MakeRank(std::shared_ptr<const Model> model) {
   limits.max_context = options.max_context;
   limits.page_size = kPageSize;
   limits.max_pages_per_row = kMaxPages;
-  StatusOr<Activations> activations = Activations::Create(
-      config, options.dtype, Device(), rank.model->shard, limits, false, false);
+  StatusOr<Activations> activations =
+      Activations::Create(config, options.dtype, Device(), rank.model->shard,
+                          limits, false, nullptr, false);
   EXPECT_TRUE(activations.ok()) << activations.status().message();
   rank.activations = *std::move(activations);
   return rank;

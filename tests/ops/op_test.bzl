@@ -3,6 +3,9 @@
 def op_test(name, deps = None, size = "small", **kwargs):
     """Builds <name>.cc; by default it tests the op of the same stem.
 
+    Its cases are a library, <name>_cases, so that one program can hold several
+    suites.
+
     Args:
       name: ends in _test; also the file-name stem.
       deps: the ops under test; default //ops/<stem>.
@@ -10,17 +13,25 @@ def op_test(name, deps = None, size = "small", **kwargs):
       **kwargs: passed on to cc_test.
     """
     op = name[:-len("_test")]
-    native.cc_test(
-        name = name,
-        size = size,
+    native.cc_library(
+        name = name + "_cases",
+        testonly = True,
         srcs = [name + ".cc"],
+        alwayslink = True,  # nothing calls a test case by name
         deps = (["//ops/" + op] if deps == None else deps) + [
-            "//bazel:gtest_main",
+            "//bazel:gtest",
             "//ops/core",
             "//tests/reference",
             "//tests/testing",
             "//tests/testing:shapes",
         ],
-        visibility = ["//tools/bundle:__pkg__"],
+    )
+    native.cc_test(
+        name = name,
+        size = size,
+        deps = [
+            ":%s_cases" % name,
+            "//bazel:gtest_main",
+        ],
         **kwargs
     )

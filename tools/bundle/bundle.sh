@@ -12,7 +12,7 @@ for file in tools/bundle/run_tests.sh "$@"; do
   mkdir -p "$folder/$(dirname "$file")"
   cp -L "$file" "$folder/$file"
   chmod u+w "$folder/$file"
-  if [[ $(head -c 4 "$file" | tail -c 3) == ELF ]]; then
+  if head -c 4 "$file" | grep -q ELF; then
     strip "$folder/$file"
   fi
 done

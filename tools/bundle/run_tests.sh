@@ -1,43 +1,66 @@
 #!/usr/bin/env bash
-# Runs every test binary of the bundle from its root, and sums them up.
-#   ./run_tests.sh [--tool "COMMAND"] [--filter GTEST_FILTER] [NAME...]
-# --tool runs each under a command, such as
-#   --tool "compute-sanitizer --tool memcheck --error-exitcode 9"
+# Runs every test program of the bundle from its root, in shards side by side,
+# and sums them up.
+#   ./run_tests.sh [--tool "COMMAND"] [--filter GTEST_FILTER] [--jobs N]
+#                  [--logs DIR]
+# --tool runs each under a command. For compute-sanitizer:
+#   --filter '*cuda*' --tool "compute-sanitizer --tool memcheck
+#     --report-api-errors no --error-exitcode 9"
+# (API errors that a test provokes, such as asking for too much memory, are
+# reported by the library and are not errors of the test.)
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-tool=""
-filter="*"
-names=()
+export tool="" filter="*" logs="" jobs
+jobs=$((($(nproc) + 1) / 2))
 while (($#)); do
   case $1 in
     --tool) tool=$2 && shift 2 ;;
     --filter) filter=$2 && shift 2 ;;
-    *) names+=("$1") && shift ;;
+    --jobs) jobs=$2 && shift 2 ;;
+    --logs) logs=$2 && shift 2 ;;
+    *) echo "unknown argument $1" >&2 && exit 2 ;;
   esac
 done
-failed=()
-for binary in $(find tests -name '*_test' -type f -executable | sort); do
-  name=$(basename "$binary")
-  if ((${#names[@]})) && [[ ! " ${names[*]} " == *" $name "* ]]; then
-    continue
-  fi
+[[ -n $logs ]] || logs=$(mktemp -d)
+mkdir -p "$logs"
+
+# run_shard BINARY SHARD NUM_SHARDS
+run_shard() {
+  local name begin result
+  name=$(basename "$1")-$2
   begin=$(date +%s)
   # shellcheck disable=SC2086
-  if $tool "./$binary" --gtest_brief=1 --gtest_filter="$filter" \
-    >"/tmp/$name.log" 2>&1; then
+  if GTEST_TOTAL_SHARDS=$3 GTEST_SHARD_INDEX=$2 $tool "./$1" \
+    --gtest_brief=1 --gtest_filter="$filter" >"$logs/$name.log" 2>&1; then
     result=ok
   else
     result=FAILED
-    failed+=("$name")
+    touch "$logs/$name.failed"
   fi
-  echo "$name: $result in $(($(date +%s) - begin)) s; $(grep -E 'PASSED|ERROR SUMMARY' "/tmp/$name.log" | tr '\n' ' ')"
-done
-if ((${#failed[@]})); then
-  for name in "${failed[@]}"; do
-    echo "==== $name"
-    grep -vE '^(.*Skipped|no CUDA device)?$' "/tmp/$name.log" | head -n 60
+  echo "$name: $result in $(($(date +%s) - begin)) s;" \
+    "$(grep -aE 'PASSED|SKIPPED|ERROR SUMMARY|RACECHECK SUMMARY' \
+      "$logs/$name.log" | tr '\n' ' ')"
+}
+export -f run_shard
+
+{
+  for ((shard = 0; shard < 4 * jobs; ++shard)); do
+    echo "tests/ops/op_tests $shard $((4 * jobs))"
   done
-  echo "${#failed[@]} suites failed: ${failed[*]}"
+  for binary in tests/engine/*_test; do
+    echo "$binary 0 1"
+  done
+} | xargs -P "$jobs" -L 1 bash -c 'run_shard "$@"' run_shard
+
+failed=0
+for mark in "$logs"/*.failed; do
+  [[ -e $mark ]] || continue
+  failed=$((failed + 1))
+  echo "==== ${mark%.failed}"
+  grep -avE '^(.*Skipped|no CUDA device)?$' "${mark%.failed}.log" | head -n 40
+done
+if ((failed)); then
+  echo "$failed shards failed; logs are in $logs"
   exit 1
 fi
-echo "all suites passed"
+echo "all tests passed"
