@@ -19,8 +19,7 @@ class CublasLt;
 // all matrices may be strided. out overlaps no input.
 //
 // Numerics: products and sums in float32 (float32 inputs: no TF32), bias added
-// in float32, one rounding to out's dtype (cuBLASLt may round once more before
-// a bias). The order of the sum over
+// in float32, one rounding to out's dtype. The order of the sum over
 // in_features is fixed for a call's shapes: the same call gives the same bits,
 // and a row does not depend on the content of the other rows. With
 // batch_invariant it does not depend on their number either. On the CPU that

@@ -38,6 +38,7 @@ LinearProblem MakeLinearProblem(const LinearParams& p) {
   problem.tokens = p.x.shape[0];
   problem.rows_aligned = RowsAreAligned(p.x) && RowsAreAligned(p.weight);
   problem.rows_apart = RowsAreApart(p.x) && RowsAreApart(p.weight);
+  problem.has_bias = p.bias.present();
   problem.has_cublas_lt = p.cublas_lt != nullptr;
   problem.batch_invariant = p.batch_invariant;
   return problem;
@@ -48,7 +49,12 @@ LinearKernel SelectLinearKernel(const LinearProblem& p) {
     if (p.tokens <= kLinearGemvTokens && p.rows_aligned) {
       return LinearKernel::kGemv;
     }
-    if (p.has_cublas_lt && p.rows_apart) return LinearKernel::kCublasLt;
+    // On unaligned rows cuBLASLt rounds the sum before it adds a bias (seen
+    // with version 13.0), which is one rounding too many.
+    const bool rounds_once = p.rows_aligned || !p.has_bias;
+    if (p.has_cublas_lt && p.rows_apart && rounds_once) {
+      return LinearKernel::kCublasLt;
+    }
   }
   // Element-wise loads, which unaligned rows need, hide their latency best
   // where many threads share the work.

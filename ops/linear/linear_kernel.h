@@ -26,6 +26,7 @@ struct LinearProblem {
   bool rows_aligned = false;
   // No two rows of a matrix overlap, which cuBLASLt demands.
   bool rows_apart = false;
+  bool has_bias = false;
   bool has_cublas_lt = false;
   bool batch_invariant = false;
 };

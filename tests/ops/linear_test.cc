@@ -200,8 +200,6 @@ class LinearTest : public testing::OpTest {
       half_ulp = std::ldexp(1.0, -11);
       tiny = std::ldexp(1.0, -25);
     }
-    // The matrix library may round the sum before it adds a bias.
-    if (mode == Mode::kCublasLt && call.params().bias.present()) half_ulp *= 2;
     for (size_t i = 0; i < actual.size(); ++i) {
       ASSERT_NEAR(actual[i], expected.out[i],
                   std::fabs(expected.out[i]) * half_ulp + tiny +
@@ -558,6 +556,11 @@ TEST(LinearKernelTest, IsChosenByTokensAlignmentAndMode) {
   p.rows_apart = true;
   p.rows_aligned = false;
   EXPECT_EQ(select(1), LinearKernel::kCublasLt);
+  p.has_bias = true;
+  EXPECT_EQ(select(1), LinearKernel::kMediumTile);
+  p.rows_aligned = true;
+  EXPECT_EQ(select(9), LinearKernel::kCublasLt);
+  p.rows_aligned = false;
   p.batch_invariant = true;
   EXPECT_EQ(select(1), LinearKernel::kMediumTile);
   EXPECT_EQ(select(1000), LinearKernel::kMediumTile);

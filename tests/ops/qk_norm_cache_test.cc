@@ -9,12 +9,13 @@ namespace {
 
 using testing::PackedQkNorm;
 using testing::QkNormConfig;
-using testing::QkNormTest;
 using testing::RoundTo;
 using testing::TestTensor;
 
+class QkNormCacheTest : public testing::QkNormTest {};
+
 // What the cache must hold: K as it is in qkv after the call, V as before.
-TEST_P(QkNormTest, WritesTheCache) {
+TEST_P(QkNormCacheTest, WritesTheCache) {
   for (DType cache_dtype : {dtype(), DType::kFloat8E4M3}) {
     for (const auto& [head_dim, padding, rotary_dim] :
          std::vector<std::tuple<int64_t, int64_t, int64_t>>{{128, 0, 0},
@@ -70,7 +71,7 @@ TEST_P(QkNormTest, WritesTheCache) {
 }
 
 // fp8 values saturate, and a NaN stays one.
-TEST_P(QkNormTest, Fp8CacheSaturates) {
+TEST_P(QkNormCacheTest, Fp8CacheSaturates) {
   QkNormConfig c;
   c.tokens = 1;
   PackedQkNorm packed = Make(c);
@@ -97,7 +98,7 @@ TEST_P(QkNormTest, Fp8CacheSaturates) {
 }
 
 // The layout of engines that keep K and V of a page side by side.
-TEST_P(QkNormTest, CachesMayInterleave) {
+TEST_P(QkNormCacheTest, CachesMayInterleave) {
   QkNormConfig c;
   c.tokens = 6;
   PackedQkNorm apart = Make(c);
@@ -131,7 +132,7 @@ TEST_P(QkNormTest, CachesMayInterleave) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Targets, QkNormTest,
+INSTANTIATE_TEST_SUITE_P(Targets, QkNormCacheTest,
                          ::testing::ValuesIn(testing::AllTargets()),
                          testing::TargetName);
 

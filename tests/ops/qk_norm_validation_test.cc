@@ -11,10 +11,11 @@ namespace {
 using testing::Normal;
 using testing::PackedQkNorm;
 using testing::QkNormConfig;
-using testing::QkNormTest;
 using testing::TestTensor;
 
-TEST_P(QkNormTest, Acceptance10_RefusesToRunWithoutBothWeights) {
+class QkNormValidationTest : public testing::QkNormTest {};
+
+TEST_P(QkNormValidationTest, Acceptance10_RefusesToRunWithoutBothWeights) {
   const PackedQkNorm packed = Make({});
   QkNormParams p = packed.params;
   p.q_weight = TensorView();
@@ -25,7 +26,7 @@ TEST_P(QkNormTest, Acceptance10_RefusesToRunWithoutBothWeights) {
   EXPECT_EQ(packed.qkv.Bytes(), packed.qkv.InitialBytes());
 }
 
-TEST_P(QkNormTest, Acceptance04_RejectsBadArguments) {
+TEST_P(QkNormValidationTest, Acceptance04_RejectsBadArguments) {
   QkNormConfig c;
   c.gap = 8;
   PackedQkNorm packed = Make(c);
@@ -87,7 +88,7 @@ TEST_P(QkNormTest, Acceptance04_RejectsBadArguments) {
   EXPECT_EQ(packed.k_cache.Bytes(), packed.k_cache.InitialBytes());
 }
 
-TEST_P(QkNormTest, Acceptance04_RejectsBadRotary) {
+TEST_P(QkNormValidationTest, Acceptance04_RejectsBadRotary) {
   PackedQkNorm packed = Make({});
   AddRotary(&packed, 64);
   const auto expect = [&](std::vector<std::string> parts, auto&& change) {
@@ -125,7 +126,7 @@ TEST_P(QkNormTest, Acceptance04_RejectsBadRotary) {
   EXPECT_EQ(packed.qkv.Bytes(), packed.qkv.InitialBytes());
 }
 
-TEST_P(QkNormTest, Acceptance04_RejectsBadCache) {
+TEST_P(QkNormValidationTest, Acceptance04_RejectsBadCache) {
   PackedQkNorm packed = Make({});
   AddCache(&packed, dtype());
   const auto expect = [&](std::vector<std::string> parts, auto&& change) {
@@ -180,7 +181,7 @@ TEST_P(QkNormTest, Acceptance04_RejectsBadCache) {
   EXPECT_EQ(packed.v_cache.Bytes(), packed.v_cache.InitialBytes());
 }
 
-TEST_P(QkNormTest, Acceptance04_RejectsBadStridedForm) {
+TEST_P(QkNormValidationTest, Acceptance04_RejectsBadStridedForm) {
   const PackedQkNorm packed = Make({});
   const TestTensor q(device(), dtype(), {5, 4, 128}, Normal(5 * 4 * 128, 1));
   const TestTensor k(device(), dtype(), {5, 2, 128}, Normal(5 * 2 * 128, 2));
@@ -216,7 +217,7 @@ TEST_P(QkNormTest, Acceptance04_RejectsBadStridedForm) {
   EXPECT_EQ(k.Bytes(), k.InitialBytes());
 }
 
-INSTANTIATE_TEST_SUITE_P(Targets, QkNormTest,
+INSTANTIATE_TEST_SUITE_P(Targets, QkNormValidationTest,
                          ::testing::ValuesIn(testing::AllTargets()),
                          testing::TargetName);
 
