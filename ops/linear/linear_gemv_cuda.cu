@@ -17,15 +17,9 @@ constexpr int64_t kTargetWarps = 132 * 16;
 
 // A warp works on kRows rows of the weight at once, of which each lane has
 // kVecs vectors of 16 bytes under way: enough for the latency of memory, with
-// the 16 warps of a multiprocessor that the registers allow. More rows mean
-// that x, which comes from L1, is read less often.
-template <int kTokens>
-struct Tiling {
-  static constexpr int kRows = kTokens <= 4 ? 2 : 4;
-  static constexpr int kVecs = kTokens <= 4 ? 4 : 1;
-  static constexpr int kOuts = kTokens * kRows;
-  static_assert(kOuts <= 32, "a lane keeps one sum of its warp");
-};
+// the 16 warps of a multiprocessor that the registers allow.
+constexpr int kRows = 2;
+constexpr int kVecs = 4;
 
 // Used once, so that it needs no place in L1.
 template <class V>
@@ -43,11 +37,10 @@ __device__ __forceinline__ V LoadOnce(const V* from) {
 // Adds the products of this lane's share of in_features: of every kVecs vectors
 // that the warp's lanes hold, in turn with the other warps of its group.
 template <class T, int kTokens>
-__device__ __forceinline__ void AddProducts(
-    const LinearParams& p, int64_t first_row, int part, int split,
-    float (&sum)[kTokens][Tiling<kTokens>::kRows]) {
-  constexpr int kRows = Tiling<kTokens>::kRows;
-  constexpr int kVecs = Tiling<kTokens>::kVecs;
+__device__ __forceinline__ void AddProducts(const LinearParams& p,
+                                            int64_t first_row, int part,
+                                            int split,
+                                            float (&sum)[kTokens][kRows]) {
   constexpr int kVec = 16 / sizeof(T);
   using V = Vec<T, kVec>;
   // Rows past the end repeat the last one, and are not stored.
@@ -100,8 +93,8 @@ __device__ __forceinline__ void AddProducts(
 template <class T, int kTokens>
 __global__ void __launch_bounds__(kThreads, 2)
     GemvKernel(LinearParams p, int split) {
-  constexpr int kRows = Tiling<kTokens>::kRows;
-  constexpr int kOuts = Tiling<kTokens>::kOuts;
+  constexpr int kOuts = kTokens * kRows;
+  static_assert(kOuts <= 32, "a lane keeps one sum of its warp");
   __shared__ float sums[kWarps][kOuts];
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -144,12 +137,10 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <class T, int kTokens>
 Status LaunchGemv(const LinearParams& p, Stream stream) {
-  using Shape = Tiling<kTokens>;
-  const int64_t groups =
-      cuda::CeilDiv(p.weight.shape[0], int64_t{Shape::kRows});
+  const int64_t groups = cuda::CeilDiv(p.weight.shape[0], int64_t{kRows});
   // A warp must still have a full round of vectors.
   const int64_t max_split =
-      p.x.shape[1] * static_cast<int64_t>(sizeof(T)) / (Shape::kVecs * 512);
+      p.x.shape[1] * static_cast<int64_t>(sizeof(T)) / (kVecs * 512);
   int split = 1;
   while (split < kWarps && split * 2 <= max_split &&
          groups * split < kTargetWarps) {
@@ -163,12 +154,11 @@ Status LaunchGemv(const LinearParams& p, Stream stream) {
 
 template <class T>
 Status LaunchGemv(const LinearParams& p, Stream stream) {
-  static_assert(kLinearGemvTokens == 8, "the largest kernel below");
+  static_assert(kLinearGemvTokens == 4, "the largest kernel below");
   const int64_t tokens = p.x.shape[0];
   if (tokens == 1) return LaunchGemv<T, 1>(p, stream);
   if (tokens == 2) return LaunchGemv<T, 2>(p, stream);
-  if (tokens <= 4) return LaunchGemv<T, 4>(p, stream);
-  return LaunchGemv<T, 8>(p, stream);
+  return LaunchGemv<T, 4>(p, stream);
 }
 
 }  // namespace

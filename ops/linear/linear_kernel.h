@@ -33,10 +33,10 @@ struct LinearProblem {
 LinearProblem MakeLinearProblem(const LinearParams& params);
 
 // The rule: up to kLinearGemvTokens tokens are a matter of reading the weights,
-// which kGemv does best; beyond, cuBLASLt where there is one. GEMM tiles do the
-// rest, and everything that must be batch-invariant: an element's bits do not
-// depend on the tile's size.
-inline constexpr int64_t kLinearGemvTokens = 8;
+// which kGemv does best (with 8 it was slower than tiles on an H100); beyond,
+// cuBLASLt where there is one. GEMM tiles do the rest, and everything that must
+// be batch-invariant: an element's bits do not depend on the tile's size.
+inline constexpr int64_t kLinearGemvTokens = 4;
 LinearKernel SelectLinearKernel(const LinearProblem& problem);
 
 // Scratch memory that cuBLASLt may use, for split sums.

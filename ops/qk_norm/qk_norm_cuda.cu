@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <limits>
 
 #include "ops/core/core_cuda.cuh"
 #include "ops/qk_norm/qk_norm_backend.h"
@@ -75,6 +74,9 @@ bool IsAligned(const QkNormParams& p) {
   return true;
 }
 
+// Registers allow about this many.
+constexpr int kWarpsPerSm = 24;
+
 // Few steps: one to a warp, for the shortest way through. Many: several, so
 // that a warp has more bytes under way and reads the angles of a token less
 // often.
@@ -90,8 +92,17 @@ Status LaunchQkNorm(const QkNormParams& p, Stream stream) {
   const int blocks = cuda::CeilDiv(warps, kMaxWarps);
   const int warps_per_block = cuda::CeilDiv(warps, blocks);
   kernel.num_steps = cuda::CeilDiv(steps, blocks * warps_per_block);
-  const int64_t grid_tokens =
-      std::min<int64_t>(kernel.tokens, std::numeric_limits<int32_t>::max());
+  // As many blocks as run at once, each with many tokens: starting a block
+  // takes about as long as a token.
+  int num_sms = 0;
+  TENON_RETURN_IF_ERROR(cuda::ToStatus(
+      cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount,
+                             p.q.device.index),
+      "QkNorm"));
+  const int blocks_per_sm = std::max(1, kWarpsPerSm / warps_per_block);
+  const int64_t grid_tokens = std::min<int64_t>(
+      kernel.tokens,
+      std::max(1, cuda::CeilDiv(num_sms * blocks_per_sm, blocks)));
   const dim3 grid(static_cast<unsigned>(grid_tokens), blocks);
   return cuda::Launch(
       "QkNorm", stream, grid, dim3(32, warps_per_block), 0,

@@ -14,9 +14,10 @@ using cuda::Vec;
 
 // A lane holds 8 elements of a head, so that a head of 64, 128 or 256 elements
 // lies on 8, 16 or 32 lanes and a warp works on 4, 2 or 1 heads at a time: one
-// step. A block works on one token.
+// step. A block works on one token at a time, and has the next one's elements
+// under way meanwhile.
 constexpr int kPerLane = 8;
-constexpr int kMaxWarps = 8;
+constexpr int kMaxWarps = 16;
 constexpr int kMaxSteps = 2;  // of one warp; their loads are under way together
 
 enum Role { kQ = 0, kK = 1, kV = 2 };
@@ -271,11 +272,11 @@ __device__ __forceinline__ void WriteCache(const KernelParams& p,
   Store<kAligned>(quantized, static_cast<uint8_t*>(cache.data) + offset);
 }
 
-// Block (32, warps); grid (tokens, blocks of one token). The warps of a token
-// take its steps in turn. Lanes without a head, or with one of V, go through
-// the shuffles and barriers with the others.
+// Block (32, warps); grid (blocks that share the tokens, blocks of one token).
+// The warps of a token take its steps in turn. Lanes without a head, or with
+// one of V, go through the shuffles and barriers with the others.
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(32 * kMaxWarps, 3)
+__global__ void __launch_bounds__(32 * kMaxWarps, 1)
     QkNormKernel(const __grid_constant__ KernelParams p) {
   using Part = typename Layout<T>::Part;
   constexpr int kVec = Layout<T>::kVec;
@@ -294,20 +295,34 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 3)
     return (part << p.log2_lanes) + lane_in_head;
   };
 
-  for (int64_t token = blockIdx.x; token < p.tokens; token += gridDim.x) {
-    Part x[kMaxSteps][kParts] = {};
+  const auto load = [&](int64_t token, Part(&to)[kMaxSteps][kParts]) {
 #pragma unroll
     for (int step = 0; step < kMaxSteps; ++step) {
-      if (step >= p.num_steps) break;
+      if (step >= p.num_steps || token >= p.tokens) break;
       const Head head =
           FindHead(p, first_head + step * step_stride + lane_head);
       if (!head.active) continue;
       const T* const from = HeadData<T>(p, head, token);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        x[step][part] = Load<kAligned, T, kVec>(from + part_index(part) * kVec);
+        to[step][part] =
+            Load<kAligned, T, kVec>(from + part_index(part) * kVec);
       }
     }
+  };
+
+  Part next[kMaxSteps][kParts] = {};
+  load(blockIdx.x, next);
+  for (int64_t token = blockIdx.x; token < p.tokens; token += gridDim.x) {
+    Part x[kMaxSteps][kParts];
+#pragma unroll
+    for (int step = 0; step < kMaxSteps; ++step) {
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        x[step][part] = next[step][part];
+      }
+    }
+    load(token + gridDim.x, next);
     const int64_t slot = SlotOf(p, token);
     const float* const cos_sin = CosSin(p, token);
     Angles<T> angles;
