@@ -39,17 +39,10 @@ Status LaunchCombine(const AttentionArgs& args, int64_t rows, Stream stream) {
   const dim3 grid(static_cast<unsigned>(p.q.shape[1]),
                   static_cast<unsigned>(rows));
   const dim3 block(static_cast<unsigned>(p.q.shape[2]));
-  switch (p.q.dtype) {
-    case DType::kFloat32:
-      return Launch("Attention", stream, grid, block, 0, CombineKernel<float>,
-                    args);
-    case DType::kFloat16:
-      return Launch("Attention", stream, grid, block, 0, CombineKernel<__half>,
-                    args);
-    default:
-      return Launch("Attention", stream, grid, block, 0,
-                    CombineKernel<__nv_bfloat16>, args);
-  }
+  return WithFloatType(p.q.dtype, [&](auto zero) {
+    return Launch("Attention", stream, grid, block, 0,
+                  CombineKernel<decltype(zero)>, args);
+  });
 }
 
 }  // namespace

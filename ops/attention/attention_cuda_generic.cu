@@ -183,14 +183,9 @@ Status LaunchGeneric(const AttentionArgs& args, int64_t rows, Stream stream) {
 
 Status LaunchGenericAttention(const AttentionArgs& args, int64_t rows,
                               Stream stream) {
-  switch (args.params.q.dtype) {
-    case DType::kFloat32:
-      return LaunchGeneric<float>(args, rows, stream);
-    case DType::kFloat16:
-      return LaunchGeneric<__half>(args, rows, stream);
-    default:
-      return LaunchGeneric<__nv_bfloat16>(args, rows, stream);
-  }
+  return WithFloatType(args.params.q.dtype, [&](auto zero) {
+    return LaunchGeneric<decltype(zero)>(args, rows, stream);
+  });
 }
 
 }  // namespace tenon::cuda

@@ -3,8 +3,10 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
-#include "ops/attention/attention_cuda_ptx.cuh"
+#include "ops/core/core_cuda.cuh"
+#include "ops/core/mma_cuda.cuh"
 
 // Attention of one warp's 16 rows, each a (query, head), to tiles of keys in
 // shared memory, on tensor cores.
@@ -15,6 +17,32 @@
 // lane / 4 and lane / 4 + 8.
 
 namespace tenon::cuda {
+
+// Two values of T, the first in the low half.
+template <class T>
+__device__ __forceinline__ uint32_t Pack(float low, float high) {
+  uint32_t bits;
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 v = __floats2half2_rn(low, high);
+    memcpy(&bits, &v, sizeof(bits));
+  } else {
+    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+    memcpy(&bits, &v, sizeof(bits));
+  }
+  return bits;
+}
+
+// Two float8 e4m3 values as two of T, which is exact.
+template <class T>
+__device__ __forceinline__ uint32_t WidenFloat8(uint16_t pair) {
+  const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3);
+  if constexpr (std::is_same_v<T, __half>) {
+    return uint32_t{raw.x} | uint32_t{raw.y} << 16;
+  } else {
+    const float2 v = __half22float2(__half2(raw));
+    return Pack<T>(v.x, v.y);
+  }
+}
 
 template <int kDim>
 __device__ __forceinline__ uint32_t TileOffset(int row, int chunk) {

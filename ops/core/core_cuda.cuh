@@ -6,6 +6,7 @@
 #include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "ops/core/status.h"
@@ -76,6 +77,36 @@ constexpr __host__ __device__ auto CeilDiv(A a, B b) -> decltype(a / b) {
   return (a + b - 1) / b;
 }
 
+// Launches a thread per element of a matrix: row blockIdx.x * blockDim.y +
+// threadIdx.y, column blockIdx.y * blockDim.x + threadIdx.x, either of which
+// may not exist. Only the grid's first dimension has no small limit, so threads
+// have to go on to further columns, gridDim.y * blockDim.x apart.
+template <class... KernelArgs, class... Args>
+Status LaunchOverRows(const char* op, Stream stream, int64_t rows, int64_t cols,
+                      int max_threads, void (*kernel)(KernelArgs...),
+                      const Args&... args) {
+  const unsigned columns = static_cast<unsigned>(
+      std::min<int64_t>(CeilDiv(cols, int64_t{32}) * 32, max_threads));
+  const dim3 block(columns, max_threads / columns);
+  const dim3 grid(static_cast<unsigned>(CeilDiv(rows, int64_t{block.y})),
+                  static_cast<unsigned>(std::min<int64_t>(
+                      CeilDiv(cols, int64_t{columns}), 65535)));
+  return Launch(op, stream, grid, block, 0, kernel, args...);
+}
+
+// Returns f(T()) for the device's type of float32, float16 or bfloat16.
+template <class F>
+Status WithFloatType(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f(float());
+    case DType::kFloat16:
+      return f(__half());
+    default:
+      return f(__nv_bfloat16());
+  }
+}
+
 // Conversions through float; storing rounds to nearest, ties to even.
 __device__ __forceinline__ float ToFloat(float v) { return v; }
 __device__ __forceinline__ float ToFloat(__half v) { return __half2float(v); }
@@ -115,6 +146,19 @@ inline bool RowsAreAligned(const TensorView& view, size_t bytes) {
   return true;
 }
 
+// Whether rows of `view` can be read 16 bytes at a time from end to end.
+inline bool RowsAreWholeChunks(const TensorView& view) {
+  const int64_t per_chunk = 16 / static_cast<int64_t>(DTypeSize(view.dtype));
+  return view.shape[view.rank - 1] % per_chunk == 0 && RowsAreAligned(view, 16);
+}
+
+// 2^x within 2 units in the last place; 0 below 2^-126.
+__device__ __forceinline__ float Exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Sum and maximum over the 32 lanes of a warp, the same on every lane. Fixed
 // order: the same inputs give the same bits.
 __device__ __forceinline__ float WarpSum(float value) {
@@ -128,6 +172,18 @@ __device__ __forceinline__ float WarpMax(float value) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) {
     value = fmaxf(value, __shfl_xor_sync(~0u, value, mask));
+  }
+  return value;
+}
+
+// Sum over this lane and all lower ones.
+template <class Value>
+__device__ __forceinline__ Value WarpInclusiveSum(Value value) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const Value lower = __shfl_up_sync(~0u, value, distance);
+    if (lane >= distance) value += lower;
   }
   return value;
 }

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "ops/core/core_cuda.cuh"
+#include "ops/core/mma_cuda.cuh"
 
 // One output tile of C = A * B^T on one thread block, for sm_80 and later:
 // mma.sync for float16 and bfloat16, FFMA (no TF32) for float32, fed by a
@@ -52,37 +53,7 @@ struct GemmTileShape {
   static constexpr int kNumB = kNumB_;
 };
 
-// Whether rows of `depth` elements of `element_bytes`, `stride` elements apart,
-// suit a tile with kAligned: they can be read 16 bytes at a time.
-inline bool GemmRowsAreAligned(const void* data, int64_t stride, int64_t depth,
-                               size_t element_bytes) {
-  const int64_t per_chunk = 16 / static_cast<int64_t>(element_bytes);
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
-         stride % per_chunk == 0 && depth % per_chunk == 0;
-}
-
 namespace gemm_internal {
-
-__device__ __forceinline__ uint32_t SharedAddress(const void* shared) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-}
-
-// Copies 16 bytes asynchronously, or writes zeros without reading.
-__device__ __forceinline__ void CopyOrZero16(uint32_t to, const void* from,
-                                             bool copy) {
-  asm volatile(
-      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(to),
-      "l"(from), "r"(copy ? 16 : 0)
-      : "memory");
-}
-__device__ __forceinline__ void CommitCopies() {
-  asm volatile("cp.async.commit_group;\n" ::: "memory");
-}
-// Waits for all but the latest kPending groups of this thread.
-template <int kPending>
-__device__ __forceinline__ void WaitForCopies() {
-  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
-}
 
 __device__ __forceinline__ void Store16(uint32_t to, uint4 v) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(to), "r"(v.x),
@@ -97,38 +68,12 @@ __device__ __forceinline__ float4 LoadFloat4(uint32_t from) {
                : "memory");
   return v;
 }
-// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8
-// of matrix l / 8.
-__device__ __forceinline__ void LoadMatrices(uint32_t (&v)[4], uint32_t from) {
-  asm volatile(
-      "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-      : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-      : "r"(from)
-      : "memory");
-}
-
-template <class T>
-__device__ __forceinline__ void Mma(float (&c)[4], const uint32_t (&a)[4],
-                                    uint32_t b0, uint32_t b1) {
-  if constexpr (std::is_same_v<T, __half>) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  } else {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-}
 
 }  // namespace gemm_internal
 
-// T is float, __half or __nv_bfloat16. kAligned: all rows meet
-// GemmRowsAreAligned; otherwise they are read element by element (slowly).
+// T is float, __half or __nv_bfloat16. kAligned: all rows are whole chunks, as
+// RowsAreWholeChunks tells; otherwise they are read element by element
+// (slowly).
 template <class T, class Shape, bool kAligned>
 class GemmTile {
  public:
@@ -155,26 +100,26 @@ class GemmTile {
                                              const int64_t (&b_stride)[kNumB],
                                              int64_t b_rows, int depth,
                                              const Epilogue& epilogue) {
-    const Loader loader(gemm_internal::SharedAddress(shared), a_row, b,
-                        b_stride, b_rows, depth);
+    const Loader loader(SharedAddress(shared), a_row, b, b_stride, b_rows,
+                        depth);
     Accumulators acc = {};
-    const Reader reader(gemm_internal::SharedAddress(shared));
+    const Reader reader(SharedAddress(shared));
     const int num_steps = CeilDiv(depth, kDepth);
 #pragma unroll
     for (int s = 0; s < kStages - 1; ++s) {
       if (s < num_steps) loader.Load(s, s);
-      gemm_internal::CommitCopies();
+      CommitCopies();
     }
     int stage = 0;
     int load_stage = kStages - 1;
     for (int step = 0; step < num_steps; ++step) {
-      gemm_internal::WaitForCopies<kStages - 2>();
+      WaitForCopies<kStages - 2>();
       // Also: every warp is done reading the stage that is loaded next.
       __syncthreads();
       if (step + kStages - 1 < num_steps) {
         loader.Load(step + kStages - 1, load_stage);
       }
-      gemm_internal::CommitCopies();
+      CommitCopies();
       reader.MultiplyAdd(stage, acc);
       stage = stage + 1 == kStages ? 0 : stage + 1;
       load_stage = load_stage + 1 == kStages ? 0 : load_stage + 1;
@@ -288,7 +233,7 @@ class GemmTile {
     __device__ __forceinline__ void LoadChunk(uint32_t to, const T* row,
                                               int k) const {
       if constexpr (kAligned) {
-        gemm_internal::CopyOrZero16(to, row + k, row != nullptr && k < depth_);
+        CopyOrZero16(to, row + k, row != nullptr && k < depth_);
       } else {
         Vec<T, kPerChunk> v;
 #pragma unroll
@@ -377,20 +322,18 @@ class GemmTile {
         uint32_t a[kTilesM][4];
 #pragma unroll
         for (int i = 0; i < kTilesM; ++i) {
-          gemm_internal::LoadMatrices(a[i],
-                                      (a_from ^ (k * 32)) + i * 16 * kRowBytes);
+          LoadMatrices(a[i], (a_from ^ (k * 32)) + i * 16 * kRowBytes);
         }
 #pragma unroll
         for (int q = 0; q < kNumB; ++q) {
 #pragma unroll
           for (int j = 0; j < kTilesN; j += 2) {
             uint32_t b[4];
-            gemm_internal::LoadMatrices(
-                b, (b_from ^ (k * 32)) + (q * kN + 2 * j) * kRowBytes);
+            LoadMatrices(b, (b_from ^ (k * 32)) + (q * kN + 2 * j) * kRowBytes);
 #pragma unroll
             for (int i = 0; i < kTilesM; ++i) {
-              gemm_internal::Mma<T>(acc[q][i][j], a[i], b[0], b[1]);
-              gemm_internal::Mma<T>(acc[q][i][j + 1], a[i], b[2], b[3]);
+              Mma<T>(acc[q][i][j], a[i], b[0], b[1]);
+              Mma<T>(acc[q][i][j + 1], a[i], b[2], b[3]);
             }
           }
         }

@@ -43,18 +43,11 @@ __device__ uint64_t ExclusiveBlockScan(uint64_t value, uint64_t* warp_sums,
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const int num_warps = blockDim.x / 32;
-  const auto inclusive_scan = [lane](uint64_t v) {
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const uint64_t lower = __shfl_up_sync(~0u, v, distance);
-      if (lane >= distance) v += lower;
-    }
-    return v;
-  };
-  const uint64_t inclusive = inclusive_scan(value);
+  const uint64_t inclusive = cuda::WarpInclusiveSum(value);
   if (lane == 31) warp_sums[warp] = inclusive;
   __syncthreads();
-  const uint64_t sums = inclusive_scan(lane < num_warps ? warp_sums[lane] : 0);
+  const uint64_t sums =
+      cuda::WarpInclusiveSum(lane < num_warps ? warp_sums[lane] : 0);
   *total = __shfl_sync(~0u, sums, 31);
   const uint64_t before = __shfl_sync(~0u, sums, max(warp - 1, 0));
   return inclusive - value + (warp > 0 ? before : 0);

@@ -141,8 +141,7 @@ __global__ void __launch_bounds__(kSumThreads)
 template <class T>
 Status LaunchSum(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
   constexpr int kWide = 16 / sizeof(T);
-  const bool wide =
-      p.out.shape[1] % kWide == 0 && cuda::RowsAreAligned(p.out, 16);
+  const bool wide = cuda::RowsAreWholeChunks(p.out);
   const int64_t threads = NumElements(p.out) / (wide ? kWide : 1);
   const int64_t blocks = CeilDiv(threads, int64_t{kSumThreads});
   auto* const kernel = wide ? SumKernel<T, kWide> : SumKernel<T, 1>;
@@ -156,13 +155,9 @@ Status LaunchSum(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
 
 // Whether all that the matrix products read and write can be read 16 bytes at
 // a time. Intermediate rows are contiguous, so widths suffice there.
-template <class T>
 bool IsAligned(const MoeParams& p) {
   return MoeMatricesAreAligned(p.gate) && MoeMatricesAreAligned(p.up) &&
-         MoeMatricesAreAligned(p.down) &&
-         cuda::GemmRowsAreAligned(p.x.data,
-                                  p.x.shape[0] > 1 ? p.x.stride[0] : 0,
-                                  p.x.shape[1], sizeof(T));
+         MoeMatricesAreAligned(p.down) && cuda::RowsAreWholeChunks(p.x);
 }
 
 template <class T>
@@ -171,7 +166,7 @@ Status Compute(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
   const int64_t num_experts = p.gate.num_experts;
   const int32_t top_k = static_cast<int32_t>(p.topk_ids.shape[1]);
   const int64_t num_slots = p.x.shape[0] * top_k;
-  const bool aligned = IsAligned<T>(p);
+  const bool aligned = IsAligned(p);
   const int32_t tile_rows =
       MoeTileRows(p.x.dtype, aligned, num_slots, num_experts);
 
@@ -214,14 +209,9 @@ Status Compute(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
 
 Status MoeCuda(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
   const cuda::DeviceGuard guard(p.x.device);
-  switch (p.x.dtype) {
-    case DType::kFloat32:
-      return Compute<float>(p, scratch, stream);
-    case DType::kFloat16:
-      return Compute<__half>(p, scratch, stream);
-    default:
-      return Compute<__nv_bfloat16>(p, scratch, stream);
-  }
+  return cuda::WithFloatType(p.x.dtype, [&](auto zero) {
+    return Compute<decltype(zero)>(p, scratch, stream);
+  });
 }
 
 }  // namespace tenon

@@ -89,8 +89,7 @@ template <class T>
 Status LaunchSchedule(const MoeGroupedMatmulParams& p, int32_t tile_rows,
                       int32_t* tiles, int64_t num_tiles, Stream stream) {
   constexpr int kWide = 16 / sizeof(T);
-  const bool wide =
-      p.out.shape[1] % kWide == 0 && cuda::RowsAreAligned(p.out, 16);
+  const bool wide = cuda::RowsAreWholeChunks(p.out);
   const int64_t vecs = NumElements(p.out) / (wide ? kWide : 1);
   constexpr int64_t kPerBlock = 8 * kScheduleThreads;
   const int64_t blocks = std::min<int64_t>(CeilDiv(vecs, kPerBlock), 1024);
@@ -192,9 +191,7 @@ Status Compute(const MoeGroupedMatmulParams& p,
   const int64_t num_slots = p.sorted_slots.shape[0];
   const int64_t num_experts = p.weights.num_experts;
   const bool aligned =
-      MoeMatricesAreAligned(p.weights) &&
-      cuda::GemmRowsAreAligned(p.x.data, p.x.shape[0] > 1 ? p.x.stride[0] : 0,
-                               p.x.shape[1], sizeof(T));
+      MoeMatricesAreAligned(p.weights) && cuda::RowsAreWholeChunks(p.x);
   const int32_t tile_rows =
       MoeTileRows(p.x.dtype, aligned, num_slots, num_experts);
 
@@ -221,9 +218,10 @@ Status Compute(const MoeGroupedMatmulParams& p,
 }  // namespace
 
 bool MoeMatricesAreAligned(const ExpertMatrices& m) {
-  const size_t element = DTypeSize(m.dtype);
-  return cuda::GemmRowsAreAligned(m.data, m.row_stride, m.cols, element) &&
-         (m.num_experts == 1 || m.expert_stride * element % 16 == 0);
+  const int64_t per_chunk = 16 / static_cast<int64_t>(DTypeSize(m.dtype));
+  return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 &&
+         m.cols % per_chunk == 0 && m.row_stride % per_chunk == 0 &&
+         (m.num_experts == 1 || m.expert_stride % per_chunk == 0);
 }
 
 Status MoeGrid(const char* op, int64_t num_tiles, int64_t cols, int tile_cols,
@@ -254,14 +252,9 @@ Status MoeGroupedMatmulCuda(const MoeGroupedMatmulParams& p,
                             const MoeGroupedMatmulScratch& scratch,
                             Stream stream) {
   const cuda::DeviceGuard guard(p.x.device);
-  switch (p.x.dtype) {
-    case DType::kFloat32:
-      return Compute<float>(p, scratch, stream);
-    case DType::kFloat16:
-      return Compute<__half>(p, scratch, stream);
-    default:
-      return Compute<__nv_bfloat16>(p, scratch, stream);
-  }
+  return cuda::WithFloatType(p.x.dtype, [&](auto zero) {
+    return Compute<decltype(zero)>(p, scratch, stream);
+  });
 }
 
 }  // namespace tenon

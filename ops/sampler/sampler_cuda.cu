@@ -373,14 +373,9 @@ Status LaunchSampler(const SamplerParams& p, Stream stream) {
 
 Status SamplerCuda(const SamplerParams& p, Stream stream) {
   const cuda::DeviceGuard guard(p.logits.device);
-  switch (p.logits.dtype) {
-    case DType::kFloat32:
-      return LaunchSampler<float>(p, stream);
-    case DType::kFloat16:
-      return LaunchSampler<__half>(p, stream);
-    default:
-      return LaunchSampler<__nv_bfloat16>(p, stream);
-  }
+  return cuda::WithFloatType(p.logits.dtype, [&](auto zero) {
+    return LaunchSampler<decltype(zero)>(p, stream);
+  });
 }
 
 }  // namespace tenon

@@ -38,18 +38,10 @@ template <class Value>
 __device__ Value InclusiveScan(Value value, Value* warp_totals, Value* total) {
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  const auto scan_warp = [lane](Value v) {
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const Value before = __shfl_up_sync(~0u, v, offset);
-      if (lane >= offset) v += before;
-    }
-    return v;
-  };
-  value = scan_warp(value);
+  value = WarpInclusiveSum(value);
   if (lane == 31) warp_totals[warp] = value;
   __syncthreads();
-  if (warp == 0) warp_totals[lane] = scan_warp(warp_totals[lane]);
+  if (warp == 0) warp_totals[lane] = WarpInclusiveSum(warp_totals[lane]);
   __syncthreads();
   if (warp > 0) value += warp_totals[warp - 1];
   *total = warp_totals[kDecideWarps - 1];

@@ -56,13 +56,6 @@ __device__ __forceinline__ LanePart<T> LoadPart(const DeviceLogits<T>& logits,
   return part;
 }
 
-// 2^y within 2 units in the last place; 0 below 2^-126.
-__device__ __forceinline__ float Exp2(float y) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(y));
-  return result;
-}
-
 // The larger one, NaN where either is.
 __device__ __forceinline__ float MaxOrNan(float a, float b) {
   float result;

@@ -1,13 +1,13 @@
-#ifndef TENON_OPS_ATTENTION_ATTENTION_CUDA_PTX_CUH_
-#define TENON_OPS_ATTENTION_ATTENTION_CUDA_PTX_CUH_
+#ifndef TENON_OPS_CORE_MMA_CUDA_CUH_
+#define TENON_OPS_CORE_MMA_CUDA_CUH_
 
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 
 #include "ops/core/core_cuda.cuh"
 
-// The instructions of the tensor-core attention kernels, sm_80 and later.
+// The instructions of tensor-core kernels, sm_80 and later: asynchronous
+// copies to shared memory, loads of matrices from there, and mma.
 
 namespace tenon::cuda {
 
@@ -72,39 +72,6 @@ __device__ __forceinline__ void Mma(float (&c)[4], const uint32_t (&a)[4],
   }
 }
 
-// 2^x, within 2 ulp, results below the normal numbers flushed to 0.
-__device__ __forceinline__ float Exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// Two values of T, the first in the low half.
-template <class T>
-__device__ __forceinline__ uint32_t Pack(float low, float high) {
-  uint32_t bits;
-  if constexpr (std::is_same_v<T, __half>) {
-    const __half2 v = __floats2half2_rn(low, high);
-    memcpy(&bits, &v, sizeof(bits));
-  } else {
-    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-    memcpy(&bits, &v, sizeof(bits));
-  }
-  return bits;
-}
-
-// Two float8 e4m3 values as two of T, which is exact.
-template <class T>
-__device__ __forceinline__ uint32_t WidenFloat8(uint16_t pair) {
-  const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3);
-  if constexpr (std::is_same_v<T, __half>) {
-    return uint32_t{raw.x} | uint32_t{raw.y} << 16;
-  } else {
-    const float2 v = __half22float2(__half2(raw));
-    return Pack<T>(v.x, v.y);
-  }
-}
-
 }  // namespace tenon::cuda
 
-#endif  // TENON_OPS_ATTENTION_ATTENTION_CUDA_PTX_CUH_
+#endif  // TENON_OPS_CORE_MMA_CUDA_CUH_
