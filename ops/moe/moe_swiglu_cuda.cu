@@ -1,5 +1,3 @@
-#include <algorithm>
-
 #include "ops/core/core_cuda.cuh"
 #include "ops/moe/moe_swiglu_backend.h"
 
@@ -24,8 +22,7 @@ __device__ __forceinline__ T Activate(const MoeSwiGluParams& p, T gate, T up) {
   return cuda::FromFloat<T>(cuda::ToFloat(silu) * u);
 }
 
-// A thread per kVec elements of out. Blocks are (threads of a row, rows); the
-// grid is (rows, columns), as only its first dimension has no small limit.
+// A thread per kVec elements of out; see LaunchOverRows.
 template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads) MoeSwiGluKernel(MoeSwiGluParams p) {
   using V = Vec<T, kVec>;
@@ -60,33 +57,21 @@ __global__ void __launch_bounds__(kThreads) MoeSwiGluKernel(MoeSwiGluParams p) {
 template <class T>
 Status LaunchMoeSwiGlu(const MoeSwiGluParams& p, Stream stream) {
   constexpr int kWide = 16 / sizeof(T);
-  const bool wide = p.out.shape[1] % kWide == 0 &&
-                    cuda::RowsAreAligned(p.x, 16) &&
-                    cuda::RowsAreAligned(p.out, 16);
-  const int64_t num_vecs = p.out.shape[1] / (wide ? kWide : 1);
-  const unsigned columns = static_cast<unsigned>(
-      std::min<int64_t>(cuda::CeilDiv(num_vecs, int64_t{32}) * 32, kThreads));
-  const dim3 block(columns, kThreads / columns);
-  const dim3 grid(
-      static_cast<unsigned>(cuda::CeilDiv(p.out.shape[0], int64_t{block.y})),
-      static_cast<unsigned>(
-          std::min<int64_t>(cuda::CeilDiv(num_vecs, int64_t{columns}), 65535)));
+  const bool wide =
+      cuda::RowsAreWholeChunks(p.x) && cuda::RowsAreWholeChunks(p.out);
   auto* const kernel = wide ? MoeSwiGluKernel<T, kWide> : MoeSwiGluKernel<T, 1>;
-  return cuda::Launch("MoeSwiGlu", stream, grid, block, 0, kernel, p);
+  return cuda::LaunchOverRows("MoeSwiGlu", stream, p.out.shape[0],
+                              p.out.shape[1] / (wide ? kWide : 1), kThreads,
+                              kernel, p);
 }
 
 }  // namespace
 
 Status MoeSwiGluCuda(const MoeSwiGluParams& p, Stream stream) {
   const cuda::DeviceGuard guard(p.x.device);
-  switch (p.x.dtype) {
-    case DType::kFloat32:
-      return LaunchMoeSwiGlu<float>(p, stream);
-    case DType::kFloat16:
-      return LaunchMoeSwiGlu<__half>(p, stream);
-    default:
-      return LaunchMoeSwiGlu<__nv_bfloat16>(p, stream);
-  }
+  return cuda::WithFloatType(p.x.dtype, [&](auto zero) {
+    return LaunchMoeSwiGlu<decltype(zero)>(p, stream);
+  });
 }
 
 }  // namespace tenon
