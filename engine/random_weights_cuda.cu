@@ -37,14 +37,9 @@ Status Launch(const RandomPart& part, Stream stream) {
 
 Status FillRandomCuda(const RandomPart& part, Stream stream) {
   const cuda::DeviceGuard guard(part.device);
-  switch (part.dtype) {
-    case DType::kFloat32:
-      return Launch<float>(part, stream);
-    case DType::kFloat16:
-      return Launch<__half>(part, stream);
-    default:
-      return Launch<__nv_bfloat16>(part, stream);
-  }
+  return cuda::WithFloatType(part.dtype, [&](auto zero) {
+    return Launch<decltype(zero)>(part, stream);
+  });
 }
 
 }  // namespace tenon

@@ -70,9 +70,8 @@ Status LaunchEmbedding(const EmbeddingParams& p, Stream stream) {
 Status EmbeddingCuda(const EmbeddingParams& p, Stream stream) {
   const cuda::DeviceGuard guard(p.out.device);
   const size_t element = DTypeSize(p.out.dtype);
-  const bool wide = p.out.shape[1] * static_cast<int64_t>(element) % 16 == 0 &&
-                    cuda::RowsAreAligned(p.table, 16) &&
-                    cuda::RowsAreAligned(p.out, 16);
+  const bool wide =
+      cuda::RowsAreWholeChunks(p.table) && cuda::RowsAreWholeChunks(p.out);
   if (wide) return LaunchEmbedding<uint4>(p, stream);
   return element == 4 ? LaunchEmbedding<uint32_t>(p, stream)
                       : LaunchEmbedding<uint16_t>(p, stream);

@@ -341,14 +341,9 @@ Status LinearCublasLt(const LinearParams& p, Stream stream, bool* done) {
       "cublasLtMatmul"));
   *done = true;
   if (!has_bias || in_epilogue) return Status();
-  switch (p.bias.dtype) {
-    case DType::kFloat32:
-      return AddBias<float>(p, stream);
-    case DType::kFloat16:
-      return AddBias<__half>(p, stream);
-    default:
-      return AddBias<__nv_bfloat16>(p, stream);
-  }
+  return cuda::WithFloatType(p.bias.dtype, [&](auto zero) {
+    return AddBias<decltype(zero)>(p, stream);
+  });
 }
 
 }  // namespace tenon

@@ -164,14 +164,9 @@ Status LaunchGemv(const LinearParams& p, Stream stream) {
 }  // namespace
 
 Status LinearGemv(const LinearParams& p, Stream stream) {
-  switch (p.x.dtype) {
-    case DType::kFloat32:
-      return LaunchGemv<float>(p, stream);
-    case DType::kFloat16:
-      return LaunchGemv<__half>(p, stream);
-    default:
-      return LaunchGemv<__nv_bfloat16>(p, stream);
-  }
+  return cuda::WithFloatType(p.x.dtype, [&](auto zero) {
+    return LaunchGemv<decltype(zero)>(p, stream);
+  });
 }
 
 }  // namespace tenon

@@ -107,14 +107,9 @@ Status LaunchTile(const LinearParams& p, LinearKernel kernel, bool rows_aligned,
 
 Status LinearTile(const LinearParams& p, LinearKernel kernel, bool rows_aligned,
                   Stream stream) {
-  switch (p.x.dtype) {
-    case DType::kFloat32:
-      return LaunchTile<float>(p, kernel, rows_aligned, stream);
-    case DType::kFloat16:
-      return LaunchTile<__half>(p, kernel, rows_aligned, stream);
-    default:
-      return LaunchTile<__nv_bfloat16>(p, kernel, rows_aligned, stream);
-  }
+  return cuda::WithFloatType(p.x.dtype, [&](auto zero) {
+    return LaunchTile<decltype(zero)>(p, kernel, rows_aligned, stream);
+  });
 }
 
 }  // namespace tenon

@@ -219,14 +219,9 @@ Status LaunchMoeRouter(const MoeRouterParams& p, Stream stream) {
 
 Status MoeRouterCuda(const MoeRouterParams& p, Stream stream) {
   const cuda::DeviceGuard guard(p.logits.device);
-  switch (p.logits.dtype) {
-    case DType::kFloat32:
-      return LaunchMoeRouter<float>(p, stream);
-    case DType::kFloat16:
-      return LaunchMoeRouter<__half>(p, stream);
-    default:
-      return LaunchMoeRouter<__nv_bfloat16>(p, stream);
-  }
+  return cuda::WithFloatType(p.logits.dtype, [&](auto zero) {
+    return LaunchMoeRouter<decltype(zero)>(p, stream);
+  });
 }
 
 }  // namespace tenon

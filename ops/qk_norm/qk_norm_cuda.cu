@@ -113,14 +113,9 @@ Status LaunchQkNorm(const QkNormParams& p, Stream stream) {
 
 Status QkNormCuda(const QkNormParams& p, Stream stream) {
   const cuda::DeviceGuard guard(p.q.device);
-  switch (p.q.dtype) {
-    case DType::kFloat32:
-      return LaunchQkNorm<float>(p, stream);
-    case DType::kFloat16:
-      return LaunchQkNorm<__half>(p, stream);
-    default:
-      return LaunchQkNorm<__nv_bfloat16>(p, stream);
-  }
+  return cuda::WithFloatType(p.q.dtype, [&](auto zero) {
+    return LaunchQkNorm<decltype(zero)>(p, stream);
+  });
 }
 
 }  // namespace tenon

@@ -145,8 +145,8 @@ Status LaunchRmsNorm(const RmsNormParams& p, Stream stream) {
   const dim3 grid(static_cast<unsigned>(std::min<int64_t>(rows, kMaxGridX)),
                   static_cast<unsigned>(cuda::CeilDiv(rows, kMaxGridX)));
   const bool aligned =
-      p.x.shape[1] * sizeof(T) % 16 == 0 && cuda::RowsAreAligned(p.x, 16) &&
-      cuda::RowsAreAligned(p.out, 16) && cuda::RowsAreAligned(p.weight, 16) &&
+      cuda::RowsAreWholeChunks(p.x) && cuda::RowsAreAligned(p.out, 16) &&
+      cuda::RowsAreAligned(p.weight, 16) &&
       (!p.residual.present() || cuda::RowsAreAligned(p.residual, 16));
   return cuda::Launch(
       "RmsNorm", stream, grid, dim3(kThreads), 0,
@@ -163,14 +163,9 @@ Status LaunchRmsNorm(const RmsNormParams& p, Stream stream) {
 
 Status RmsNormCuda(const RmsNormParams& p, Stream stream) {
   const cuda::DeviceGuard guard(p.x.device);
-  switch (p.x.dtype) {
-    case DType::kFloat32:
-      return LaunchRmsNorm<float>(p, stream);
-    case DType::kFloat16:
-      return LaunchRmsNorm<__half>(p, stream);
-    default:
-      return LaunchRmsNorm<__nv_bfloat16>(p, stream);
-  }
+  return cuda::WithFloatType(p.x.dtype, [&](auto zero) {
+    return LaunchRmsNorm<decltype(zero)>(p, stream);
+  });
 }
 
 }  // namespace tenon
