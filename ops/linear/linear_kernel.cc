@@ -38,6 +38,7 @@ LinearProblem MakeLinearProblem(const LinearParams& p) {
   problem.tokens = p.x.shape[0];
   problem.rows_aligned = RowsAreAligned(p.x) && RowsAreAligned(p.weight);
   problem.rows_apart = RowsAreApart(p.x) && RowsAreApart(p.weight);
+  problem.out_aligned = RowsAreAligned(p.out);
   problem.has_bias = p.bias.present();
   problem.has_cublas_lt = p.cublas_lt != nullptr;
   problem.batch_invariant = p.batch_invariant;

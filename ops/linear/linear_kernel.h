@@ -24,6 +24,7 @@ struct LinearProblem {
   int64_t tokens = 0;
   // Rows of x and weight start at multiples of 16 bytes and fill whole ones.
   bool rows_aligned = false;
+  bool out_aligned = false;
   // No two rows of a matrix overlap, which cuBLASLt demands.
   bool rows_apart = false;
   bool has_bias = false;

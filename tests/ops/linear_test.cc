@@ -559,6 +559,8 @@ TEST(LinearKernelTest, IsChosenByTokensAlignmentAndMode) {
   p.has_bias = true;
   EXPECT_EQ(select(1), LinearKernel::kMediumTile);
   p.rows_aligned = true;
+  EXPECT_EQ(select(9), LinearKernel::kSmallTile);
+  p.out_aligned = true;
   EXPECT_EQ(select(9), LinearKernel::kCublasLt);
   p.rows_aligned = false;
   p.batch_invariant = true;
