@@ -50,9 +50,9 @@ LinearKernel SelectLinearKernel(const LinearProblem& p) {
     if (p.tokens <= kLinearGemvTokens && p.rows_aligned) {
       return LinearKernel::kGemv;
     }
-    // On unaligned rows cuBLASLt rounds the sum before it adds a bias (seen
-    // with version 13.0), which is one rounding too many.
-    const bool rounds_once = p.rows_aligned || !p.has_bias;
+    // Where rows are not aligned, those of out too, cuBLASLt rounds the sum
+    // before it adds a bias (seen with version 13.0): one rounding too many.
+    const bool rounds_once = !p.has_bias || (p.rows_aligned && p.out_aligned);
     if (p.has_cublas_lt && p.rows_apart && rounds_once) {
       return LinearKernel::kCublasLt;
     }
