@@ -29,6 +29,11 @@ greedy=$(body --temperature 0 --max-tokens 40 --seed 1)
 [[ $(body --batch 3 --max-tokens 20 | grep -c '^--- ') == 3 ]] ||
   fail "--batch 3 does not print three texts"
 
+# The model's context of 2048 is where a text ends, not an error.
+long=$("$generate" --temperature 1.5 --top-p 1 --max-tokens 5000) ||
+  fail "a long text: exit code $?"
+[[ ${#long} -gt 1000 ]] || fail "a long text has ${#long} characters"
+
 expect_error() { # expect_error PART ARGUMENT...
   local part=$1 output code
   shift
@@ -45,6 +50,7 @@ expect_error "--seed" --seed -1
 expect_error "--device" --device tpu
 expect_error "--prompt" --prompt
 expect_error "/nonexistent" --model /nonexistent
+expect_error "2048" --prompt "$(printf 'a%.0s' {1..2100})"
 broken=$(mktemp -d)
 cp -L examples/models/austen/* "$broken/"
 truncate -s 100000 "$broken/model.safetensors"

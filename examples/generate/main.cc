@@ -46,8 +46,13 @@ struct Timing {
 
 class Generator {
  public:
-  Generator(const Flags& flags, bool bytes, Session* session)
-      : flags_(flags), bytes_(bytes), session_(session) {}
+  // Writes at most max_tokens tokens per continuation.
+  Generator(const Flags& flags, int64_t max_tokens, bool bytes,
+            Session* session)
+      : flags_(flags),
+        max_tokens_(max_tokens),
+        bytes_(bytes),
+        session_(session) {}
 
   Status Run(const std::vector<int32_t>& prompt, Timing* timing) {
     double begin = Seconds();
@@ -132,8 +137,8 @@ class Generator {
       stream->tokens.push_back(token);
       if (streams_.size() == 1) Print(token);
     }
-    stream->done = ended || static_cast<int32_t>(stream->tokens.size()) >
-                                flags_.max_tokens;
+    stream->done =
+        ended || static_cast<int64_t>(stream->tokens.size()) > max_tokens_;
   }
 
   void Print(int32_t token) const {
@@ -155,6 +160,7 @@ class Generator {
   }
 
   const Flags& flags_;
+  int64_t max_tokens_;
   bool bytes_;
   Session* session_;
   std::vector<Continuation> streams_;
@@ -181,19 +187,28 @@ Status RunMain(const Flags& flags) {
   const std::vector<int32_t> prompt =
       bytes ? EncodeBytes(flags.prompt) : flags.prompt_ids;
 
+  // The last token written is never read, so it needs no place.
+  const int64_t context = (*model)->config.max_position_embeddings;
+  const int64_t prompt_size = static_cast<int64_t>(prompt.size());
+  if (prompt_size > context) {
+    return InvalidArgumentError("the prompt has ", prompt_size,
+                                " tokens, more than the model's context of ",
+                                context);
+  }
+  const int64_t max_tokens =
+      std::min<int64_t>(flags.max_tokens, context - prompt_size + 1);
+
   SessionOptions options;
   options.max_sequences = flags.batch;
   options.max_tokens = std::max(512, flags.batch);
-  options.max_context = static_cast<int32_t>(std::min<int64_t>(
-      (*model)->config.max_position_embeddings,
-      static_cast<int64_t>(prompt.size()) + flags.max_tokens));
+  options.max_context = static_cast<int32_t>(prompt_size + max_tokens - 1);
   StatusOr<std::unique_ptr<Session>> session = Session::Create(*model, options);
   TENON_RETURN_IF_ERROR(session.status());
 
   if (bytes && flags.batch == 1) std::printf("%s", flags.prompt.c_str());
   Timing timing;
   TENON_RETURN_IF_ERROR(
-      Generator(flags, bytes, session->get()).Run(prompt, &timing));
+      Generator(flags, max_tokens, bytes, session->get()).Run(prompt, &timing));
   std::printf(
       "\nprompt: %zu tokens in %.1f ms; generated: %lld tokens, "
       "%.1f tokens/s\n",
