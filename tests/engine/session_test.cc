@@ -362,6 +362,43 @@ TEST_P(SessionTest, SampledTokensDependOnSeedAndPositionAlone) {
   EXPECT_NE(generate(1, false), generate(2, false));
 }
 
+// Each draw is the sampler's own, with the sequence's length as the position.
+TEST_P(SessionTest, DrawsAtThePositionOfTheToken) {
+  if (GetParam() != DeviceType::kCpu) GTEST_SKIP() << "compares with the CPU";
+  const std::unique_ptr<Session> session = MakeSession();
+  const SequenceId sequence = Create(session.get());
+  std::vector<int32_t> tokens = Tokens(9, 11);
+  for (int step = 0; step < 20; ++step) {
+    std::vector<float> logits(kVocab);
+    StepRow row = Row(sequence, tokens);
+    row.sampling.temperature = 4.0f;  // nearly flat: a wrong draw shows
+    row.sampling.seed = 12;
+    row.logits_mode = LogitsMode::kLast;
+    row.logits = logits.data();
+    const int32_t token = Step(session.get(), {row})[0];
+
+    SamplingParams params = row.sampling;
+    params.position = static_cast<uint64_t>(Length(session.get(), sequence));
+    int32_t expected = -1;
+    int32_t status = -1;
+    SamplerParams p;
+    p.logits =
+        MakeTensor(logits.data(), DType::kFloat32, Device(), {1, kVocab});
+    p.params = &params;
+    p.tokens = MakeTensor(&expected, DType::kInt32, Device(), {1});
+    p.statuses = MakeTensor(&status, DType::kInt32, Device(), {1});
+    StatusOr<Buffer> workspace =
+        Buffer::Allocate(Device(), SamplerWorkspaceBytes(p));
+    ASSERT_TRUE(workspace.ok());
+    p.workspace = workspace->data();
+    p.workspace_size = workspace->size();
+    const Status sampled = Sampler(p, Stream());
+    ASSERT_TRUE(sampled.ok()) << sampled.message();
+    EXPECT_EQ(token, expected) << "step " << step;
+    tokens = {token};
+  }
+}
+
 TEST_P(SessionTest, StatsCountRowsTokensAndExperts) {
   const std::unique_ptr<Session> session = MakeSession();
   const SequenceId a = Create(session.get());
