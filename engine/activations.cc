@@ -102,7 +102,7 @@ size_t SamplerBytes(const Shapes& s) {
 }
 
 // The most that any op of a step asks for.
-size_t WorkspaceBytes(const Shapes& s, bool sparse, bool dense) {
+size_t WorkspaceBytes(const Shapes& s) {
   const int64_t tokens = s.limits.max_tokens;
   const int64_t hidden = s.config.hidden_size;
   size_t bytes =
@@ -111,12 +111,12 @@ size_t WorkspaceBytes(const Shapes& s, bool sparse, bool dense) {
                 LinearBytes(s, s.limits.max_logit_rows, hidden,
                             s.config.vocab_size, DType::kFloat32),
                 AttentionBytes(s), SamplerBytes(s)});
-  if (sparse) {
+  if (s.config.HasMoeLayers()) {
     bytes = std::max({bytes, MoeBytes(s),
                       LinearBytes(s, tokens, hidden, s.config.num_experts,
                                   DType::kFloat32)});
   }
-  if (dense) {
+  if (s.config.HasDenseLayers()) {
     const int64_t intermediate = s.local.intermediate_size;
     bytes =
         std::max({bytes, LinearBytes(s, tokens, hidden, intermediate, s.dtype),
@@ -125,24 +125,24 @@ size_t WorkspaceBytes(const Shapes& s, bool sparse, bool dense) {
   return bytes;
 }
 
-// Fills `a` from `carver`; called once to measure and once to carve.
-void Carve(const Shapes& s, int64_t expert_layers, bool dense,
-           size_t workspace_size, WorkspaceCutter* cutter, Activations* a) {
+// Fills `a` from `cutter`; called once to measure and once to carve.
+void Carve(const Shapes& s, int64_t id_layers, size_t workspace_size,
+           WorkspaceCutter* cutter, Activations* a) {
   const int64_t tokens = s.limits.max_tokens;
   const int64_t hidden = s.config.hidden_size;
   a->residual = Cut(cutter, s.dtype, s.device, {tokens, hidden});
   a->normed = Cut(cutter, s.dtype, s.device, {tokens, hidden});
   a->block_out = Cut(cutter, s.dtype, s.device, {tokens, hidden});
   a->qkv = Cut(cutter, s.dtype, s.device, {tokens, s.qkv_width()});
-  if (expert_layers > 0) {
+  if (s.config.HasMoeLayers()) {
     const int64_t top_k = s.config.num_experts_per_tok;
     a->router_logits =
         Cut(cutter, DType::kFloat32, s.device, {tokens, s.config.num_experts});
     a->topk_weights = Cut(cutter, DType::kFloat32, s.device, {tokens, top_k});
     a->topk_ids =
-        Cut(cutter, DType::kInt32, s.device, {expert_layers, tokens, top_k});
+        Cut(cutter, DType::kInt32, s.device, {id_layers, tokens, top_k});
   }
-  if (dense) {
+  if (s.config.HasDenseLayers()) {
     const int64_t intermediate = s.local.intermediate_size;
     a->mlp_gate_up = Cut(cutter, s.dtype, s.device, {tokens, 2 * intermediate});
     a->mlp_hidden = Cut(cutter, s.dtype, s.device, {tokens, intermediate});
@@ -167,24 +167,17 @@ StatusOr<Activations> Activations::Create(
   TENON_RETURN_IF_ERROR(local.status());
   const Shapes shapes{config, dtype,     device,         *local,
                       limits, cublas_lt, batch_invariant};
-  int64_t sparse_layers = 0;
-  for (int32_t i = 0; i < config.num_layers; ++i) {
-    sparse_layers += config.IsMoeLayer(i);
-  }
-  const bool dense = sparse_layers < config.num_layers;
-  const size_t workspace_size =
-      WorkspaceBytes(shapes, sparse_layers > 0, dense);
-  const int64_t expert_layers =
-      keep_expert_ids ? sparse_layers : std::min<int64_t>(sparse_layers, 1);
+  const size_t workspace_size = WorkspaceBytes(shapes);
+  const int64_t id_layers = keep_expert_ids ? config.num_layers : 1;
 
   Activations a;
   WorkspaceCutter measure(nullptr);
-  Carve(shapes, expert_layers, dense, workspace_size, &measure, &a);
+  Carve(shapes, id_layers, workspace_size, &measure, &a);
   StatusOr<Buffer> arena = Buffer::Allocate(device, measure.size());
   TENON_RETURN_IF_ERROR(arena.status());
   a.arena = *std::move(arena);
   WorkspaceCutter cutter(a.arena.data());
-  Carve(shapes, expert_layers, dense, workspace_size, &cutter, &a);
+  Carve(shapes, id_layers, workspace_size, &cutter, &a);
 
   const std::vector<float> table =
       RotaryTable(limits.max_context, config.head_dim, config.rope_theta);
@@ -193,6 +186,12 @@ StatusOr<Activations> Activations::Create(
                                    Stream()));
   TENON_RETURN_IF_ERROR(Synchronize(device, Stream()));
   return a;
+}
+
+TensorView Activations::TopkIds(int32_t layer) const {
+  const int64_t slice = std::min<int64_t>(layer, topk_ids.shape[0] - 1);
+  return MakeTensor(Rows(topk_ids, slice, 1).data, topk_ids.dtype,
+                    topk_ids.device, {topk_ids.shape[1], topk_ids.shape[2]});
 }
 
 std::vector<float> RotaryTable(int64_t max_positions, int32_t rotary_dim,

@@ -33,7 +33,7 @@ struct Activations {
                          // attention leaves its output in the Q columns
   TensorView router_logits;   // [max_tokens, num_experts] float32
   TensorView topk_weights;    // [max_tokens, top_k] float32
-  TensorView topk_ids;        // [expert_layers, max_tokens, top_k] int32
+  TensorView topk_ids;        // [layers or 1, max_tokens, top_k] int32
   TensorView mlp_gate_up;     // [max_tokens, 2 * intermediate], dense layers
   TensorView mlp_hidden;      // [max_tokens, intermediate], dense layers
   TensorView logit_hidden;    // [max_logit_rows, hidden]
@@ -41,6 +41,9 @@ struct Activations {
   TensorView cos_sin;         // [max_context, head_dim] float32
   void* workspace = nullptr;  // scratch of whichever op is running
   size_t workspace_size = 0;
+
+  // [max_tokens, top_k]: where a layer's choice goes.
+  TensorView TopkIds(int32_t layer) const;
 
   Buffer arena;
 

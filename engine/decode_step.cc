@@ -112,8 +112,7 @@ Status RunAttention(const StepContext& c, int32_t layer,
   return Attention(p, c.stream);
 }
 
-Status SparseMlp(const StepContext& c, const LayerWeights& w,
-                 int32_t sparse_index) {
+Status SparseMlp(const StepContext& c, int32_t layer, const LayerWeights& w) {
   const Activations& a = c.activations;
   const TensorView normed = Used(c, a.normed);
   // float32 logits: rounding them would reorder close experts.
@@ -123,10 +122,7 @@ Status SparseMlp(const StepContext& c, const LayerWeights& w,
   MoeRouterParams r;
   r.logits = Used(c, a.router_logits);
   r.topk_weights = Used(c, a.topk_weights);
-  const TensorView ids =
-      Rows(a.topk_ids, sparse_index % a.topk_ids.shape[0], 1);
-  r.topk_ids =
-      MakeTensor(ids.data, ids.dtype, ids.device, {c.tokens(), ids.shape[2]});
+  r.topk_ids = Used(c, a.TopkIds(layer));
   r.top_k = c.config.num_experts_per_tok;
   r.renormalize = c.config.norm_topk_prob;
   TENON_RETURN_IF_ERROR(MoeRouter(r, c.stream));
@@ -192,9 +188,7 @@ Status AttentionBlock(const StepContext& c, int32_t layer) {
 Status MlpBlock(const StepContext& c, int32_t layer) {
   const LayerWeights& w = c.weights.layers[layer];
   if (!c.config.IsMoeLayer(layer)) return DenseMlp(c, w);
-  int32_t sparse_index = 0;
-  for (int32_t i = 0; i < layer; ++i) sparse_index += c.config.IsMoeLayer(i);
-  return SparseMlp(c, w, sparse_index);
+  return SparseMlp(c, layer, w);
 }
 
 Status ComputeLogits(const StepContext& c) {

@@ -70,13 +70,11 @@ struct Session::Impl {
   StepBuffers buffers;
   std::vector<int32_t> expert_ids;  // host copy, with count_experts
 
-  // Of the step under way; kept to keep their memory.
-  std::vector<AppendRow> append;
-  StepInputs inputs;
+  std::vector<AppendRow> append;  // of the step under way; keeps its memory
 
   Status CheckRows(const std::vector<StepRow>& rows) const;
   Status CheckTotals(const std::vector<StepRow>& rows) const;
-  int32_t FillInputs(const std::vector<StepRow>& rows);
+  void FillInputs(const std::vector<StepRow>& rows);
   LogitPlan PlanLogits(const std::vector<StepRow>& rows);
   Status Execute(const std::vector<StepRow>& rows, const LogitPlan& plan);
   Status CopyLogits(const std::vector<StepRow>& rows, const LogitPlan& plan);
@@ -136,11 +134,9 @@ Status Session::Impl::CheckTotals(const std::vector<StepRow>& rows) const {
 }
 
 // Fills the host side of all inputs but the logit rows, for an append that is
-// committed; returns the number of tokens.
-int32_t Session::Impl::FillInputs(const std::vector<StepRow>& rows) {
+// committed.
+void Session::Impl::FillInputs(const std::vector<StepRow>& rows) {
   int32_t tokens = 0;
-  int32_t max_kv_len = 0;
-  int32_t max_query_len = 0;
   buffers.query_start()[0] = 0;
   for (size_t i = 0; i < rows.size(); ++i) {
     const StepRow& row = rows[i];
@@ -153,14 +149,9 @@ int32_t Session::Impl::FillInputs(const std::vector<StepRow>& rows) {
     tokens += row.num_tokens;
     buffers.query_start()[i + 1] = tokens;
     buffers.kv_len()[i] = *length;
-    max_kv_len = std::max(max_kv_len, *length);
-    max_query_len = std::max(max_query_len, row.num_tokens);
   }
   cache.FillSlotMapping(buffers.slot_mapping());
   cache.FillBlockTable(buffers.block_table(), limits.max_pages_per_row);
-  inputs.max_kv_len = max_kv_len;
-  inputs.max_query_len = max_query_len;
-  return tokens;
 }
 
 // Fills the tokens whose logits to compute, the sampled ones first, and the
@@ -189,12 +180,7 @@ LogitPlan Session::Impl::PlanLogits(const std::vector<StepRow>& rows) {
 Status Session::Impl::Execute(const std::vector<StepRow>& rows,
                               const LogitPlan& plan) {
   const int32_t num_rows = static_cast<int32_t>(rows.size());
-  const int32_t tokens = buffers.query_start()[num_rows];
-  const int32_t max_kv_len = inputs.max_kv_len;
-  const int32_t max_query_len = inputs.max_query_len;
-  inputs = buffers.Inputs(tokens, num_rows, plan.num_rows);
-  inputs.max_kv_len = max_kv_len;
-  inputs.max_query_len = max_query_len;
+  const StepInputs inputs = buffers.Inputs(num_rows, plan.num_rows);
   TENON_RETURN_IF_ERROR(cache.CopyPages(stream.get()));
   TENON_RETURN_IF_ERROR(buffers.Upload(num_rows, stream.get()));
   const StepContext context{model->config,
@@ -249,10 +235,11 @@ Status Session::Impl::CountExperts(StepStats* stats) {
   const int64_t top_k = ids.shape[2];
   expert_ids.resize(static_cast<size_t>(stats->tokens * top_k));
   std::vector<bool> hit(static_cast<size_t>(model->config.num_experts));
-  for (int64_t layer = 0; layer < ids.shape[0]; ++layer) {
+  for (int32_t layer = 0; layer < model->config.num_layers; ++layer) {
+    if (!model->config.IsMoeLayer(layer)) continue;
     TENON_RETURN_IF_ERROR(CopyMemory(
-        expert_ids.data(), Device(), Rows(ids, layer, 1).data, model->device,
-        expert_ids.size() * sizeof(int32_t), stream.get()));
+        expert_ids.data(), Device(), activations.TopkIds(layer).data,
+        model->device, expert_ids.size() * sizeof(int32_t), stream.get()));
     TENON_RETURN_IF_ERROR(Synchronize(model->device, stream.get()));
     std::fill(hit.begin(), hit.end(), false);
     for (int32_t id : expert_ids) hit[static_cast<size_t>(id)] = true;
@@ -346,12 +333,12 @@ Status Session::Step(const std::vector<StepRow>& rows,
   }
   TENON_RETURN_IF_ERROR(s.cache.PlanAppend(s.append));
   s.cache.CommitAppend();
-  const int32_t tokens = s.FillInputs(rows);
+  s.FillInputs(rows);
   const LogitPlan plan = s.PlanLogits(rows);
   StepStats counted;
   counted.rows = static_cast<int32_t>(rows.size());
-  counted.tokens = tokens;
-  Status status = tokens == 0 ? Status() : s.Execute(rows, plan);
+  counted.tokens = s.buffers.query_start()[rows.size()];
+  Status status = rows.empty() ? Status() : s.Execute(rows, plan);
   if (status.ok() && stats != nullptr) status = s.CountExperts(&counted);
   if (!status.ok()) {
     s.cache.RollbackAppend();

@@ -1,5 +1,6 @@
 #include "engine/step_buffers.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace tenon {
@@ -72,8 +73,8 @@ TensorView StepBuffers::DeviceView(int64_t offset, DType dtype,
   return MakeTensor(static_cast<char*>(base) + offset, dtype, device_, shape);
 }
 
-StepInputs StepBuffers::Inputs(int32_t tokens, int32_t rows,
-                               int32_t num_logit_rows) const {
+StepInputs StepBuffers::Inputs(int32_t rows, int32_t num_logit_rows) const {
+  const int32_t tokens = query_start()[rows];
   StepInputs in;
   in.token_ids = DeviceView(token_ids_, DType::kInt32, {tokens});
   in.positions = DeviceView(positions_, DType::kInt32, {tokens});
@@ -82,6 +83,11 @@ StepInputs StepBuffers::Inputs(int32_t tokens, int32_t rows,
   in.query_start = DeviceView(query_start_, DType::kInt32, {rows + 1});
   in.kv_len = DeviceView(kv_len_, DType::kInt32, {rows});
   in.logit_rows = DeviceView(logit_rows_, DType::kInt32, {num_logit_rows});
+  in.max_kv_len = *std::max_element(kv_len(), kv_len() + rows);
+  for (int32_t i = 0; i < rows; ++i) {
+    in.max_query_len =
+        std::max(in.max_query_len, query_start()[i + 1] - query_start()[i]);
+  }
   return in;
 }
 

@@ -21,8 +21,8 @@ class StepBuffers {
   int32_t* token_ids() { return Host<int32_t>(token_ids_); }
   int32_t* positions() { return Host<int32_t>(positions_); }
   int64_t* slot_mapping() { return Host<int64_t>(slot_mapping_); }
-  int32_t* query_start() { return Host<int32_t>(query_start_); }
-  int32_t* kv_len() { return Host<int32_t>(kv_len_); }
+  int32_t* query_start() const { return Host<int32_t>(query_start_); }
+  int32_t* kv_len() const { return Host<int32_t>(kv_len_); }
   int32_t* logit_rows() { return Host<int32_t>(logit_rows_); }
   SamplingParams* sampling() { return Host<SamplingParams>(sampling_); }
   int32_t* block_table() { return Host<int32_t>(block_table_); }
@@ -36,8 +36,9 @@ class StepBuffers {
   Status Upload(int32_t rows, Stream stream);
   Status Download(Stream stream);
 
-  // Device views of the uploaded arrays.
-  StepInputs Inputs(int32_t tokens, int32_t rows, int32_t num_logit_rows) const;
+  // Device views of the uploaded arrays, with the bounds that the host side of
+  // query_start and kv_len gives. At least one row.
+  StepInputs Inputs(int32_t rows, int32_t num_logit_rows) const;
   // The sampler's arguments for the first `rows` logit rows.
   SamplerParams Sampling(const Activations& activations, int32_t rows) const;
 

@@ -22,21 +22,9 @@ constexpr int kMinCalls = 8;  // of a graph
   std::exit(2);
 }
 
-double Seconds() {
-  return std::chrono::duration<double>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
-
-double Median(std::vector<double> values) {
-  if (values.empty()) return 0.0;
-  std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
-}
-
 double Median(const StatusOr<std::vector<double>>& values) {
   CheckOk(values.status());
-  return Median(*values);
+  return bench::Median(*values);
 }
 
 DType ParseDType(const std::string& name) {
@@ -77,6 +65,18 @@ double BestSeconds(int count, const std::function<void(int)>& call) {
 }
 
 }  // namespace
+
+double Seconds() {
+  return std::chrono::duration<double>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+double Median(std::vector<double> values) {
+  if (values.empty()) return 0.0;
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
 
 void CheckOk(const Status& status) {
   if (status.ok()) return;

@@ -158,6 +158,11 @@ class Tensors {
 // The elements of a contiguous tensor on any device.
 std::vector<int32_t> ReadInt32(const TensorView& tensor);
 
+// Of a clock that only moves forward.
+double Seconds();
+
+double Median(std::vector<double> values);
+
 // Prints the message and exits with code 1 unless OK.
 void CheckOk(const Status& status);
 

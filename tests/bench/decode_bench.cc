@@ -8,7 +8,6 @@
 // and the flags of every benchmark (bench.h).
 
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -48,17 +47,6 @@ ModelConfig Qwen3Moe30B(int32_t layers) {
   config.max_position_embeddings = 40960;
   config.tie_word_embeddings = false;
   return config;
-}
-
-double Seconds() {
-  return std::chrono::duration<double>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
-
-double Median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
 }
 
 // Bytes that a decode step must read: all dense weights, the experts that were
@@ -115,16 +103,16 @@ class DecodeBench {
       row.sequence = sequence;
       row.tokens = prompt.data();
       row.num_tokens = tokens;
-      const double begin = Seconds();
+      const double begin = bench::Seconds();
       bench::CheckOk(session->Step({row}, &results_));
-      if (repeat > 0) seconds.push_back(Seconds() - begin);
+      if (repeat > 0) seconds.push_back(bench::Seconds() - begin);
       bench::CheckOk(session->ReleaseSequence(sequence));
     }
     bench_->Add({"prefill", shape_, tokens, DType::kBFloat16, 0.0,
                  tokens * TokenFlops(config_, tokens / 2, false)},
-                Median(seconds) * 1e6);
+                bench::Median(seconds) * 1e6);
     std::fprintf(stderr, "prefill %d: %.1f tokens/s\n", tokens,
-                 tokens / Median(seconds));
+                 tokens / bench::Median(seconds));
   }
 
   void Decode(int32_t batch) {
@@ -144,13 +132,13 @@ class DecodeBench {
       // Random tokens, so that the routing is that of unrelated requests.
       const std::vector<int32_t> tokens = RandomTokens(batch);
       for (int32_t i = 0; i < batch; ++i) rows[i].tokens = &tokens[i];
-      const double begin = Seconds();
+      const double begin = bench::Seconds();
       bench::CheckOk(session->Step(rows, &results_, &stats));
-      if (step >= 4) seconds.push_back(Seconds() - begin);
+      if (step >= 4) seconds.push_back(bench::Seconds() - begin);
     }
     double experts = 0.0;
     for (int32_t count : stats.distinct_experts) experts += count;
-    const double median = Median(seconds);
+    const double median = bench::Median(seconds);
     bench_->Add({"decode", shape_, batch, DType::kBFloat16,
                  StepBytes(config_, stats, batch, flags_.context),
                  batch * TokenFlops(config_, flags_.context, true)},
