@@ -3,23 +3,19 @@
 #include <algorithm>
 #include <utility>
 
+#include "ops/core/workspace.h"
+
 namespace tenon {
-namespace {
-
-constexpr int64_t kAlignment = 256;
-
-}  // namespace
 
 StatusOr<StepBuffers> StepBuffers::Create(Device device,
                                           const StepLimits& limits) {
   StepBuffers b;
   b.device_ = device;
   b.max_pages_ = limits.max_pages_per_row;
-  int64_t used = 0;
+  WorkspaceCutter layout(nullptr);  // counts; the memory comes after
   const auto place = [&](int64_t count, size_t size, int64_t* offset) {
-    *offset = used;
-    const int64_t bytes = count * static_cast<int64_t>(size);
-    used += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    *offset = static_cast<int64_t>(layout.size());
+    layout.TakeBytes(static_cast<size_t>(count) * size);
   };
   const int64_t tokens = limits.max_tokens;
   const int64_t rows = limits.max_rows;
@@ -27,7 +23,7 @@ StatusOr<StepBuffers> StepBuffers::Create(Device device,
   place(logit_rows, sizeof(int32_t), &b.tokens_);
   place(logit_rows, sizeof(float), &b.logprobs_);
   place(logit_rows, sizeof(int32_t), &b.statuses_);
-  b.results_end_ = used;
+  b.results_end_ = static_cast<int64_t>(layout.size());
   place(tokens, sizeof(int32_t), &b.token_ids_);
   place(tokens, sizeof(int32_t), &b.positions_);
   place(tokens, sizeof(int64_t), &b.slot_mapping_);
@@ -38,14 +34,12 @@ StatusOr<StepBuffers> StepBuffers::Create(Device device,
   place(rows * b.max_pages_, sizeof(int32_t), &b.block_table_);
 
   const bool cuda = device.type == DeviceType::kCuda;
-  StatusOr<Buffer> host =
-      Buffer::Allocate(device, static_cast<size_t>(used),
-                       cuda ? MemoryKind::kPinned : MemoryKind::kDevice);
+  StatusOr<Buffer> host = Buffer::Allocate(
+      device, layout.size(), cuda ? MemoryKind::kPinned : MemoryKind::kDevice);
   TENON_RETURN_IF_ERROR(host.status());
   b.host_ = *std::move(host);
   if (cuda) {
-    StatusOr<Buffer> memory =
-        Buffer::Allocate(device, static_cast<size_t>(used));
+    StatusOr<Buffer> memory = Buffer::Allocate(device, layout.size());
     TENON_RETURN_IF_ERROR(memory.status());
     b.memory_ = *std::move(memory);
   }
