@@ -37,6 +37,7 @@ Status Launch(const RandomPart& part, Stream stream) {
 
 Status FillRandomCuda(const RandomPart& part, Stream stream) {
   const cuda::DeviceGuard guard(part.device);
+  TENON_RETURN_IF_ERROR(guard.status());
   return cuda::WithFloatType(part.dtype, [&](auto zero) {
     return Launch<decltype(zero)>(part, stream);
   });

@@ -51,6 +51,7 @@ Status LaunchCombine(const AttentionArgs& args, int64_t rows, Stream stream) {
 Status AttentionCuda(const AttentionParams& params, const AttentionPlan& plan,
                      Stream stream) {
   const cuda::DeviceGuard guard(params.q.device);
+  TENON_RETURN_IF_ERROR(guard.status());
   cuda::AttentionArgs args;
   args.params = params;
   args.plan = plan;

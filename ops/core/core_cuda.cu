@@ -35,6 +35,7 @@ Status Allocate(Device device, MemoryKind kind, size_t bytes, void** data) {
     return UnavailableError("Buffer: no CUDA device ", device.index);
   }
   const DeviceGuard guard(device);
+  TENON_RETURN_IF_ERROR(guard.status());
   const cudaError_t error = kind == MemoryKind::kPinned
                                 ? cudaMallocHost(data, bytes)
                                 : cudaMalloc(data, bytes);
@@ -59,6 +60,7 @@ void Free(Device device, MemoryKind kind, void* data) {
 Status Copy(Device device, void* to, const void* from, size_t bytes,
             Stream stream) {
   const DeviceGuard guard(device);
+  TENON_RETURN_IF_ERROR(guard.status());
   return ToStatus(
       cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, Native(stream)),
       "CopyMemory");
@@ -66,12 +68,14 @@ Status Copy(Device device, void* to, const void* from, size_t bytes,
 
 Status Fill(Device device, void* data, int byte, size_t bytes, Stream stream) {
   const DeviceGuard guard(device);
+  TENON_RETURN_IF_ERROR(guard.status());
   return ToStatus(cudaMemsetAsync(data, byte, bytes, Native(stream)),
                   "FillMemory");
 }
 
 Status Synchronize(Device device, Stream stream) {
   const DeviceGuard guard(device);
+  TENON_RETURN_IF_ERROR(guard.status());
   return ToStatus(cudaStreamSynchronize(Native(stream)), "Synchronize");
 }
 
@@ -80,6 +84,7 @@ Status CreateStream(Device device, void** stream) {
     return UnavailableError("OwnedStream: no CUDA device ", device.index);
   }
   const DeviceGuard guard(device);
+  TENON_RETURN_IF_ERROR(guard.status());
   return ToStatus(
       cudaStreamCreateWithFlags(reinterpret_cast<cudaStream_t*>(stream),
                                 cudaStreamNonBlocking),

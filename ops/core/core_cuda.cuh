@@ -21,20 +21,23 @@ inline cudaStream_t Native(Stream stream) {
   return static_cast<cudaStream_t>(stream.cuda);
 }
 
-// The Status of a CUDA runtime call; `what` names the op or the call.
+// The Status of a CUDA runtime call; `what` names the op or the call. An error
+// is told here, so that it is not left for the caller's next check.
 inline Status ToStatus(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return Status();
-  return InternalError(what, ": CUDA error ", cudaGetErrorName(error), ": ",
-                       cudaGetErrorString(error));
+  (void)cudaGetLastError();
+  return UnavailableError(what, ": CUDA error ", cudaGetErrorName(error), ": ",
+                          cudaGetErrorString(error));
 }
 
 // Makes `device` current for one scope, as launches need it to be.
 class DeviceGuard {
  public:
   explicit DeviceGuard(Device device) {
-    cudaGetDevice(&previous_);
-    if (previous_ != device.index) cudaSetDevice(device.index);
-    changed_ = previous_ != device.index;
+    error_ = cudaGetDevice(&previous_);
+    if (error_ != cudaSuccess || previous_ == device.index) return;
+    error_ = cudaSetDevice(device.index);
+    changed_ = error_ == cudaSuccess;
   }
   ~DeviceGuard() {
     if (changed_) cudaSetDevice(previous_);
@@ -42,7 +45,11 @@ class DeviceGuard {
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
+  // Whether it is current.
+  Status status() const { return ToStatus(error_, "cudaSetDevice"); }
+
  private:
+  cudaError_t error_ = cudaSuccess;
   int previous_ = 0;
   bool changed_ = false;
 };

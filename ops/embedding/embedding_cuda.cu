@@ -69,6 +69,7 @@ Status LaunchEmbedding(const EmbeddingParams& p, Stream stream) {
 
 Status EmbeddingCuda(const EmbeddingParams& p, Stream stream) {
   const cuda::DeviceGuard guard(p.out.device);
+  TENON_RETURN_IF_ERROR(guard.status());
   const size_t element = DTypeSize(p.out.dtype);
   const bool wide =
       cuda::RowsAreWholeChunks(p.table) && cuda::RowsAreWholeChunks(p.out);

@@ -263,6 +263,7 @@ StatusOr<CublasLt::State*> OpenCublasLt(Device device) {
   state->device = device;
   TENON_RETURN_IF_ERROR(LoadApi(&state->api));
   const cuda::DeviceGuard guard(device);
+  TENON_RETURN_IF_ERROR(guard.status());
   const cublasStatus_t status = state->api.create(&state->handle);
   if (status != CUBLAS_STATUS_SUCCESS) {
     return UnavailableError("CublasLt: cannot create a handle: ",

@@ -5,6 +5,7 @@ namespace tenon {
 
 Status LinearCuda(const LinearParams& p, Stream stream) {
   const cuda::DeviceGuard guard(p.x.device);
+  TENON_RETURN_IF_ERROR(guard.status());
   LinearProblem problem = MakeLinearProblem(p);
   LinearKernel kernel = SelectLinearKernel(problem);
   if (kernel == LinearKernel::kCublasLt) {

@@ -327,6 +327,7 @@ Status LaunchThree(const MoeAlignParams& p, Stream stream) {
 
 Status MoeAlignCuda(const MoeAlignParams& p, Stream stream) {
   const cuda::DeviceGuard guard(p.topk_ids.device);
+  TENON_RETURN_IF_ERROR(guard.status());
   const int64_t num_slots = p.sorted_slots.shape[0];
   if (num_slots > kMoeAlignOneLaunchSlots) return LaunchThree(p, stream);
   // A thread per expert and, up to the limit, per slot: few at decode, where

@@ -209,6 +209,7 @@ Status Compute(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
 
 Status MoeCuda(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
   const cuda::DeviceGuard guard(p.x.device);
+  TENON_RETURN_IF_ERROR(guard.status());
   return cuda::WithFloatType(p.x.dtype, [&](auto zero) {
     return Compute<decltype(zero)>(p, scratch, stream);
   });

@@ -252,6 +252,7 @@ Status MoeGroupedMatmulCuda(const MoeGroupedMatmulParams& p,
                             const MoeGroupedMatmulScratch& scratch,
                             Stream stream) {
   const cuda::DeviceGuard guard(p.x.device);
+  TENON_RETURN_IF_ERROR(guard.status());
   return cuda::WithFloatType(p.x.dtype, [&](auto zero) {
     return Compute<decltype(zero)>(p, scratch, stream);
   });

@@ -219,6 +219,7 @@ Status LaunchMoeRouter(const MoeRouterParams& p, Stream stream) {
 
 Status MoeRouterCuda(const MoeRouterParams& p, Stream stream) {
   const cuda::DeviceGuard guard(p.logits.device);
+  TENON_RETURN_IF_ERROR(guard.status());
   return cuda::WithFloatType(p.logits.dtype, [&](auto zero) {
     return LaunchMoeRouter<decltype(zero)>(p, stream);
   });

@@ -64,6 +64,7 @@ Status LaunchMoeSumReduce(const MoeSumReduceParams& p, Stream stream) {
 
 Status MoeSumReduceCuda(const MoeSumReduceParams& p, Stream stream) {
   const cuda::DeviceGuard guard(p.x.device);
+  TENON_RETURN_IF_ERROR(guard.status());
   return cuda::WithFloatType(p.x.dtype, [&](auto zero) {
     return LaunchMoeSumReduce<decltype(zero)>(p, stream);
   });

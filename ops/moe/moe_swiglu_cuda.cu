@@ -69,6 +69,7 @@ Status LaunchMoeSwiGlu(const MoeSwiGluParams& p, Stream stream) {
 
 Status MoeSwiGluCuda(const MoeSwiGluParams& p, Stream stream) {
   const cuda::DeviceGuard guard(p.x.device);
+  TENON_RETURN_IF_ERROR(guard.status());
   return cuda::WithFloatType(p.x.dtype, [&](auto zero) {
     return LaunchMoeSwiGlu<decltype(zero)>(p, stream);
   });

@@ -113,6 +113,7 @@ Status LaunchQkNorm(const QkNormParams& p, Stream stream) {
 
 Status QkNormCuda(const QkNormParams& p, Stream stream) {
   const cuda::DeviceGuard guard(p.q.device);
+  TENON_RETURN_IF_ERROR(guard.status());
   return cuda::WithFloatType(p.q.dtype, [&](auto zero) {
     return LaunchQkNorm<decltype(zero)>(p, stream);
   });

@@ -163,6 +163,7 @@ Status LaunchRmsNorm(const RmsNormParams& p, Stream stream) {
 
 Status RmsNormCuda(const RmsNormParams& p, Stream stream) {
   const cuda::DeviceGuard guard(p.x.device);
+  TENON_RETURN_IF_ERROR(guard.status());
   return cuda::WithFloatType(p.x.dtype, [&](auto zero) {
     return LaunchRmsNorm<decltype(zero)>(p, stream);
   });

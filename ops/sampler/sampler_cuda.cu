@@ -373,6 +373,7 @@ Status LaunchSampler(const SamplerParams& p, Stream stream) {
 
 Status SamplerCuda(const SamplerParams& p, Stream stream) {
   const cuda::DeviceGuard guard(p.logits.device);
+  TENON_RETURN_IF_ERROR(guard.status());
   return cuda::WithFloatType(p.logits.dtype, [&](auto zero) {
     return LaunchSampler<decltype(zero)>(p, stream);
   });
