@@ -2,6 +2,9 @@
 
 #include <sched.h>
 #include <unistd.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <fstream>
 
@@ -23,6 +26,14 @@ std::string CpuModelName() {
   }
   return "CPU";
 }
+
+#if defined(__x86_64__)
+// __builtin_cpu_supports of some compilers does not know "f16c".
+bool SupportsF16c() {
+  unsigned int eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
 
 DeviceInfo GetCpuInfo() {
   DeviceInfo info;
@@ -69,7 +80,7 @@ CpuIsa DetectCpuIsa() {
     return CpuIsa::kAvx512;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2")) {
+      SupportsF16c() && __builtin_cpu_supports("bmi2")) {
     return CpuIsa::kAvx2;
   }
 #endif
