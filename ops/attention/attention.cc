@@ -78,8 +78,40 @@ Status ValidateScalars(const AttentionParams& p) {
   return CheckRange(kOp, "max_query_len", p.max_query_len, 0, kMaxInt32);
 }
 
-// All that needs no memory behind the views.
-Status ValidateShapes(const AttentionParams& p) {
+Status ValidateAliasing(const AttentionParams& p) {
+  const bool in_place = p.out.data == p.q.data;
+  if (!in_place && MemoryOverlaps(p.out, p.q)) {
+    return InvalidArgumentError(kOp, ": out overlaps q without being q");
+  }
+  for (int i = 0; in_place && i < 2; ++i) {
+    if (p.out.shape[i] > 1 && p.out.stride[i] != p.q.stride[i]) {
+      return InvalidArgumentError(kOp, ": out is q with another stride, ",
+                                  p.out.stride[i], ", in dimension ", i);
+    }
+  }
+  return CheckSeparate(kOp, {"out", p.out},
+                       {{"k_cache", p.k_cache},
+                        {"v_cache", p.v_cache},
+                        {"block_table", p.block_table},
+                        {"query_start", p.query_start},
+                        {"kv_len", p.kv_len}});
+}
+
+Status CheckScratch(const AttentionParams& p) {
+  return CheckWorkspace(kOp, p.workspace, p.workspace_size,
+                        PlannedWorkspaceBytes(p), p.q.device,
+                        {{"q", p.q},
+                         {"k_cache", p.k_cache},
+                         {"v_cache", p.v_cache},
+                         {"block_table", p.block_table},
+                         {"query_start", p.query_start},
+                         {"kv_len", p.kv_len},
+                         {"out", p.out}});
+}
+
+}  // namespace
+
+Status ValidateAttentionShapes(const AttentionParams& p) {
   TENON_RETURN_IF_ERROR(CheckTensor(
       kOp, "q", p.q, {kAnySize, kAnySize, kAnySize}, kFloatDTypes, p.q.device));
   const int64_t tokens = p.q.shape[0];
@@ -94,25 +126,6 @@ Status ValidateShapes(const AttentionParams& p) {
   return ValidateScalars(p);
 }
 
-Status ValidateAliasing(const AttentionParams& p) {
-  if (MemoryOverlaps(p.out, p.k_cache) || MemoryOverlaps(p.out, p.v_cache)) {
-    return InvalidArgumentError(kOp, ": out overlaps k_cache or v_cache");
-  }
-  if (p.out.data != p.q.data) {
-    if (!MemoryOverlaps(p.out, p.q)) return Status();
-    return InvalidArgumentError(kOp, ": out overlaps q without being q");
-  }
-  for (int i = 0; i < 2; ++i) {
-    if (p.out.shape[i] > 1 && p.out.stride[i] != p.q.stride[i]) {
-      return InvalidArgumentError(kOp, ": out is q with another stride, ",
-                                  p.out.stride[i], ", in dimension ", i);
-    }
-  }
-  return Status();
-}
-
-}  // namespace
-
 size_t AttentionWorkspaceBytes(const AttentionParams& params) {
   // Sizes are asked for before there is memory; any address will do here.
   alignas(16) char memory[16];
@@ -121,16 +134,14 @@ size_t AttentionWorkspaceBytes(const AttentionParams& params) {
                            &p.query_start, &p.kv_len, &p.out}) {
     view->data = memory;
   }
-  return ValidateShapes(p).ok() ? PlannedWorkspaceBytes(p) : 0;
+  return ValidateAttentionShapes(p).ok() ? PlannedWorkspaceBytes(p) : 0;
 }
 
 Status Attention(const AttentionParams& params, Stream stream) {
-  TENON_RETURN_IF_ERROR(ValidateShapes(params));
+  TENON_RETURN_IF_ERROR(ValidateAttentionShapes(params));
   TENON_RETURN_IF_ERROR(ValidateAliasing(params));
   if (params.q.shape[0] == 0) return Status();
-  TENON_RETURN_IF_ERROR(
-      CheckWorkspace(kOp, params.workspace, params.workspace_size,
-                     PlannedWorkspaceBytes(params), params.q.device));
+  TENON_RETURN_IF_ERROR(CheckScratch(params));
   const AttentionPlan plan = PlanAttention(params);
   switch (params.q.device.type) {
     case DeviceType::kCpu:

@@ -49,9 +49,10 @@ namespace tenon {
 // CUDA kernels (see attention_config.h) are at their best where q, out and the
 // caches can be accessed 16 bytes at a time; any other stride works.
 //
-// Aliasing: out may be q. Does not allocate or synchronise; can be captured in
-// a CUDA graph (the grid depends on shapes alone). Needs `workspace` of
-// AttentionWorkspaceBytes(params). Zero tokens is OK.
+// Aliasing: out may be q, and overlaps nothing else. Does not allocate or
+// synchronise; can be captured in a CUDA graph (the grid depends on shapes
+// alone). Needs `workspace` of AttentionWorkspaceBytes(params). Zero tokens is
+// OK.
 struct AttentionParams {
   TensorView q;
   TensorView k_cache;
@@ -72,6 +73,9 @@ struct AttentionParams {
   void* workspace = nullptr;
   size_t workspace_size = 0;
 };
+
+// What Attention checks of everything but where memory lies and overlaps.
+Status ValidateAttentionShapes(const AttentionParams& params);
 
 // An upper bound that grows with tokens and max_kv_len; depends on shapes,
 // dtypes, bounds and device alone. 0 for invalid params.

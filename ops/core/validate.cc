@@ -107,8 +107,9 @@ bool AreDisjointModulo(const TensorView& a, const TensorView& b,
                        int64_t period) {
   const int64_t a_span = SpanModulo(a, period);
   const int64_t b_span = SpanModulo(b, period);
-  const int64_t distance = static_cast<int64_t>(
-      reinterpret_cast<intptr_t>(b.data) - reinterpret_cast<intptr_t>(a.data));
+  const int64_t distance =
+      static_cast<int64_t>(reinterpret_cast<uintptr_t>(b.data) -
+                           reinterpret_cast<uintptr_t>(a.data));
   const int64_t offset = (distance % period + period) % period;
   return offset >= a_span && b_span <= period - offset;
 }
@@ -201,8 +202,20 @@ Status CheckFinite(const char* op, const char* field, double value, double low,
                               low, " to ", high);
 }
 
-Status CheckWorkspace(const char* op, const void* workspace, size_t size,
-                      size_t needed, Device device) {
+Status CheckSeparate(const char* op, const NamedView& view,
+                     std::initializer_list<NamedView> others) {
+  for (const NamedView& other : others) {
+    if (MemoryOverlaps(view.view, other.view)) {
+      return InvalidArgumentError(op, ": ", view.name, " overlaps ",
+                                  other.name);
+    }
+  }
+  return Status();
+}
+
+Status CheckWorkspace(const char* op, void* workspace, size_t size,
+                      size_t needed, Device device,
+                      std::initializer_list<NamedView> tensors) {
   if (needed == 0) return Status();
   if (workspace == nullptr) {
     return InvalidArgumentError(op, ": workspace is null, expected ", needed,
@@ -217,7 +230,9 @@ Status CheckWorkspace(const char* op, const void* workspace, size_t size,
     return InvalidArgumentError(op, ": workspace is not aligned to ", alignment,
                                 " bytes");
   }
-  return Status();
+  const TensorView scratch = MakeTensor(workspace, DType::kUInt8, device,
+                                        {static_cast<int64_t>(needed)});
+  return CheckSeparate(op, {"workspace", scratch}, tensors);
 }
 
 bool MemoryOverlaps(const TensorView& a, const TensorView& b) {

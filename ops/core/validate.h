@@ -48,10 +48,21 @@ Status CheckRange(const char* op, const char* field, int64_t value, int64_t low,
 Status CheckFinite(const char* op, const char* field, double value, double low,
                    double high);
 
+// A tensor of a call, with its name for messages.
+struct NamedView {
+  const char* name;
+  const TensorView& view;
+};
+
+// Requires that `view`, which is written, share no memory with any of `others`.
+Status CheckSeparate(const char* op, const NamedView& view,
+                     std::initializer_list<NamedView> others);
+
 // Requires `size` >= `needed` bytes of scratch memory, 256-byte aligned (64 on
-// the CPU).
-Status CheckWorkspace(const char* op, const void* workspace, size_t size,
-                      size_t needed, Device device);
+// the CPU) and apart from `tensors`, all those of the call.
+Status CheckWorkspace(const char* op, void* workspace, size_t size,
+                      size_t needed, Device device,
+                      std::initializer_list<NamedView> tensors);
 
 // False when the two views certainly share no byte: the ranges they span are
 // apart, or they interleave at a common stride, as column slices of one matrix

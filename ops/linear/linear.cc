@@ -11,7 +11,23 @@ namespace {
 
 constexpr char kOp[] = "Linear";
 
-Status ValidateShapes(const LinearParams& p) {
+Status ValidateMemory(const LinearParams& p) {
+  TENON_RETURN_IF_ERROR(
+      CheckSeparate(kOp, {"out", p.out},
+                    {{"x", p.x}, {"weight", p.weight}, {"bias", p.bias}}));
+  if (p.cublas_lt != nullptr && p.cublas_lt->device() != p.x.device) {
+    return InvalidArgumentError(
+        kOp, ": cublas_lt is of cuda:", p.cublas_lt->device().index,
+        ", expected ", DeviceTypeName(p.x.device.type), ":", p.x.device.index);
+  }
+  return CheckWorkspace(
+      kOp, p.workspace, p.workspace_size, LinearWorkspaceBytes(p), p.x.device,
+      {{"x", p.x}, {"weight", p.weight}, {"bias", p.bias}, {"out", p.out}});
+}
+
+}  // namespace
+
+Status ValidateLinearShapes(const LinearParams& p) {
   constexpr int64_t kMaxSize = std::numeric_limits<int32_t>::max();
   const Device device = p.x.device;
   TENON_RETURN_IF_ERROR(
@@ -36,27 +52,6 @@ Status ValidateShapes(const LinearParams& p) {
                      same | DTypes({DType::kFloat32}), device);
 }
 
-Status ValidateMemory(const LinearParams& p) {
-  const struct {
-    const char* field;
-    const TensorView& view;
-  } inputs[] = {{"x", p.x}, {"weight", p.weight}, {"bias", p.bias}};
-  for (const auto& input : inputs) {
-    if (input.view.present() && MemoryOverlaps(p.out, input.view)) {
-      return InvalidArgumentError(kOp, ": out overlaps ", input.field);
-    }
-  }
-  if (p.cublas_lt != nullptr && p.cublas_lt->device() != p.x.device) {
-    return InvalidArgumentError(
-        kOp, ": cublas_lt is of cuda:", p.cublas_lt->device().index,
-        ", expected ", DeviceTypeName(p.x.device.type), ":", p.x.device.index);
-  }
-  return CheckWorkspace(kOp, p.workspace, p.workspace_size,
-                        LinearWorkspaceBytes(p), p.x.device);
-}
-
-}  // namespace
-
 size_t LinearWorkspaceBytes(const LinearParams& params) {
   // Sizes are asked for before there is memory; any address will do here.
   alignas(16) char memory[16];
@@ -64,7 +59,7 @@ size_t LinearWorkspaceBytes(const LinearParams& params) {
   for (TensorView* view : {&p.x, &p.weight, &p.bias, &p.out}) {
     view->data = memory;
   }
-  if (!ValidateShapes(p).ok() || p.x.shape[0] == 0) return 0;
+  if (!ValidateLinearShapes(p).ok() || p.x.shape[0] == 0) return 0;
   if (p.x.device.type == DeviceType::kCpu) return LinearCpuWorkspaceBytes(p);
   // For any alignment of the data: whether GEMV takes the call depends on that.
   return p.cublas_lt != nullptr && !p.batch_invariant ? kCublasLtWorkspaceBytes
@@ -72,7 +67,7 @@ size_t LinearWorkspaceBytes(const LinearParams& params) {
 }
 
 Status Linear(const LinearParams& params, Stream stream) {
-  TENON_RETURN_IF_ERROR(ValidateShapes(params));
+  TENON_RETURN_IF_ERROR(ValidateLinearShapes(params));
   if (params.x.shape[0] == 0) return Status();
   TENON_RETURN_IF_ERROR(ValidateMemory(params));
   switch (params.x.device.type) {

@@ -44,6 +44,9 @@ struct LinearParams {
   size_t workspace_size = 0;
 };
 
+// What Linear checks of everything but where memory lies and overlaps.
+Status ValidateLinearShapes(const LinearParams& params);
+
 // An upper bound that grows with tokens, so that a caller may size the
 // workspace once for its largest call. Depends on shapes, dtypes, device,
 // whether cublas_lt is given and batch_invariant alone; 0 for invalid params.

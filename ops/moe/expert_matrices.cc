@@ -80,6 +80,16 @@ ExpertMatrices MakeExpertMatrices(const TensorView& weights, int64_t first_row,
   return m;
 }
 
+TensorView ViewOf(const ExpertMatrices& m) {
+  if (m.table != nullptr) return TensorView();
+  return {const_cast<void*>(m.data),
+          m.dtype,
+          m.device,
+          3,
+          {m.num_experts, m.rows, m.cols},
+          {m.expert_stride, m.row_stride, 1}};
+}
+
 Status CheckExpertMatrices(const char* op, const char* field,
                            const ExpertMatrices& m, int64_t num_experts,
                            int64_t rows, int64_t cols, DType dtype,

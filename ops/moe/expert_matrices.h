@@ -43,6 +43,10 @@ inline const void* ExpertRow(const ExpertMatrices& matrices, int64_t expert,
          offset * static_cast<int64_t>(DTypeSize(matrices.dtype));
 }
 
+// The matrices as one tensor [num_experts, rows, cols]; not present for a
+// table.
+TensorView ViewOf(const ExpertMatrices& matrices);
+
 // Requires `matrices` to have the given shape, dtype and device, and pointers
 // and strides that can be used. InvalidArgument names op, field and value.
 Status CheckExpertMatrices(const char* op, const char* field,

@@ -15,7 +15,9 @@ constexpr int64_t kMaxExperts = 1024;
 constexpr int64_t kMaxTopK = 32;
 constexpr int64_t kMaxDim = int64_t{1} << 30;
 
-Status ValidateShapes(const MoeParams& p) {
+}  // namespace
+
+Status ValidateMoeShapes(const MoeParams& p) {
   const Device device = p.x.device;
   const DType dtype = p.x.dtype;
   TENON_RETURN_IF_ERROR(
@@ -49,8 +51,10 @@ Status ValidateShapes(const MoeParams& p) {
                      device);
 }
 
+namespace {
+
 Status Validate(const MoeParams& p) {
-  TENON_RETURN_IF_ERROR(ValidateShapes(p));
+  TENON_RETURN_IF_ERROR(ValidateMoeShapes(p));
   if (p.out.data != p.x.data && MemoryOverlaps(p.out, p.x)) {
     return InvalidArgumentError(kOp, ": out overlaps x without being x");
   }
@@ -58,12 +62,24 @@ Status Validate(const MoeParams& p) {
       p.out.stride[0] != p.x.stride[0]) {
     return InvalidArgumentError(kOp, ": out is x with another row stride");
   }
-  if (MemoryOverlaps(p.out, p.topk_ids) ||
-      MemoryOverlaps(p.out, p.topk_weights)) {
-    return InvalidArgumentError(kOp, ": out overlaps topk_ids or topk_weights");
-  }
+  const TensorView gate = ViewOf(p.gate);
+  const TensorView up = ViewOf(p.up);
+  const TensorView down = ViewOf(p.down);
+  TENON_RETURN_IF_ERROR(CheckSeparate(kOp, {"out", p.out},
+                                      {{"topk_weights", p.topk_weights},
+                                       {"topk_ids", p.topk_ids},
+                                       {"gate", gate},
+                                       {"up", up},
+                                       {"down", down}}));
   return CheckWorkspace(kOp, p.workspace, p.workspace_size,
-                        LayOutScratch(p).bytes, p.x.device);
+                        LayOutScratch(p).bytes, p.x.device,
+                        {{"x", p.x},
+                         {"topk_weights", p.topk_weights},
+                         {"topk_ids", p.topk_ids},
+                         {"gate", gate},
+                         {"up", up},
+                         {"down", down},
+                         {"out", p.out}});
 }
 
 int64_t ChunkTokens(Device device) {
@@ -139,7 +155,7 @@ Status AlignChunk(const MoeParams& chunk, const MoeScratch& scratch,
 }
 
 size_t MoeWorkspaceBytes(const MoeParams& params) {
-  return ValidateShapes(params).ok() ? LayOutScratch(params).bytes : 0;
+  return ValidateMoeShapes(params).ok() ? LayOutScratch(params).bytes : 0;
 }
 
 Status Moe(const MoeParams& params, Stream stream) {

@@ -53,6 +53,9 @@ struct MoeParams {
 
 inline constexpr int64_t kMoeChunkTokens = 32768;
 
+// What Moe checks of everything but where memory lies and overlaps.
+Status ValidateMoeShapes(const MoeParams& params);
+
 // An upper bound that grows with tokens; depends on shapes, dtypes and device
 // alone. 0 for invalid params.
 size_t MoeWorkspaceBytes(const MoeParams& params);

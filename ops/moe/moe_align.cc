@@ -36,25 +36,22 @@ Status ValidateTiles(const MoeAlignParams& p, int64_t num_slots) {
                     kMaxSlots);
 }
 
-Status ValidateOverlaps(const MoeAlignParams& p) {
-  const struct {
-    const char* name;
-    const TensorView& view;
-  } tensors[] = {{"topk_ids", p.topk_ids},
-                 {"expert_offsets", p.expert_offsets},
-                 {"sorted_slots", p.sorted_slots},
-                 {"tiles", p.tiles}};
-  for (const auto& a : tensors) {
-    for (const auto& b : tensors) {
-      if (&a < &b && MemoryOverlaps(a.view, b.view)) {
-        return InvalidArgumentError(kOp, ": ", b.name, " overlaps ", a.name);
-      }
-    }
-  }
-  return Status();
+Status ValidateMemory(const MoeAlignParams& p) {
+  const NamedView ids = {"topk_ids", p.topk_ids};
+  const NamedView offsets = {"expert_offsets", p.expert_offsets};
+  const NamedView slots = {"sorted_slots", p.sorted_slots};
+  const NamedView tiles = {"tiles", p.tiles};
+  TENON_RETURN_IF_ERROR(CheckSeparate(kOp, offsets, {ids}));
+  TENON_RETURN_IF_ERROR(CheckSeparate(kOp, slots, {ids, offsets}));
+  TENON_RETURN_IF_ERROR(CheckSeparate(kOp, tiles, {ids, offsets, slots}));
+  return CheckWorkspace(kOp, p.workspace, p.workspace_size,
+                        MoeAlignWorkspaceBytes(p), p.topk_ids.device,
+                        {ids, offsets, slots, tiles});
 }
 
-Status Validate(const MoeAlignParams& p) {
+}  // namespace
+
+Status ValidateMoeAlignShapes(const MoeAlignParams& p) {
   const Device device = p.topk_ids.device;
   const DTypeSet int32 = DTypes({DType::kInt32});
   TENON_RETURN_IF_ERROR(CheckTensor(kOp, "topk_ids", p.topk_ids,
@@ -72,13 +69,8 @@ Status Validate(const MoeAlignParams& p) {
                                     device));
   TENON_RETURN_IF_ERROR(CheckOutput(kOp, "sorted_slots", p.sorted_slots,
                                     {num_slots}, int32, device));
-  if (p.tiles.present()) TENON_RETURN_IF_ERROR(ValidateTiles(p, num_slots));
-  TENON_RETURN_IF_ERROR(ValidateOverlaps(p));
-  return CheckWorkspace(kOp, p.workspace, p.workspace_size,
-                        MoeAlignWorkspaceBytes(p), device);
+  return p.tiles.present() ? ValidateTiles(p, num_slots) : Status();
 }
-
-}  // namespace
 
 int64_t MoeMaxTiles(int64_t num_slots, int32_t num_experts, int32_t tile_rows) {
   const int64_t padding = int64_t{num_experts} * (tile_rows - 1);
@@ -102,7 +94,8 @@ size_t MoeAlignWorkspaceBytes(const MoeAlignParams& params) {
 }
 
 Status MoeAlign(const MoeAlignParams& params, Stream stream) {
-  TENON_RETURN_IF_ERROR(Validate(params));
+  TENON_RETURN_IF_ERROR(ValidateMoeAlignShapes(params));
+  TENON_RETURN_IF_ERROR(ValidateMemory(params));
   switch (params.topk_ids.device.type) {
     case DeviceType::kCpu:
       return MoeAlignCpu(params, stream);

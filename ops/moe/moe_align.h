@@ -27,9 +27,9 @@ namespace tenon {
 // [at least MoeMaxTiles, 3] int32, optional. tokens * top_k < 2^31,
 // num_experts is 1 to 1024.
 //
-// Deterministic. Does not allocate or synchronise; can be captured in a CUDA
-// graph. Needs `workspace` of MoeAlignWorkspaceBytes(params). Zero tokens is OK
-// (offsets are zeros then).
+// Deterministic. Tensors do not overlap. Does not allocate or synchronise; can
+// be captured in a CUDA graph. Needs `workspace` of
+// MoeAlignWorkspaceBytes(params). Zero tokens is OK (offsets are zeros then).
 struct MoeAlignParams {
   TensorView topk_ids;
   int32_t num_experts = 0;
@@ -45,6 +45,9 @@ struct MoeAlignParams {
 // min(num_slots, ceil((num_slots + num_experts * (tile_rows - 1)) /
 // tile_rows)).
 int64_t MoeMaxTiles(int64_t num_slots, int32_t num_experts, int32_t tile_rows);
+
+// What MoeAlign checks of everything but where memory lies and overlaps.
+Status ValidateMoeAlignShapes(const MoeAlignParams& params);
 
 size_t MoeAlignWorkspaceBytes(const MoeAlignParams& params);
 

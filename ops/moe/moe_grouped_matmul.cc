@@ -16,7 +16,9 @@ constexpr int64_t kMaxExperts = 1024;
 constexpr int64_t kMaxDim = int64_t{1} << 30;
 constexpr int64_t kMaxSlots = std::numeric_limits<int32_t>::max();
 
-Status ValidateShapes(const MoeGroupedMatmulParams& p) {
+}  // namespace
+
+Status ValidateMoeGroupedMatmulShapes(const MoeGroupedMatmulParams& p) {
   const Device device = p.x.device;
   const DTypeSet int32 = DTypes({DType::kInt32});
   const ExpertMatrices& w = p.weights;
@@ -53,23 +55,28 @@ Status ValidateShapes(const MoeGroupedMatmulParams& p) {
   return CheckOutput(kOp, "out", p.out, {num_slots, w.rows}, same, device);
 }
 
+namespace {
+
 Status Validate(const MoeGroupedMatmulParams& p) {
-  TENON_RETURN_IF_ERROR(ValidateShapes(p));
-  const struct {
-    const char* name;
-    const TensorView& view;
-  } inputs[] = {{"x", p.x},
-                {"expert_offsets", p.expert_offsets},
-                {"sorted_slots", p.sorted_slots},
-                {"bias", p.bias},
-                {"routing_weights", p.routing_weights}};
-  for (const auto& input : inputs) {
-    if (MemoryOverlaps(p.out, input.view)) {
-      return InvalidArgumentError(kOp, ": out overlaps ", input.name);
-    }
-  }
+  TENON_RETURN_IF_ERROR(ValidateMoeGroupedMatmulShapes(p));
+  const TensorView weights = ViewOf(p.weights);
+  TENON_RETURN_IF_ERROR(
+      CheckSeparate(kOp, {"out", p.out},
+                    {{"x", p.x},
+                     {"weights", weights},
+                     {"expert_offsets", p.expert_offsets},
+                     {"sorted_slots", p.sorted_slots},
+                     {"bias", p.bias},
+                     {"routing_weights", p.routing_weights}}));
   return CheckWorkspace(kOp, p.workspace, p.workspace_size,
-                        LayOutScratch(p).bytes, p.x.device);
+                        LayOutScratch(p).bytes, p.x.device,
+                        {{"x", p.x},
+                         {"weights", weights},
+                         {"expert_offsets", p.expert_offsets},
+                         {"sorted_slots", p.sorted_slots},
+                         {"bias", p.bias},
+                         {"routing_weights", p.routing_weights},
+                         {"out", p.out}});
 }
 
 }  // namespace
@@ -92,7 +99,9 @@ MoeGroupedMatmulScratch LayOutScratch(const MoeGroupedMatmulParams& p) {
 }
 
 size_t MoeGroupedMatmulWorkspaceBytes(const MoeGroupedMatmulParams& params) {
-  return ValidateShapes(params).ok() ? LayOutScratch(params).bytes : 0;
+  return ValidateMoeGroupedMatmulShapes(params).ok()
+             ? LayOutScratch(params).bytes
+             : 0;
 }
 
 Status MoeGroupedMatmul(const MoeGroupedMatmulParams& params, Stream stream) {

@@ -49,6 +49,10 @@ struct MoeGroupedMatmulParams {
   size_t workspace_size = 0;
 };
 
+// What MoeGroupedMatmul checks of everything but where memory lies and
+// overlaps.
+Status ValidateMoeGroupedMatmulShapes(const MoeGroupedMatmulParams& params);
+
 size_t MoeGroupedMatmulWorkspaceBytes(const MoeGroupedMatmulParams& params);
 
 Status MoeGroupedMatmul(const MoeGroupedMatmulParams& params, Stream stream);

@@ -30,7 +30,7 @@ Status ValidateGroups(const MoeRouterParams& p, int64_t num_experts) {
     return InvalidArgumentError(kOp, ": num_expert_groups is ",
                                 p.num_expert_groups,
                                 ", expected at least 2 experts per group for "
-                                "group_score kTop2Sum");
+                                "a group_score of two");
   }
   return CheckRange(kOp, "top_k (of the experts in the selected groups)",
                     p.top_k, 1, group_size * p.num_selected_groups);

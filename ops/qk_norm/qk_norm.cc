@@ -12,11 +12,6 @@ namespace {
 constexpr char kOp[] = "QkNorm";
 constexpr int64_t kMaxHeads = 1 << 16;
 
-struct NamedView {
-  const char* name;
-  const TensorView& view;
-};
-
 Status CheckNotGiven(const NamedView& tensor, const char* because) {
   if (!tensor.view.present()) return Status();
   return InvalidArgumentError(kOp, ": ", tensor.name, " is given, ", because);
@@ -80,6 +75,23 @@ QkNormParams ToStrided(const QkNormParams& p) {
   return strided;
 }
 
+// The strided form: what describes a packed row must not be set.
+Status ValidateUnpacked(const QkNormParams& p) {
+  const struct {
+    const char* field;
+    int64_t value;
+  } fields[] = {
+      {"q_offset", p.q_offset},         {"k_offset", p.k_offset},
+      {"v_offset", p.v_offset},         {"num_q_heads", p.num_q_heads},
+      {"num_kv_heads", p.num_kv_heads}, {"head_dim", p.head_dim}};
+  for (const auto& [field, value] : fields) {
+    if (value == 0) continue;
+    return InvalidArgumentError(kOp, ": ", field, " is ", value,
+                                ", expected 0 without qkv");
+  }
+  return Status();
+}
+
 // From here on `p` is in the strided form.
 Status ValidateHeads(const QkNormParams& p) {
   const Device device = p.q.device;
@@ -109,23 +121,23 @@ Status ValidateRotary(const QkNormParams& p) {
   const RotaryParams& rotary = p.rotary;
   if (!rotary.cos_sin.present()) {
     // Half an embedding is a mistake of the caller, not a wish for none.
-    TENON_RETURN_IF_ERROR(CheckNotGiven({"rotary.positions", rotary.positions},
-                                        "without rotary.cos_sin"));
+    TENON_RETURN_IF_ERROR(
+        CheckNotGiven({"positions", rotary.positions}, "without cos_sin"));
     if (rotary.rotary_dim == 0) return Status();
-    return InvalidArgumentError(kOp, ": rotary.rotary_dim is ",
-                                rotary.rotary_dim, " without rotary.cos_sin");
+    return InvalidArgumentError(kOp, ": rotary_dim is ", rotary.rotary_dim,
+                                " without cos_sin");
   }
   const Device device = p.q.device;
   TENON_RETURN_IF_ERROR(
-      CheckRange(kOp, "rotary.rotary_dim", rotary.rotary_dim, 2, p.q.shape[2]));
+      CheckRange(kOp, "rotary_dim", rotary.rotary_dim, 2, p.q.shape[2]));
   if (rotary.rotary_dim % 2 != 0) {
-    return InvalidArgumentError(kOp, ": rotary.rotary_dim is ",
-                                rotary.rotary_dim, ", expected an even number");
+    return InvalidArgumentError(kOp, ": rotary_dim is ", rotary.rotary_dim,
+                                ", expected an even number");
   }
-  TENON_RETURN_IF_ERROR(CheckTensor(kOp, "rotary.cos_sin", rotary.cos_sin,
+  TENON_RETURN_IF_ERROR(CheckTensor(kOp, "cos_sin", rotary.cos_sin,
                                     {kAnySize, rotary.rotary_dim},
                                     DTypes({DType::kFloat32}), device));
-  return CheckTensor(kOp, "rotary.positions", rotary.positions, {p.q.shape[0]},
+  return CheckTensor(kOp, "positions", rotary.positions, {p.q.shape[0]},
                      DTypes({DType::kInt32, DType::kInt64}), device);
 }
 
@@ -144,10 +156,12 @@ Status ValidateCache(const QkNormParams& p) {
   const KvCacheWriteParams& cache = p.cache;
   const Device device = p.q.device;
   if (!cache.k_cache.present()) {
-    TENON_RETURN_IF_ERROR(CheckNotGiven({"cache.v_cache", cache.v_cache},
-                                        "without cache.k_cache"));
-    return CheckNotGiven({"cache.slot_mapping", cache.slot_mapping},
-                         "without cache.k_cache");
+    TENON_RETURN_IF_ERROR(
+        CheckNotGiven({"v_cache", cache.v_cache}, "without k_cache"));
+    TENON_RETURN_IF_ERROR(
+        CheckNotGiven({"slot_mapping", cache.slot_mapping}, "without k_cache"));
+    TENON_RETURN_IF_ERROR(ValidateScale("k_scale", cache.k_scale, p.q.dtype));
+    return ValidateScale("v_scale", cache.v_scale, p.q.dtype);
   }
   const int64_t tokens = p.q.shape[0];
   const int64_t num_kv_heads = p.k.shape[1];
@@ -156,19 +170,18 @@ Status ValidateCache(const QkNormParams& p) {
                                     {tokens, num_kv_heads, head_dim},
                                     DTypes({p.q.dtype}), device));
   TENON_RETURN_IF_ERROR(
-      CheckOutput(kOp, "cache.k_cache", cache.k_cache,
+      CheckOutput(kOp, "k_cache", cache.k_cache,
                   {kAnySize, kAnySize, num_kv_heads, head_dim},
                   DTypes({p.q.dtype, DType::kFloat8E4M3}), device));
   TENON_RETURN_IF_ERROR(CheckOutput(
-      kOp, "cache.v_cache", cache.v_cache,
+      kOp, "v_cache", cache.v_cache,
       {cache.k_cache.shape[0], cache.k_cache.shape[1], num_kv_heads, head_dim},
       DTypes({cache.k_cache.dtype}), device));
-  TENON_RETURN_IF_ERROR(CheckTensor(kOp, "cache.slot_mapping",
-                                    cache.slot_mapping, {tokens},
-                                    DTypes({DType::kInt64}), device));
+  TENON_RETURN_IF_ERROR(CheckTensor(kOp, "slot_mapping", cache.slot_mapping,
+                                    {tokens}, DTypes({DType::kInt64}), device));
   TENON_RETURN_IF_ERROR(
-      ValidateScale("cache.k_scale", cache.k_scale, cache.k_cache.dtype));
-  return ValidateScale("cache.v_scale", cache.v_scale, cache.k_cache.dtype);
+      ValidateScale("k_scale", cache.k_scale, cache.k_cache.dtype));
+  return ValidateScale("v_scale", cache.v_scale, cache.k_cache.dtype);
 }
 
 // Every tensor that is written must be apart from every other one.
@@ -176,14 +189,14 @@ Status ValidateOverlaps(const QkNormParams& p) {
   const NamedView tensors[] = {
       {"q", p.q},
       {"k", p.k},
-      {"cache.k_cache", p.cache.k_cache},
-      {"cache.v_cache", p.cache.v_cache},
+      {"k_cache", p.cache.k_cache},
+      {"v_cache", p.cache.v_cache},
       {"v", p.v},
       {"q_weight", p.q_weight},
       {"k_weight", p.k_weight},
-      {"rotary.cos_sin", p.rotary.cos_sin},
-      {"rotary.positions", p.rotary.positions},
-      {"cache.slot_mapping", p.cache.slot_mapping},
+      {"cos_sin", p.rotary.cos_sin},
+      {"positions", p.rotary.positions},
+      {"slot_mapping", p.cache.slot_mapping},
   };
   constexpr int kNumWritten = 4;
   constexpr int kNumTensors = sizeof(tensors) / sizeof(tensors[0]);
@@ -203,6 +216,8 @@ Status ValidateOverlaps(const QkNormParams& p) {
 Status QkNorm(const QkNormParams& packed_or_strided, Stream stream) {
   if (packed_or_strided.qkv.present()) {
     TENON_RETURN_IF_ERROR(ValidatePacked(packed_or_strided));
+  } else {
+    TENON_RETURN_IF_ERROR(ValidateUnpacked(packed_or_strided));
   }
   const QkNormParams params = ToStrided(packed_or_strided);
   TENON_RETURN_IF_ERROR(ValidateHeads(params));

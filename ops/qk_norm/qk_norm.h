@@ -76,7 +76,8 @@ struct QkNormParams {
   int32_t num_q_heads = 0;
   int32_t num_kv_heads = 0;
   int32_t head_dim = 0;
-  // Strided form (qkv not present; the three counts come from the shapes).
+  // Strided form: qkv is not present, and the above are 0, since the three
+  // counts come from the shapes.
   TensorView q;
   TensorView k;
   TensorView v;

@@ -19,7 +19,8 @@ enum class FilterOrder : int32_t {
   kJoint = 1,
 };
 
-// Sampling parameters of one row. The zero value of each filter is "off".
+// Sampling parameters of one row. Its layout is also that of the C interface's
+// tenon_sampling_params.
 struct SamplingParams {
   float temperature = 1.0f;  // 0: greedy; otherwise logits are divided by it
   int32_t top_k = 0;         // keep the k best; 0, -1 or >= vocab: off
@@ -28,8 +29,10 @@ struct SamplingParams {
   float min_p = 0.0f;  // keep tokens with at least min_p times the best's
                        // probability; 0: off
   FilterOrder filter_order = FilterOrder::kSequential;
+  uint32_t reserved0 = 0;
   uint64_t seed = 0;      // of the request
   uint64_t position = 0;  // of the token in its sequence; one draw for each
+  uint32_t reserved[22] = {};
 };
 
 // What happened to a row; never a guess.
@@ -66,11 +69,11 @@ enum class SampleStatus : int32_t {
 // The number of passes over the logits is bounded, whatever they are: one, and
 // for filters a few more over the parts that can matter.
 //
-// Does not allocate or synchronise; can be captured in a CUDA graph. Needs
-// `workspace` of SamplerWorkspaceBytes(params). Zero rows is OK. Parameters are
-// device data, so out-of-range ones (NaN, negative temperature, top_p or min_p
-// outside [0, 1]) cannot be rejected here: check them with
-// ValidateSamplingParams on the host.
+// Outputs overlap nothing. Does not allocate or synchronise; can be captured in
+// a CUDA graph. Needs `workspace` of SamplerWorkspaceBytes(params). Zero rows
+// is OK. Parameters are device data, so out-of-range ones (NaN, negative
+// temperature, top_p or min_p outside [0, 1]) cannot be rejected here: check
+// them with ValidateSamplingParams on the host.
 struct SamplerParams {
   TensorView logits;
   const SamplingParams* params = nullptr;
@@ -83,6 +86,9 @@ struct SamplerParams {
 
 // InvalidArgument that names the parameter.
 Status ValidateSamplingParams(const SamplingParams& params);
+
+// What Sampler checks of everything but where memory lies and overlaps.
+Status ValidateSamplerShapes(const SamplerParams& params);
 
 size_t SamplerWorkspaceBytes(const SamplerParams& params);
 

@@ -213,6 +213,10 @@ TEST_P(AttentionRobustnessTest, RejectsBadArguments) {
   expect({"out overlaps q"},
          [](P& p) { p.out.data = p.q.As<char>() + 64 * 8; });
   expect({"out overlaps k_cache"}, [](P& p) { p.out.data = p.k_cache.data; });
+  // The small arrays may be neighbours: whichever is named.
+  expect({"out overlaps"}, [](P& p) { p.out.data = p.block_table.data; });
+  expect({"out overlaps"}, [](P& p) { p.out.data = p.query_start.data; });
+  expect({"out overlaps"}, [](P& p) { p.out.data = p.kv_len.data; });
   expect({"out is q", "dimension 0"}, [](P& p) {
     p.out.data = p.q.data;
     p.out.stride[0] *= 2;

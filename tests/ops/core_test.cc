@@ -191,15 +191,32 @@ TEST_F(ValidateTest, RangesAndWorkspace) {
   ExpectInvalid(CheckFinite("Op", "t", 1.5, 0.0, 1.0),
                 {"Op: t is 1.5, expected 0 to 1"});
   const Device cuda = {DeviceType::kCuda, 0};
-  EXPECT_TRUE(CheckWorkspace("Op", nullptr, 0, 0, cuda).ok());
-  EXPECT_TRUE(CheckWorkspace("Op", memory_, 64, 64, cuda).ok());
-  ExpectInvalid(CheckWorkspace("Op", nullptr, 64, 64, Device{}),
+  EXPECT_TRUE(CheckWorkspace("Op", nullptr, 0, 0, cuda, {}).ok());
+  EXPECT_TRUE(CheckWorkspace("Op", memory_, 64, 64, cuda, {}).ok());
+  ExpectInvalid(CheckWorkspace("Op", nullptr, 64, 64, Device{}, {}),
                 {"Op: workspace is null, expected 64 bytes"});
-  ExpectInvalid(CheckWorkspace("Op", memory_, 63, 64, Device{}),
+  ExpectInvalid(CheckWorkspace("Op", memory_, 63, 64, Device{}, {}),
                 {"Op: workspace_size is 63, expected at least 64"});
-  EXPECT_TRUE(CheckWorkspace("Op", memory_ + 16, 64, 64, Device{}).ok());
-  ExpectInvalid(CheckWorkspace("Op", memory_ + 16, 64, 64, cuda),
+  EXPECT_TRUE(CheckWorkspace("Op", memory_ + 16, 64, 64, Device{}, {}).ok());
+  ExpectInvalid(CheckWorkspace("Op", memory_ + 16, 64, 64, cuda, {}),
                 {"Op: workspace is not aligned to 256 bytes"});
+  const TensorView row =
+      MakeTensor(memory_ + 16, DType::kFloat32, Device{}, {16});
+  EXPECT_TRUE(CheckWorkspace("Op", memory_, 128, 64, Device{},
+                             {{"x", TensorView()}, {"y", row}})
+                  .ok());
+  ExpectInvalid(CheckWorkspace("Op", memory_, 128, 65, Device{}, {{"y", row}}),
+                {"Op: workspace overlaps y"});
+}
+
+TEST_F(ValidateTest, Separate) {
+  const TensorView a = MakeTensor(memory_, DType::kFloat32, Device{}, {4});
+  const TensorView b = MakeTensor(memory_ + 4, DType::kFloat32, Device{}, {4});
+  const TensorView c = MakeTensor(memory_ + 3, DType::kFloat32, Device{}, {4});
+  EXPECT_TRUE(
+      CheckSeparate("Op", {"a", a}, {{"b", b}, {"none", TensorView()}}).ok());
+  ExpectInvalid(CheckSeparate("Op", {"a", a}, {{"b", b}, {"c", c}}),
+                {"Op: a overlaps c"});
 }
 
 TEST_F(ValidateTest, MemoryOverlaps) {

@@ -241,6 +241,8 @@ TEST_P(MoeGroupedMatmulRobustnessTest, RejectsBadArguments) {
   expect({"out", "share memory"}, [](Params& p) { p.out.stride[0] = 23; });
   expect({"out overlaps x"}, [](Params& p) { p.out.data = p.x.data; });
   expect({"out overlaps bias"}, [](Params& p) { p.out.data = p.bias.data; });
+  expect({"out overlaps weights"},
+         [](Params& p) { p.out.data = const_cast<void*>(p.weights.data); });
   expect({"workspace is null"}, [](Params& p) { p.workspace = nullptr; });
   expect({"workspace_size"}, [](Params& p) { p.workspace_size -= 1; });
   expect({"workspace", "aligned"},

@@ -419,7 +419,7 @@ TEST_P(MoeRouterTest, RejectsBadArguments) {
   expect({"num_expert_groups is 0"}, [](P& p) { p.num_expert_groups = 0; });
   expect({"num_expert_groups is 5", "divisor of the 64"},
          [](P& p) { p.num_expert_groups = 5; });
-  expect({"num_expert_groups is 64", "kTop2Sum"},
+  expect({"num_expert_groups is 64", "group_score of two"},
          [](P& p) { p.num_expert_groups = 64; });
   expect({"num_selected_groups is 2, expected 1 to 1"},
          [](P& p) { p.num_selected_groups = 2; });

@@ -563,6 +563,10 @@ TEST_P(MoeTest, RejectsBadArguments) {
   expect({"out", "share memory"}, [](MoeParams& p) { p.out.stride[0] = 31; });
   expect({"out overlaps x"},
          [](MoeParams& p) { p.out.data = p.x.As<char>() + 64; });
+  expect({"out overlaps up"},
+         [](MoeParams& p) { p.out.data = const_cast<void*>(p.up.data); });
+  expect({"out overlaps down"},
+         [](MoeParams& p) { p.out.data = const_cast<void*>(p.down.data); });
   expect({"out is x"}, [](MoeParams& p) {
     p.out.data = p.x.data;
     p.out.stride[0] = 40;

@@ -54,6 +54,14 @@ struct PackedQkNorm {
   QkNormParams params;
 };
 
+// Without what describes a packed row, for a call in the strided form.
+inline QkNormParams Unpacked(QkNormParams p) {
+  p.qkv = TensorView();
+  p.q_offset = p.k_offset = p.v_offset = 0;
+  p.num_q_heads = p.num_kv_heads = p.head_dim = 0;
+  return p;
+}
+
 // The base of the suites of QkNorm.
 class QkNormTest : public OpTest {
  protected:

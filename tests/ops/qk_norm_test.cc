@@ -112,8 +112,7 @@ TEST_P(QkNormTest, Acceptance02_StridedEqualsPacked) {
           device(), dtype(), {c.tokens, 2, c.num_kv_heads, 128},
           {2 * c.num_kv_heads * head, c.num_kv_heads * head, head, 1},
           kv_values);
-      QkNormParams p = packed.params;
-      p.qkv = TensorView();
+      QkNormParams p = testing::Unpacked(packed.params);
       p.q = q.view();
       p.k = kv.view();
       p.k.rank = 3;
@@ -385,8 +384,7 @@ TEST_P(QkNormTest, Acceptance09_ShardsEqualTheWhole) {
                          take(source, q_column, q_width));
       const TestTensor k(device(), dtype(), {c.tokens, c.num_kv_heads, 128},
                          take(source, k_column, k_width));
-      QkNormParams p = all.params;
-      p.qkv = TensorView();
+      QkNormParams p = testing::Unpacked(all.params);
       p.q = q.view();
       p.k = k.view();
       ASSERT_NO_FATAL_FAILURE(Run(p));

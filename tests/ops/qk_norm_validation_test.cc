@@ -39,7 +39,7 @@ TEST_P(QkNormValidationTest, Acceptance04_RejectsBadArguments) {
     testing::ExpectInvalid(QkNorm(p, stream()), parts);
   };
   using P = QkNormParams;
-  expect({"q is missing"}, [](P& p) { p.qkv = TensorView(); });
+  expect({"expected 0 without qkv"}, [](P& p) { p.qkv = TensorView(); });
   expect({"qkv", "rank 3"}, [](P& p) { p.qkv.rank = 3; });
   expect({"qkv", "int32"}, [](P& p) { p.qkv.dtype = DType::kInt32; });
   expect({"qkv", "null"}, [](P& p) { p.qkv.data = nullptr; });
@@ -98,30 +98,27 @@ TEST_P(QkNormValidationTest, Acceptance04_RejectsBadRotary) {
   };
   using R = RotaryParams;
   for (int32_t rotary_dim : {-2, 0, 1, 130, 256}) {
-    expect({"rotary.rotary_dim is " + std::to_string(rotary_dim)},
+    expect({"rotary_dim is " + std::to_string(rotary_dim)},
            [&](R& r) { r.rotary_dim = rotary_dim; });
   }
-  expect({"rotary.rotary_dim is 63", "even"}, [](R& r) { r.rotary_dim = 63; });
-  expect({"rotary.cos_sin", "[37, 64]", "[*, 128]"},
-         [](R& r) { r.rotary_dim = 128; });
-  expect({"rotary.cos_sin", "bfloat16", "float32"},
+  expect({"rotary_dim is 63", "even"}, [](R& r) { r.rotary_dim = 63; });
+  expect({"cos_sin", "[37, 64]", "[*, 128]"}, [](R& r) { r.rotary_dim = 128; });
+  expect({"cos_sin", "bfloat16", "float32"},
          [](R& r) { r.cos_sin.dtype = DType::kBFloat16; });
-  expect({"rotary.cos_sin", "null"}, [](R& r) { r.cos_sin.data = nullptr; });
-  expect({"rotary.positions is missing"},
-         [](R& r) { r.positions = TensorView(); });
-  expect({"rotary.positions", "[4]", "[5]"},
-         [](R& r) { r.positions.shape[0] = 4; });
-  expect({"rotary.positions", "float32"},
+  expect({"cos_sin", "null"}, [](R& r) { r.cos_sin.data = nullptr; });
+  expect({"positions is missing"}, [](R& r) { r.positions = TensorView(); });
+  expect({"positions", "[4]", "[5]"}, [](R& r) { r.positions.shape[0] = 4; });
+  expect({"positions", "float32"},
          [](R& r) { r.positions.dtype = DType::kFloat32; });
-  expect({"rotary.positions is given, without rotary.cos_sin"}, [](R& r) {
+  expect({"positions is given, without cos_sin"}, [](R& r) {
     r.cos_sin = TensorView();
     r.rotary_dim = 0;
   });
-  expect({"rotary.rotary_dim is 64 without rotary.cos_sin"}, [](R& r) {
+  expect({"rotary_dim is 64 without cos_sin"}, [](R& r) {
     r.cos_sin = TensorView();
     r.positions = TensorView();
   });
-  expect({"rotary.positions overlaps q"},
+  expect({"positions overlaps q"},
          [&](R& r) { r.positions.data = packed.params.qkv.As<char>() + 128; });
   EXPECT_EQ(packed.qkv.Bytes(), packed.qkv.InitialBytes());
 }
@@ -135,47 +132,44 @@ TEST_P(QkNormValidationTest, Acceptance04_RejectsBadCache) {
     testing::ExpectInvalid(QkNorm(p, stream()), parts);
   };
   using C = KvCacheWriteParams;
-  expect({"cache.v_cache is missing"}, [](C& c) { c.v_cache = TensorView(); });
-  expect({"cache.v_cache is given, without cache.k_cache"},
+  expect({"v_cache is missing"}, [](C& c) { c.v_cache = TensorView(); });
+  expect({"v_cache is given, without k_cache"},
          [](C& c) { c.k_cache = TensorView(); });
-  expect({"cache.slot_mapping is given"}, [](C& c) {
+  expect({"slot_mapping is given"}, [](C& c) {
     c.k_cache = TensorView();
     c.v_cache = TensorView();
   });
-  expect({"cache.slot_mapping is missing"},
+  expect({"slot_mapping is missing"},
          [](C& c) { c.slot_mapping = TensorView(); });
-  expect({"cache.slot_mapping", "[4]", "[5]"},
+  expect({"slot_mapping", "[4]", "[5]"},
          [](C& c) { c.slot_mapping.shape[0] = 4; });
-  expect({"cache.slot_mapping", "int32", "int64"},
+  expect({"slot_mapping", "int32", "int64"},
          [](C& c) { c.slot_mapping.dtype = DType::kInt32; });
-  expect({"cache.k_cache", "rank 3"}, [](C& c) { c.k_cache.rank = 3; });
-  expect({"cache.k_cache", "[3, 3, 1, 128]", "[*, *, 2, 128]"},
+  expect({"k_cache", "rank 3"}, [](C& c) { c.k_cache.rank = 3; });
+  expect({"k_cache", "[3, 3, 1, 128]", "[*, *, 2, 128]"},
          [](C& c) { c.k_cache.shape[2] = 1; });
-  expect({"cache.k_cache", "[3, 3, 2, 64]"},
-         [](C& c) { c.k_cache.shape[3] = 64; });
-  expect({"cache.k_cache", "uint8"},
-         [](C& c) { c.k_cache.dtype = DType::kUInt8; });
-  expect({"cache.k_cache", "share memory"},
-         [](C& c) { c.k_cache.stride[1] = 8; });
-  expect({"cache.v_cache", "[2, 3, 2, 128]", "[3, 3, 2, 128]"},
+  expect({"k_cache", "[3, 3, 2, 64]"}, [](C& c) { c.k_cache.shape[3] = 64; });
+  expect({"k_cache", "uint8"}, [](C& c) { c.k_cache.dtype = DType::kUInt8; });
+  expect({"k_cache", "share memory"}, [](C& c) { c.k_cache.stride[1] = 8; });
+  expect({"v_cache", "[2, 3, 2, 128]", "[3, 3, 2, 128]"},
          [](C& c) { c.v_cache.shape[0] = 2; });
-  expect({"cache.v_cache", "dtype"},
+  expect({"v_cache", "dtype"},
          [](C& c) { c.v_cache.dtype = DType::kFloat8E4M3; });
-  expect({"cache.v_cache overlaps cache.k_cache"},
+  expect({"v_cache overlaps k_cache"},
          [](C& c) { c.v_cache.data = c.k_cache.data; });
-  expect({"cache.k_cache overlaps q"},
+  expect({"k_cache overlaps q"},
          [&](C& c) { c.k_cache.data = packed.params.qkv.data; });
-  expect({"cache.k_scale is 2", "expected 1"}, [](C& c) { c.k_scale = 2.0f; });
-  expect({"cache.v_scale is nan"}, [](C& c) { c.v_scale = NAN; });
+  expect({"k_scale is 2", "expected 1"}, [](C& c) { c.k_scale = 2.0f; });
+  expect({"v_scale is nan"}, [](C& c) { c.v_scale = NAN; });
   for (float scale : {0.0f, -1.0f, INFINITY, NAN}) {
-    expect({"cache.k_scale"}, [&](C& c) {
+    expect({"k_scale"}, [&](C& c) {
       c.k_cache.dtype = c.v_cache.dtype = DType::kFloat8E4M3;
       c.k_scale = scale;
     });
   }
   QkNormParams p = packed.params;
   p.num_kv_heads = 1;
-  testing::ExpectInvalid(QkNorm(p, stream()), {"cache.k_cache", "[*, *, 1,"});
+  testing::ExpectInvalid(QkNorm(p, stream()), {"k_cache", "[*, *, 1,"});
   EXPECT_EQ(packed.qkv.Bytes(), packed.qkv.InitialBytes());
   EXPECT_EQ(packed.k_cache.Bytes(), packed.k_cache.InitialBytes());
   EXPECT_EQ(packed.v_cache.Bytes(), packed.v_cache.InitialBytes());
@@ -185,8 +179,7 @@ TEST_P(QkNormValidationTest, Acceptance04_RejectsBadStridedForm) {
   const PackedQkNorm packed = Make({});
   const TestTensor q(device(), dtype(), {5, 4, 128}, Normal(5 * 4 * 128, 1));
   const TestTensor k(device(), dtype(), {5, 2, 128}, Normal(5 * 2 * 128, 2));
-  QkNormParams good = packed.params;
-  good.qkv = TensorView();
+  QkNormParams good = testing::Unpacked(packed.params);
   good.q = q.view();
   good.k = k.view();
   const auto expect = [&](std::vector<std::string> parts, auto&& change) {
@@ -195,6 +188,15 @@ TEST_P(QkNormValidationTest, Acceptance04_RejectsBadStridedForm) {
     testing::ExpectInvalid(QkNorm(p, stream()), parts);
   };
   using P = QkNormParams;
+  expect({"q_offset is 128, expected 0 without qkv"},
+         [](P& p) { p.q_offset = 128; });
+  expect({"k_offset is -1"}, [](P& p) { p.k_offset = -1; });
+  expect({"v_offset is 64"}, [](P& p) { p.v_offset = 64; });
+  expect({"num_q_heads is 2, expected 0"}, [](P& p) { p.num_q_heads = 2; });
+  expect({"num_kv_heads is 2, expected 0"}, [](P& p) { p.num_kv_heads = 2; });
+  expect({"head_dim is 128, expected 0"}, [](P& p) { p.head_dim = 128; });
+  expect({"k_scale is 2, expected 1"}, [](P& p) { p.cache.k_scale = 2.0f; });
+  expect({"v_scale is 0, expected 1"}, [](P& p) { p.cache.v_scale = 0.0f; });
   expect({"k is missing"}, [](P& p) { p.k = TensorView(); });
   expect({"q", "rank 2"}, [](P& p) { p.q.rank = 2; });
   expect({"head_dim is 96"}, [](P& p) { p.q.shape[2] = 96; });

@@ -546,6 +546,9 @@ TEST_P(SamplerTest, RejectsBadArguments) {
          [](SamplerParams& p) { p.logprobs.data = p.tokens.data; });
   expect({"statuses overlaps logprobs"},
          [](SamplerParams& p) { p.statuses.data = p.logprobs.data; });
+  expect({"tokens overlaps params"}, [](SamplerParams& p) {
+    p.tokens.data = const_cast<SamplingParams*>(p.params);
+  });
   expect({"params is null"}, [](SamplerParams& p) { p.params = nullptr; });
   expect({"params", "aligned"}, [](SamplerParams& p) {
     p.params = reinterpret_cast<const SamplingParams*>(

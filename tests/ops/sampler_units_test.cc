@@ -108,6 +108,8 @@ TEST(SamplingParamsTest, RejectsOutOfRange) {
   expect({"filter_order", "2"}, [](SamplingParams& s) {
     s.filter_order = static_cast<FilterOrder>(2);
   });
+  expect({"reserved0", "1"}, [](SamplingParams& s) { s.reserved0 = 1; });
+  expect({"reserved", "7"}, [](SamplingParams& s) { s.reserved[21] = 7; });
 }
 
 TEST(RowPlanTest, OrderedKeysOrderFloatsAndComeBack) {
