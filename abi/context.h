@@ -3,11 +3,9 @@
 
 #include <memory>
 
-#include "abi/handles.h"
 #include "abi/tenon.h"
 #include "ops/core/cpu_thread_pool.h"
 #include "ops/core/status.h"
-#include "ops/core/stream.h"
 #include "ops/core/tensor_view.h"
 #include "ops/linear/cublas_lt.h"
 
@@ -20,28 +18,15 @@ struct Context {
   std::unique_ptr<CublasLt> cublas_lt;     // on CUDA, where it is used
 };
 
-// TENON_DEVICE_* as they cross the ABI. `prefix` stands before the names of the
-// two fields in messages: "" or "options.".
+// The most CPU threads that a caller may ask for.
+inline constexpr int32_t kMaxThreads = 1024;
+
+// A device of this host by its TENON_DEVICE_* and index. Unavailable where
+// there is no such one. `prefix` stands before the names of the two fields in
+// messages: "" or "options.".
 Status ReadDevice(const char* prefix, int32_t device_type, int32_t device_index,
                   Device* device);
 int32_t DeviceTypeCode(DeviceType type);
-
-// The context of a call, or none, kept alive while the call runs.
-class OpContext {
- public:
-  // Finds `context` (0: none). Its device must be `device`, that of the
-  // tensor called `field`.
-  Status Enter(tenon_context context, const char* field, Device device);
-
-  // Where the op runs, for the caller's `stream`; null on the CPU.
-  Status MakeStream(void* stream, Stream* out) const;
-
-  CublasLt* cublas_lt() const;
-
- private:
-  Device device_;
-  Pin<Context> pin_;
-};
 
 }  // namespace tenon::abi
 
