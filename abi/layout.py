@@ -2,7 +2,8 @@
 
   layout.py             writes layout.json and exports.txt beside this file
   layout.py --check     fails where these two are not what the headers say
-  layout.py --asserts   prints a C program that holds the manifest's numbers
+  layout.py --asserts layout.json
+                        prints a C program that holds the manifest's numbers
                         against the compiler's
 
 layout.json is what tests and binding generators work from:
@@ -24,7 +25,7 @@ import pathlib
 import re
 import sys
 
-HERE = pathlib.Path(__file__).resolve().parent
+HERE = pathlib.Path(__file__).absolute().parent
 HEADERS = ("tenon_dlpack.h", "tenon.h")
 
 # Sizes on every 64-bit Linux; each type is aligned to its size.
@@ -230,12 +231,13 @@ def as_asserts(layout):
 
 
 def main():
+    mode = sys.argv[1:]
+    if len(mode) == 2 and mode[0] == "--asserts":
+        print(as_asserts(json.loads(pathlib.Path(mode[1]).read_text())), end="")
+        return
     layout = read_headers(HERE / header for header in HEADERS)
     files = {"layout.json": as_json(layout), "exports.txt": as_exports(layout)}
-    mode = sys.argv[1:]
-    if mode == ["--asserts"]:
-        print(as_asserts(json.loads((HERE / "layout.json").read_text())), end="")
-    elif mode == ["--check"]:
+    if mode == ["--check"]:
         stale = [n for n, text in files.items() if (HERE / n).read_text() != text]
         if stale:
             sys.exit(f"{', '.join(stale)} not up to date; run python3 abi/layout.py")
