@@ -8,8 +8,6 @@
 namespace tenon {
 namespace {
 
-using nlohmann::json;
-
 constexpr char kSingleFile[] = "model.safetensors";
 constexpr char kIndexFile[] = "model.safetensors.index.json";
 constexpr size_t kMaxIndexBytes = 100'000'000;
@@ -43,25 +41,25 @@ StatusOr<std::shared_ptr<const Checkpoint>> Checkpoint::Open(
 Status Checkpoint::AddShards(const std::string& index_path) {
   StatusOr<std::string> text = ReadFile(index_path, kMaxIndexBytes);
   if (!text.ok()) return text.status();
-  StatusOr<json> root = ParseJson(*text, index_path, StatusCode::kDataLoss);
+  const StatusOr<JsonValue> root =
+      ParseJson(*text, index_path, StatusCode::kDataLoss);
   if (!root.ok()) return root.status();
-  if (!root->is_object() || !root->contains("weight_map") ||
-      !(*root)["weight_map"].is_object()) {
+  const JsonValue* weight_map = root->Find("weight_map");
+  if (weight_map == nullptr || weight_map->object() == nullptr) {
     return DataLossError(index_path, ": has no object \"weight_map\"");
   }
   Index index;
   std::set<std::string> shards;  // in the order of their numbers
-  for (const auto& [name, file] : (*root)["weight_map"].items()) {
-    if (!file.is_string() ||
-        !IsPlainFileName(file.get_ref<const std::string&>())) {
+  for (const auto& [name, value] : *weight_map->object()) {
+    const std::string* file = value.string();
+    if (file == nullptr || !IsPlainFileName(*file)) {
       return DataLossError(
           index_path, ": tensor \"", name,
           "\": its value is not the name of a file in this directory: ",
-          file.is_string() ? file.get_ref<const std::string&>()
-                           : std::string("not a string"));
+          file == nullptr ? "not a string" : file->c_str());
     }
-    shards.insert(file.get_ref<const std::string&>());
-    index.emplace(name, file.get_ref<const std::string&>());
+    shards.insert(*file);
+    index.emplace(name, *file);
   }
   for (const std::string& shard : shards) {
     const Status status = AddFile(shard, &index);

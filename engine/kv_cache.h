@@ -156,7 +156,8 @@ class KvCache {
   StatusOr<uint32_t> Find(SequenceId id) const;
   StatusOr<SequenceId> TakeSlot();
   void DropPages(uint32_t slot, int32_t keep);
-  Status PlanRow(const AppendRow& row, int64_t* pages_needed);
+  Status PlanRow(size_t index, const AppendRow& row, int64_t* pages_needed);
+  void ClearLeaving();
   int32_t TakePage();
   void ReturnPage(int32_t page);
 

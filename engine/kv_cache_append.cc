@@ -7,26 +7,25 @@
 
 namespace tenon {
 
-Status KvCache::PlanRow(const AppendRow& row, int64_t* pages_needed) {
+Status KvCache::PlanRow(size_t index, const AppendRow& row,
+                        int64_t* pages_needed) {
   const StatusOr<uint32_t> slot = Find(row.sequence);
   if (!slot.ok()) return slot.status();
   Sequence& sequence = sequences_[*slot];
   if (row.num_tokens < 1) {
-    return InvalidArgumentError("KvCache: num_tokens is ", row.num_tokens,
-                                ", expected at least 1");
+    return InvalidArgumentError("KvCache: rows[", index, "].num_tokens is ",
+                                row.num_tokens, ", expected at least 1");
   }
   if (sequence.plan == plan_number_) {
-    return InvalidArgumentError("KvCache: sequence ", row.sequence.slot, ".",
-                                row.sequence.generation,
-                                " is in two rows of one append");
+    return InvalidArgumentError("KvCache: rows[", index,
+                                "].sequence is in two rows of one step");
   }
   sequence.plan = plan_number_;
   const int64_t new_length = int64_t{sequence.length} + row.num_tokens;
   if (new_length > options_.max_context) {
-    return ResourceExhaustedError("KvCache: sequence ", row.sequence.slot, ".",
-                                  row.sequence.generation, " would have ",
-                                  new_length, " tokens, max_context is ",
-                                  options_.max_context);
+    return ResourceExhaustedError(
+        "KvCache: rows[", index, "].sequence would have ", new_length,
+        " tokens, max_context is ", options_.max_context);
   }
   PlannedRow planned;
   planned.slot = *slot;
@@ -55,22 +54,26 @@ Status KvCache::PlanRow(const AppendRow& row, int64_t* pages_needed) {
   return Status();
 }
 
+void KvCache::ClearLeaving() {
+  for (const PlannedRow& row : plan_) {
+    if (row.copies_last_page) leaving_[row.shared_page] = Leaving();
+  }
+}
+
 Status KvCache::PlanAppend(const std::vector<AppendRow>& rows) {
   TENON_RETURN_IF_ERROR(NoAppend("PlanAppend"));
   ++plan_number_;
+  ClearLeaving();  // of a plan that ended in an exception
   plan_.clear();
   copies_.clear();
   int64_t pages_needed = 0;
   Status status;
-  for (const AppendRow& row : rows) {
-    status = PlanRow(row, &pages_needed);
-    if (!status.ok()) break;
+  for (size_t i = 0; i < rows.size() && status.ok(); ++i) {
+    status = PlanRow(i, rows[i], &pages_needed);
   }
-  for (const PlannedRow& row : plan_) {
-    if (row.copies_last_page) leaving_[row.shared_page] = Leaving();
-  }
+  ClearLeaving();
   if (status.ok() && pages_needed > num_free_pages()) {
-    status = ResourceExhaustedError("KvCache: the append needs ", pages_needed,
+    status = ResourceExhaustedError("KvCache: the step needs ", pages_needed,
                                     " pages, ", num_free_pages(), " of ",
                                     options_.num_pages, " are free");
   }

@@ -7,20 +7,18 @@
 namespace tenon {
 namespace {
 
-using nlohmann::json;
-
 constexpr size_t kMaxConfigBytes = size_t{16} << 20;
 
 // The fields of one object of the file. A reader stores the value where the key
 // is there and not null, and leaves the default otherwise.
 class Fields {
  public:
-  Fields(const json& object, const std::string& source)
+  Fields(const JsonValue& object, const std::string& source)
       : object_(object), source_(source) {}
 
-  const json* Find(const char* key) const {
-    const auto it = object_.find(key);
-    return it == object_.end() || it->is_null() ? nullptr : &*it;
+  const JsonValue* Find(const char* key) const {
+    const JsonValue* value = object_.Find(key);
+    return value == nullptr || value->is_null() ? nullptr : value;
   }
 
   Status Require(const char* key) const {
@@ -29,39 +27,40 @@ class Fields {
   }
 
   Status Get(const char* key, int32_t* out) const {
-    const json* value = Find(key);
+    const JsonValue* value = Find(key);
     return value == nullptr ? Status() : ToInt32(key, *value, out);
   }
   Status Get(const char* key, bool* out) const {
-    const json* value = Find(key);
+    const JsonValue* value = Find(key);
     if (value == nullptr) return Status();
-    if (!value->is_boolean()) return WrongType(key, "true or false");
-    *out = value->get<bool>();
+    const bool* boolean = value->boolean();
+    if (boolean == nullptr) return WrongType(key, "true or false");
+    *out = *boolean;
     return Status();
   }
   Status Get(const char* key, double* out) const {
-    const json* value = Find(key);
-    if (value == nullptr) return Status();
-    if (!value->is_number()) return WrongType(key, "a number");
-    *out = value->get<double>();
-    return Status();
+    const JsonValue* value = Find(key);
+    if (value == nullptr || value->ToDouble(out)) return Status();
+    return WrongType(key, "a number");
   }
   Status Get(const char* key, std::string* out) const {
-    const json* value = Find(key);
+    const JsonValue* value = Find(key);
     if (value == nullptr) return Status();
-    if (!value->is_string()) return WrongType(key, "a string");
-    *out = value->get_ref<const std::string&>();
+    const std::string* text = value->string();
+    if (text == nullptr) return WrongType(key, "a string");
+    *out = *text;
     return Status();
   }
   // One integer, or an array of them.
   Status Get(const char* key, std::vector<int32_t>* out) const {
-    const json* value = Find(key);
+    const JsonValue* value = Find(key);
     if (value == nullptr) return Status();
     out->clear();
-    if (!value->is_array()) {
+    const JsonValue::Array* items = value->array();
+    if (items == nullptr) {
       return ToInt32(key, *value, &out->emplace_back());
     }
-    for (const json& item : *value) {
+    for (const JsonValue& item : *items) {
       TENON_RETURN_IF_ERROR(ToInt32(key, item, &out->emplace_back()));
     }
     return Status();
@@ -77,29 +76,29 @@ class Fields {
   const std::string& source() const { return source_; }
 
  private:
-  Status ToInt32(const char* key, const json& value, int32_t* out) const {
-    int64_t wide;
-    if (!JsonToInt64(value, &wide)) return WrongType(key, "an integer");
-    if (wide < std::numeric_limits<int32_t>::min() ||
-        wide > std::numeric_limits<int32_t>::max()) {
-      return InvalidArgumentError(source_, ": ", key, " is ", wide,
+  Status ToInt32(const char* key, const JsonValue& value, int32_t* out) const {
+    const int64_t* wide = value.integer();
+    if (wide == nullptr) return WrongType(key, "an integer");
+    if (*wide < std::numeric_limits<int32_t>::min() ||
+        *wide > std::numeric_limits<int32_t>::max()) {
+      return InvalidArgumentError(source_, ": ", key, " is ", *wide,
                                   ", which does not fit 32 bits");
     }
-    *out = static_cast<int32_t>(wide);
+    *out = static_cast<int32_t>(*wide);
     return Status();
   }
 
-  const json& object_;
+  const JsonValue& object_;
   const std::string& source_;
 };
 
 Status ReadArchitecture(const Fields& fields, ModelConfig* config) {
   TENON_RETURN_IF_ERROR(fields.Require("architectures"));
-  const json& list = *fields.Find("architectures");
-  if (!list.is_array() || list.empty() || !list.front().is_string()) {
+  const JsonValue::Array* list = fields.Find("architectures")->array();
+  if (list == nullptr || list->empty() || list->front().string() == nullptr) {
     return fields.WrongType("architectures", "an array of names");
   }
-  const auto& name = list.front().get_ref<const std::string&>();
+  const std::string& name = *list->front().string();
   for (Architecture known : {Architecture::kQwen3Moe, Architecture::kQwen3}) {
     if (name == ArchitectureName(known)) {
       config->architecture = known;
@@ -133,10 +132,12 @@ Status RejectUnsupported(const Fields& fields) {
                               ": quantization_config is not supported: the "
                               "weights must be bfloat16, float16 or float32");
   }
-  if (const json* types = fields.Find("layer_types"); types != nullptr) {
-    if (!types->is_array()) return fields.WrongType("layer_types", "an array");
-    for (const json& type : *types) {
-      if (type != "full_attention") {
+  if (const JsonValue* types = fields.Find("layer_types"); types != nullptr) {
+    if (types->array() == nullptr) {
+      return fields.WrongType("layer_types", "an array");
+    }
+    for (const JsonValue& type : *types->array()) {
+      if (type.string() == nullptr || *type.string() != "full_attention") {
         return UnimplementedError(source,
                                   ": layer_types other than full_attention "
                                   "are not supported");
@@ -148,8 +149,8 @@ Status RejectUnsupported(const Fields& fields) {
 
 // One of the objects that say how positions are encoded.
 Status CheckRopeType(const Fields& fields, const char* key,
-                     const json& object) {
-  if (!object.is_object()) return fields.WrongType(key, "an object");
+                     const JsonValue& object) {
+  if (object.object() == nullptr) return fields.WrongType(key, "an object");
   const std::string source = StrCat(fields.source(), ": ", key);
   const Fields rope(object, source);
   for (const char* type_key : {"rope_type", "type"}) {
@@ -170,11 +171,13 @@ Status CheckRopeType(const Fields& fields, const char* key,
 }
 
 Status ReadRope(const Fields& fields, ModelConfig* config) {
-  if (const json* scaling = fields.Find("rope_scaling"); scaling != nullptr) {
+  if (const JsonValue* scaling = fields.Find("rope_scaling");
+      scaling != nullptr) {
     TENON_RETURN_IF_ERROR(CheckRopeType(fields, "rope_scaling", *scaling));
   }
   TENON_RETURN_IF_ERROR(fields.Get("rope_theta", &config->rope_theta));
-  if (const json* object = fields.Find("rope_parameters"); object != nullptr) {
+  if (const JsonValue* object = fields.Find("rope_parameters");
+      object != nullptr) {
     TENON_RETURN_IF_ERROR(CheckRopeType(fields, "rope_parameters", *object));
     const std::string source = StrCat(fields.source(), ": rope_parameters");
     double theta = config->rope_theta;
@@ -236,9 +239,11 @@ Status ReadConfig(const Fields& fields, ModelConfig* config) {
   return fields.Get("eos_token_id", &config->eos_token_ids);
 }
 
-StatusOr<json> ParseObject(std::string_view text, const std::string& source) {
-  StatusOr<json> root = ParseJson(text, source, StatusCode::kInvalidArgument);
-  if (root.ok() && !root->is_object()) {
+StatusOr<JsonValue> ParseObject(std::string_view text,
+                                const std::string& source) {
+  StatusOr<JsonValue> root =
+      ParseJson(text, source, StatusCode::kInvalidArgument);
+  if (root.ok() && root->object() == nullptr) {
     return InvalidArgumentError(source, ": not a JSON object");
   }
   return root;
@@ -255,7 +260,7 @@ Status ValidateFile(const ModelConfig& config, const std::string& source) {
 
 StatusOr<ModelConfig> ParseModelConfig(std::string_view text,
                                        const std::string& source_name) {
-  const StatusOr<json> root = ParseObject(text, source_name);
+  const StatusOr<JsonValue> root = ParseObject(text, source_name);
   if (!root.ok()) return root.status();
   ModelConfig config;
   TENON_RETURN_IF_ERROR(ReadConfig(Fields(*root, source_name), &config));
@@ -275,7 +280,8 @@ StatusOr<ModelConfig> LoadModelConfig(const std::string& directory) {
   const StatusOr<std::string> generation_text =
       ReadFile(generation_path, kMaxConfigBytes);
   if (!generation_text.ok()) return generation_text.status();
-  const StatusOr<json> root = ParseObject(*generation_text, generation_path);
+  const StatusOr<JsonValue> root =
+      ParseObject(*generation_text, generation_path);
   if (!root.ok()) return root.status();
   TENON_RETURN_IF_ERROR(Fields(*root, generation_path)
                             .Get("eos_token_id", &config->eos_token_ids));

@@ -9,8 +9,6 @@
 namespace tenon {
 namespace {
 
-using nlohmann::json;
-
 constexpr uint64_t kLengthBytes = 8;
 constexpr uint64_t kMaxHeaderBytes = 100'000'000;
 
@@ -46,27 +44,28 @@ struct Entry {
 };
 
 // Reads "shape", and tells how many bytes it stands for.
-Status ParseShape(const json& shape, int64_t element_size,
+Status ParseShape(const JsonValue& value, int64_t element_size,
                   const std::string& where, TensorView* view, int64_t* bytes) {
-  if (!shape.is_array()) {
+  const JsonValue::Array* shape = value.array();
+  if (shape == nullptr) {
     return DataLossError(where, "shape is not an array");
   }
-  if (shape.size() > static_cast<size_t>(kMaxRank)) {
-    return DataLossError(where, "has ", shape.size(),
+  if (shape->size() > static_cast<size_t>(kMaxRank)) {
+    return DataLossError(where, "has ", shape->size(),
                          " dimensions, expected at most ", kMaxRank);
   }
   int64_t span = element_size;  // as if no dimension were zero
   *bytes = element_size;
-  for (const json& item : shape) {
-    int64_t dim;
-    if (!JsonToInt64(item, &dim) || dim < 0) {
+  for (const JsonValue& item : *shape) {
+    const int64_t* dim = item.integer();
+    if (dim == nullptr || *dim < 0) {
       return DataLossError(where, "shape holds something that is no size");
     }
-    if (__builtin_mul_overflow(span, std::max<int64_t>(dim, 1), &span)) {
+    if (__builtin_mul_overflow(span, std::max<int64_t>(*dim, 1), &span)) {
       return DataLossError(where, "shape has more than 2^63 bytes");
     }
-    *bytes *= dim;
-    view->shape[view->rank++] = dim;
+    *bytes *= *dim;
+    view->shape[view->rank++] = *dim;
   }
   if (view->rank == 0) view->shape[view->rank++] = 1;
   int64_t stride = 1;
@@ -78,13 +77,16 @@ Status ParseShape(const json& shape, int64_t element_size,
 }
 
 // Reads "data_offsets", which count from the end of the header.
-Status ParseOffsets(const json& offsets, int64_t data_size,
+Status ParseOffsets(const JsonValue& value, int64_t data_size,
                     const std::string& where, Entry* entry) {
-  if (!offsets.is_array() || offsets.size() != 2 ||
-      !JsonToInt64(offsets[0], &entry->begin) ||
-      !JsonToInt64(offsets[1], &entry->end)) {
+  const JsonValue::Array* offsets = value.array();
+  if (offsets == nullptr || offsets->size() != 2 ||
+      (*offsets)[0].integer() == nullptr ||
+      (*offsets)[1].integer() == nullptr) {
     return DataLossError(where, "data_offsets is not a pair of integers");
   }
+  entry->begin = *(*offsets)[0].integer();
+  entry->end = *(*offsets)[1].integer();
   if (entry->begin < 0 || entry->end < entry->begin || entry->end > data_size) {
     return DataLossError(where, "data_offsets [", entry->begin, ", ",
                          entry->end, "] is not within the ", data_size,
@@ -93,22 +95,21 @@ Status ParseOffsets(const json& offsets, int64_t data_size,
   return Status();
 }
 
-StatusOr<Entry> ParseEntry(const std::string& name, const json& info,
+StatusOr<Entry> ParseEntry(const std::string& name, const JsonValue& info,
                            const char* data, int64_t data_size,
                            const std::string& source) {
   const std::string where = StrCat(source, ": tensor \"", name, "\": ");
-  if (!info.is_object()) return DataLossError(where, "not an object");
+  if (info.object() == nullptr) return DataLossError(where, "not an object");
   for (const char* key : {"dtype", "shape", "data_offsets"}) {
-    if (!info.contains(key)) return DataLossError(where, "has no ", key);
+    if (info.Find(key) == nullptr) {
+      return DataLossError(where, "has no ", key);
+    }
   }
-  const json& dtype = info["dtype"];
-  const StoredType* type =
-      dtype.is_string() ? FindStoredType(dtype.get_ref<const std::string&>())
-                        : nullptr;
+  const std::string* dtype = info.Find("dtype")->string();
+  const StoredType* type = dtype == nullptr ? nullptr : FindStoredType(*dtype);
   if (type == nullptr) {
     return DataLossError(where, "dtype ",
-                         dtype.is_string() ? dtype.get_ref<const std::string&>()
-                                           : std::string("(not a string)"),
+                         dtype == nullptr ? "(not a string)" : dtype->c_str(),
                          " is unknown");
   }
   Entry entry;
@@ -118,9 +119,9 @@ StatusOr<Entry> ParseEntry(const std::string& name, const json& info,
   view.dtype = type->dtype;
   int64_t bytes = 0;
   TENON_RETURN_IF_ERROR(
-      ParseShape(info["shape"], type->size, where, &view, &bytes));
+      ParseShape(*info.Find("shape"), type->size, where, &view, &bytes));
   TENON_RETURN_IF_ERROR(
-      ParseOffsets(info["data_offsets"], data_size, where, &entry));
+      ParseOffsets(*info.Find("data_offsets"), data_size, where, &entry));
   if (entry.end - entry.begin != bytes) {
     return DataLossError(where, "data_offsets span ", entry.end - entry.begin,
                          " bytes, but ", type->name, " ", ShapeToString(view),
@@ -191,18 +192,19 @@ StatusOr<std::vector<StoredTensor>> ParseSafetensors(
   const StatusOr<uint64_t> length = HeaderLength(data, size, source);
   if (!length.ok()) return length.status();
   const std::string_view text(data + kLengthBytes, *length);
-  const StatusOr<json> header =
+  const StatusOr<JsonValue> header =
       ParseJson(text, StrCat(source, ": header"), StatusCode::kDataLoss);
   if (!header.ok()) return header.status();
-  if (!header->is_object()) {
+  const JsonValue::Object* members = header->object();
+  if (members == nullptr) {
     return DataLossError(source, ": header is not a JSON object");
   }
   const char* tensor_data = data + kLengthBytes + *length;
   const int64_t data_size = static_cast<int64_t>(size - kLengthBytes - *length);
 
   std::vector<Entry> entries;
-  entries.reserve(header->size());
-  for (const auto& [name, info] : header->items()) {
+  entries.reserve(members->size());
+  for (const auto& [name, info] : *members) {
     if (name == "__metadata__") continue;
     StatusOr<Entry> entry =
         ParseEntry(name, info, tensor_data, data_size, source);

@@ -68,31 +68,65 @@ struct Session::Impl {
   KvCache cache;
   Activations activations;
   StepBuffers buffers;
-  std::vector<int32_t> expert_ids;  // host copy, with count_experts
+  bool is_broken = false;
 
-  std::vector<AppendRow> append;  // of the step under way; keeps its memory
+  // Of the step under way; they keep their memory.
+  std::vector<AppendRow> append;
+  std::vector<int32_t> expert_ids;        // host copy, with count_experts
+  std::vector<char> expert_is_used;       // of one layer
+  std::vector<int32_t> distinct_experts;  // of each sparse layer
 
+  Status CheckUsable(const char* what) const;
+  Status CheckTokens(const std::vector<StepRow>& rows) const;
   Status CheckRows(const std::vector<StepRow>& rows) const;
   Status CheckTotals(const std::vector<StepRow>& rows) const;
   void FillInputs(const std::vector<StepRow>& rows);
   LogitPlan PlanLogits(const std::vector<StepRow>& rows);
   Status Execute(const std::vector<StepRow>& rows, const LogitPlan& plan);
   Status CopyLogits(const std::vector<StepRow>& rows, const LogitPlan& plan);
-  Status CountExperts(StepStats* stats);
+  Status CountExperts(int64_t tokens);
+  void Recover() noexcept;
 };
 
-// Checks what does not need the cache. The cache checks sequences and pages.
-Status Session::Impl::CheckRows(const std::vector<StepRow>& rows) const {
+// Undoes an append that did not get to its end, and finds out whether the
+// session can go on.
+void Session::Impl::Recover() noexcept {
+  cache.RollbackAppend();
+  try {
+    // Work that was enqueued may still write to the callers' logits.
+    is_broken = !Synchronize(model->device, stream.get()).ok();
+  } catch (...) {
+    is_broken = true;  // it had no memory to say so
+  }
+}
+
+Status Session::Impl::CheckUsable(const char* what) const {
+  if (!is_broken) return Status();
+  return UnavailableError(what,
+                          ": an error of the device has left the session "
+                          "unable to go on; destroy it");
+}
+
+Status Session::Impl::CheckTokens(const std::vector<StepRow>& rows) const {
   const int64_t vocab = model->config.vocab_size;
   for (size_t i = 0; i < rows.size(); ++i) {
     const StepRow& row = rows[i];
-    if (row.tokens == nullptr || row.num_tokens <= 0) {
-      return InvalidArgumentError(kStep, ": rows[", i, "] has no tokens");
-    }
     for (int32_t j = 0; j < row.num_tokens; ++j) {
       if (row.tokens[j] >= 0 && row.tokens[j] < vocab) continue;
       return InvalidArgumentError(kStep, ": rows[", i, "].tokens[", j, "] is ",
                                   row.tokens[j], ", expected 0 to ", vocab - 1);
+    }
+  }
+  return Status();
+}
+
+// Checks what needs neither the cache, which checks sequences and pages, nor a
+// look at the tokens, of which there may be too many.
+Status Session::Impl::CheckRows(const std::vector<StepRow>& rows) const {
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const StepRow& row = rows[i];
+    if (row.tokens == nullptr || row.num_tokens <= 0) {
+      return InvalidArgumentError(kStep, ": rows[", i, "] has no tokens");
     }
     if (row.logits_mode != LogitsMode::kNone && row.logits == nullptr) {
       return InvalidArgumentError(kStep, ": rows[", i,
@@ -228,23 +262,22 @@ Status Session::Impl::CopyLogits(const std::vector<StepRow>& rows,
   return Status();
 }
 
-Status Session::Impl::CountExperts(StepStats* stats) {
+// Fills distinct_experts.
+Status Session::Impl::CountExperts(int64_t tokens) {
+  distinct_experts.clear();
   const TensorView& ids = activations.topk_ids;
-  stats->distinct_experts.clear();
   if (!options.count_experts || !ids.present()) return Status();
-  const int64_t top_k = ids.shape[2];
-  expert_ids.resize(static_cast<size_t>(stats->tokens * top_k));
-  std::vector<bool> hit(static_cast<size_t>(model->config.num_experts));
+  expert_ids.resize(static_cast<size_t>(tokens * ids.shape[2]));
   for (int32_t layer = 0; layer < model->config.num_layers; ++layer) {
     if (!model->config.IsMoeLayer(layer)) continue;
     TENON_RETURN_IF_ERROR(CopyMemory(
         expert_ids.data(), Device(), activations.TopkIds(layer).data,
         model->device, expert_ids.size() * sizeof(int32_t), stream.get()));
     TENON_RETURN_IF_ERROR(Synchronize(model->device, stream.get()));
-    std::fill(hit.begin(), hit.end(), false);
-    for (int32_t id : expert_ids) hit[static_cast<size_t>(id)] = true;
-    stats->distinct_experts.push_back(
-        static_cast<int32_t>(std::count(hit.begin(), hit.end(), true)));
+    std::fill(expert_is_used.begin(), expert_is_used.end(), 0);
+    for (int32_t id : expert_ids) expert_is_used[static_cast<size_t>(id)] = 1;
+    distinct_experts.push_back(static_cast<int32_t>(
+        std::count(expert_is_used.begin(), expert_is_used.end(), 1)));
   }
   return Status();
 }
@@ -295,6 +328,12 @@ StatusOr<std::unique_ptr<Session>> Session::Create(
   TENON_RETURN_IF_ERROR(stream.status());
   impl->stream = *std::move(stream);
   impl->append.reserve(static_cast<size_t>(o.max_sequences));
+  if (o.count_experts && m.config.num_experts > 0) {
+    impl->expert_ids.reserve(static_cast<size_t>(int64_t{o.max_tokens} *
+                                                 m.config.num_experts_per_tok));
+    impl->expert_is_used.resize(static_cast<size_t>(m.config.num_experts));
+    impl->distinct_experts.reserve(static_cast<size_t>(m.config.num_layers));
+  }
   return std::unique_ptr<Session>(new Session(std::move(impl)));
 }
 
@@ -302,22 +341,27 @@ Session::Session(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Session::~Session() = default;
 
 StatusOr<SequenceId> Session::CreateSequence() {
+  TENON_RETURN_IF_ERROR(impl_->CheckUsable("CreateSequence"));
   return impl_->cache.CreateSequence();
 }
 
 StatusOr<SequenceId> Session::ForkSequence(SequenceId sequence) {
+  TENON_RETURN_IF_ERROR(impl_->CheckUsable("ForkSequence"));
   return impl_->cache.Fork(sequence);
 }
 
 Status Session::TruncateSequence(SequenceId sequence, int32_t length) {
+  TENON_RETURN_IF_ERROR(impl_->CheckUsable("TruncateSequence"));
   return impl_->cache.Truncate(sequence, length);
 }
 
 Status Session::ReleaseSequence(SequenceId sequence) {
+  TENON_RETURN_IF_ERROR(impl_->CheckUsable("ReleaseSequence"));
   return impl_->cache.Release(sequence);
 }
 
 StatusOr<int32_t> Session::SequenceLength(SequenceId sequence) const {
+  TENON_RETURN_IF_ERROR(impl_->CheckUsable("SequenceLength"));
   return impl_->cache.Length(sequence);
 }
 
@@ -325,24 +369,35 @@ Status Session::Step(const std::vector<StepRow>& rows,
                      std::vector<StepRowResult>* results, StepStats* stats) {
   const double begin = Microseconds();
   Impl& s = *impl_;
+  TENON_RETURN_IF_ERROR(s.CheckUsable(kStep));
   TENON_RETURN_IF_ERROR(s.CheckRows(rows));
   TENON_RETURN_IF_ERROR(s.CheckTotals(rows));
+  TENON_RETURN_IF_ERROR(s.CheckTokens(rows));
+  // What could fail at the end, when there is no way back.
+  results->reserve(rows.size());
+  if (stats != nullptr) {
+    stats->distinct_experts.reserve(s.distinct_experts.capacity());
+  }
   s.append.clear();
   for (const StepRow& row : rows) {
     s.append.push_back({row.sequence, row.num_tokens});
   }
   TENON_RETURN_IF_ERROR(s.cache.PlanAppend(s.append));
-  s.cache.CommitAppend();
-  s.FillInputs(rows);
-  const LogitPlan plan = s.PlanLogits(rows);
-  StepStats counted;
-  counted.rows = static_cast<int32_t>(rows.size());
-  counted.tokens = s.buffers.query_start()[rows.size()];
-  Status status = rows.empty() ? Status() : s.Execute(rows, plan);
-  if (status.ok() && stats != nullptr) status = s.CountExperts(&counted);
-  if (!status.ok()) {
-    s.cache.RollbackAppend();
-    return status;
+  int32_t tokens;
+  try {
+    s.cache.CommitAppend();
+    s.FillInputs(rows);
+    tokens = s.buffers.query_start()[rows.size()];
+    Status status;
+    if (!rows.empty()) status = s.Execute(rows, s.PlanLogits(rows));
+    if (status.ok() && stats != nullptr) status = s.CountExperts(tokens);
+    if (!status.ok()) {
+      s.Recover();
+      return status;
+    }
+  } catch (...) {  // no memory for the message of an error
+    s.Recover();
+    throw;
   }
   s.cache.FinishAppend();
 
@@ -356,7 +411,10 @@ Status Session::Step(const std::vector<StepRow>& rows,
     ++sampled;
   }
   if (stats != nullptr) {
-    *stats = std::move(counted);
+    stats->rows = static_cast<int32_t>(rows.size());
+    stats->tokens = tokens;
+    stats->distinct_experts.assign(s.distinct_experts.begin(),
+                                   s.distinct_experts.end());
     stats->microseconds = Microseconds() - begin;
   }
   return Status();
@@ -364,6 +422,8 @@ Status Session::Step(const std::vector<StepRow>& rows,
 
 const Model& Session::model() const { return *impl_->model; }
 const SessionOptions& Session::options() const { return impl_->options; }
+int32_t Session::num_sequences() const { return impl_->cache.num_sequences(); }
+bool Session::is_broken() const { return impl_->is_broken; }
 int64_t Session::num_free_pages() const {
   return impl_->cache.num_free_pages();
 }

@@ -62,6 +62,9 @@ struct StepStats {
 
 // Runs a model: owns the paged KV cache, the activations and a stream. All
 // device memory is allocated by Create. Not thread-safe: one caller at a time.
+//
+// After a device error in a step the session finds out whether the device still
+// works. If not, every later call is Unavailable.
 class Session {
  public:
   // ResourceExhausted, with the needed size, where the memory is not there.
@@ -88,12 +91,16 @@ class Session {
   //   NotFound         a sequence that does not exist (any more)
   //   ResourceExhausted  more tokens, rows, logits, context or pages than the
   //                    session has
+  // Allocates nothing, once `results` and `stats` have room for such a step.
   Status Step(const std::vector<StepRow>& rows,
               std::vector<StepRowResult>* results, StepStats* stats = nullptr);
 
   const Model& model() const;
   const SessionOptions& options() const;
+  int32_t num_sequences() const;
   int64_t num_free_pages() const;
+  // Whether an error of the device has left the session unable to go on.
+  bool is_broken() const;
 
  private:
   struct Impl;

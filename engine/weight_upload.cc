@@ -121,7 +121,9 @@ Status CopyChunks(const std::vector<WeightPart>& parts, int64_t total_bytes,
     TENON_RETURN_IF_ERROR(CopyMemory(base + begin, device, memory, Device(),
                                      static_cast<size_t>(end - begin),
                                      s.stream.get()));
-    if (progress && end < total_bytes) progress(end, total_bytes);
+    if (end < total_bytes) {
+      TENON_RETURN_IF_ERROR(ReportProgress(progress, end, total_bytes));
+    }
   }
   return Status();
 }
@@ -148,8 +150,8 @@ Status UploadParts(const std::vector<WeightPart>& parts, int64_t total_bytes,
     const Status done = Synchronize(device, s.stream.get());
     if (status.ok()) status = done;
   }
-  if (status.ok() && progress) progress(total_bytes, total_bytes);
-  return status;
+  TENON_RETURN_IF_ERROR(status);
+  return ReportProgress(progress, total_bytes, total_bytes);
 }
 
 }  // namespace tenon

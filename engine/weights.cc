@@ -96,6 +96,13 @@ Weights MapWeights(const ModelConfig& config, Device device,
 
 }  // namespace
 
+Status ReportProgress(const LoadProgress& progress, int64_t bytes_done,
+                      int64_t bytes_total) {
+  if (!progress || progress(bytes_done, bytes_total)) return Status();
+  return CancelledError("load: stopped by progress after ", bytes_done, " of ",
+                        bytes_total, " bytes");
+}
+
 StatusOr<Weights> LoadWeights(std::shared_ptr<const Checkpoint> checkpoint,
                               const ModelConfig& config, Device device,
                               const Shard& shard,
@@ -111,7 +118,8 @@ StatusOr<Weights> LoadWeights(std::shared_ptr<const Checkpoint> checkpoint,
     Weights weights = MapWeights(config, device, parts);
     weights.dtype = dtype;
     weights.checkpoint = std::move(checkpoint);
-    if (progress) progress(weights.bytes, weights.bytes);
+    TENON_RETURN_IF_ERROR(
+        ReportProgress(progress, weights.bytes, weights.bytes));
     return weights;
   }
   StatusOr<Weights> weights = AllocateWeights(config, device, &parts);

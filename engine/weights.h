@@ -65,9 +65,13 @@ struct Weights {
 };
 
 // Told now and then how much of the weights is in place; from the thread that
-// loads.
+// loads. Returns whether to go on; otherwise the load ends as Cancelled.
 using LoadProgress =
-    std::function<void(int64_t bytes_done, int64_t bytes_total)>;
+    std::function<bool(int64_t bytes_done, int64_t bytes_total)>;
+
+// Tells `progress`, if there is one.
+Status ReportProgress(const LoadProgress& progress, int64_t bytes_done,
+                      int64_t bytes_total);
 
 // Finds a rank's weights in a checkpoint by their published names
 // ("model.layers.0.self_attn.q_proj.weight", ...) and puts them on the device.

@@ -167,10 +167,11 @@ class Generator {
   std::vector<StepRowResult> results_;
 };
 
-void PrintProgress(int64_t done, int64_t total) {
+bool PrintProgress(int64_t done, int64_t total) {
   std::fprintf(stderr, "\rloading %3d%%%s",
                static_cast<int>(100 * done / std::max<int64_t>(total, 1)),
                done == total ? "\n" : "");
+  return true;
 }
 
 Status RunMain(const Flags& flags) {

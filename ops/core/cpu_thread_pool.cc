@@ -4,8 +4,8 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -88,13 +88,15 @@ struct CpuThreadPool::State {
 CpuThreadPool::CpuThreadPool(int num_threads)
     : state_(std::make_unique<State>()) {
   if (num_threads <= 0) num_threads = UsableCpus();
+  state_->workers.reserve(static_cast<size_t>(num_threads) - 1);
   try {
     for (int i = 1; i < num_threads; ++i) {
       state_->workers.emplace_back(
           [state = state_.get()] { state->WorkerMain(); });
     }
-  } catch (const std::system_error&) {
-    // A limit on threads: fewer do the same work.
+  } catch (const std::exception&) {
+    // A limit on threads or memory: fewer do the same work. (And nothing may
+    // leave while there are threads that nobody would join.)
   }
 }
 

@@ -70,6 +70,10 @@ Status InvalidArgumentError(const Args&... args) {
   return Status(StatusCode::kInvalidArgument, StrCat(args...));
 }
 template <class... Args>
+Status CancelledError(const Args&... args) {
+  return Status(StatusCode::kCancelled, StrCat(args...));
+}
+template <class... Args>
 Status NotFoundError(const Args&... args) {
   return Status(StatusCode::kNotFound, StrCat(args...));
 }

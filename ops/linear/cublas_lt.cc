@@ -13,15 +13,19 @@ StatusOr<std::unique_ptr<CublasLt>> CublasLt::Create(Device device) {
                                 ", expected a CUDA device");
   }
   if constexpr (kCudaBuilt) {
+    std::unique_ptr<CublasLt> opened(new CublasLt(nullptr));
     StatusOr<State*> state = OpenCublasLt(device);
     if (!state.ok()) return state.status();
-    return std::unique_ptr<CublasLt>(new CublasLt(*state));
+    opened->state_ = *state;
+    return opened;
   }
   return NoBackendError("CublasLt", device);
 }
 
 CublasLt::~CublasLt() {
-  if constexpr (kCudaBuilt) CloseCublasLt(state_);
+  if constexpr (kCudaBuilt) {
+    if (state_ != nullptr) CloseCublasLt(state_);
+  }
 }
 
 Device CublasLt::device() const {

@@ -238,10 +238,21 @@ TEST_P(LoadWeightsTest, ReportsProgress) {
         EXPECT_LE(done, of);
         last = done;
         total = of;
+        return true;
       });
   ASSERT_TRUE(weights.ok()) << weights.status().message();
   EXPECT_EQ(last, total);
   EXPECT_EQ(total, weights->bytes);
+}
+
+TEST_P(LoadWeightsTest, ProgressStopsIt) {
+  ModelDirectory model(SmallConfig(), dtype());
+  const StatusOr<Weights> weights =
+      model.Load(device(), {}, [](int64_t, int64_t) { return false; });
+  ASSERT_EQ(weights.status().code(), StatusCode::kCancelled);
+  EXPECT_NE(strstr(weights.status().message(), "stopped by progress after"),
+            nullptr)
+      << weights.status().message();
 }
 
 INSTANTIATE_TEST_SUITE_P(Targets, LoadWeightsTest,
@@ -307,6 +318,7 @@ TEST(UploadPartsTest, PacksTheSameBytesWhateverTheChunks) {
                         EXPECT_GT(done, last);
                         EXPECT_EQ(total, weights->bytes);
                         last = done;
+                        return true;
                       });
       ASSERT_TRUE(status.ok()) << status.message();
       EXPECT_EQ(last, weights->bytes);
