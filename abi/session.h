@@ -6,6 +6,7 @@
 #include <mutex>
 #include <vector>
 
+#include "abi/handles.h"
 #include "abi/tenon.h"
 #include "engine/session.h"
 #include "ops/core/status.h"
@@ -31,6 +32,26 @@ struct SessionObject {
   std::vector<StepRowResult> results;
   StepStats stats;
 };
+
+// The session of a call, kept alive and to ourselves while the call runs.
+class Turn {
+ public:
+  // Unavailable for a session that is broken.
+  Status Begin(tenon_session session);
+
+  SessionObject* operator->() const { return pin_.get(); }
+  SessionObject& operator*() const { return *pin_; }
+
+ private:
+  Pin<SessionObject> pin_;
+  std::unique_lock<std::mutex> lock_;  // ends before pin_ does
+};
+
+// Null where `sequence` names none of this session, about which the error is.
+// `row` stands before the name of the argument in the message.
+SessionObject::Sequence* FindSequence(SessionObject* session,
+                                      tenon_sequence sequence);
+Status NoSequenceError(const char* row, tenon_sequence sequence);
 
 }  // namespace tenon::abi
 
