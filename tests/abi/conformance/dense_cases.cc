@@ -27,12 +27,12 @@ std::string Embedding(const std::string& variant, DType dtype, DType id_dtype,
   return c.Text();
 }
 
-std::string EmbeddingOfAnotherDtype() {
-  Case c("embedding", "rejects_dtype_of_out");
-  c.In("ids", HostTensor(DType::kInt32, {2}, {1, 2}));
+std::string EmbeddingOfFloatIds() {
+  Case c("embedding", "rejects_dtype_of_ids");
+  c.In("ids", HostTensor(DType::kFloat32, {2}, {1, 2}));
   c.In("table", HostTensor(DType::kFloat32, {3, 4}, Eighths(12, 1)));
-  c.In("out", HostTensor(DType::kFloat16, {2, 4}));
-  c.Reject(TENON_INVALID_ARGUMENT, "out");
+  c.In("out", HostTensor(DType::kFloat32, {2, 4}));
+  c.Reject(TENON_INVALID_ARGUMENT, "ids");
   return c.Text();
 }
 
@@ -134,7 +134,7 @@ std::string EmbeddingCases() {
                    DType::kInt64, {6, -1, 2, 7}, {3, 1}) +
          Embedding("float16_zero_tokens", DType::kFloat16, DType::kInt32, {},
                    {}) +
-         EmbeddingOfAnotherDtype();
+         EmbeddingOfFloatIds();
 }
 
 std::string RmsNormCases() {

@@ -84,10 +84,13 @@ std::string Generate(const std::string& variant,
   c.Arg("top_k", params.top_k);
   c.Arg("top_p", params.top_p);
   c.Arg("seed", static_cast<int64_t>(params.seed));
+  const Layout elements_alone = {0, 0, 0};
   c.In("prompt",
        HostTensor(DType::kInt32, {static_cast<int64_t>(context.size())},
-                  {context.begin(), context.end()}));
-  c.Out("tokens", HostTensor(DType::kInt32, {static_cast<int64_t>(count)}),
+                  {context.begin(), context.end()}, elements_alone));
+  c.Out("tokens",
+        HostTensor(DType::kInt32, {static_cast<int64_t>(count)}, {},
+                   elements_alone),
         {tokens.begin(), tokens.end()}, 0);
   return c.Text();
 }

@@ -143,9 +143,9 @@ struct QkNorm {
     const HostTensor q_weight(weight_dtype, {kHeadDim}, weight_values);
     std::reverse(weight_values.begin(), weight_values.end());
     const HostTensor k_weight(weight_dtype, {kHeadDim}, weight_values);
-    const HostTensor table(DType::kFloat32,
-                           {kMaxPositions, std::max<int64_t>(rotary_dim, 1)},
-                           CosSin(std::max<int64_t>(rotary_dim, 1)));
+    const int64_t columns = std::max<int64_t>(rotary_dim, 2);
+    const HostTensor table(DType::kFloat32, {kMaxPositions, columns},
+                           CosSin(columns));
     const HostTensor q(dtype, {tokens, kQueryHeads, kHeadDim},
                        Heads(kQueryHeads, seed), {24, 4});
     const HostTensor k(dtype, {tokens, kKeyHeads, kHeadDim},

@@ -11,8 +11,6 @@
 namespace tenon::conformance {
 namespace {
 
-constexpr int64_t kTailBytes = 8;
-
 struct FloatFormat {
   int mantissa_bits;
   int min_exponent;  // of the smallest normal number
@@ -106,7 +104,7 @@ HostTensor::HostTensor(DType dtype, std::vector<int64_t> shape,
   }
   const int64_t size = static_cast<int64_t>(DTypeSize(dtype));
   const int64_t elements = layout.offset + shape_[0] * strides_[0];
-  memory_.assign(static_cast<size_t>(elements * size + kTailBytes),
+  memory_.assign(static_cast<size_t>(elements * size + layout.tail_bytes),
                  IsInteger(dtype) ? 0xa5 : 0xff);
   if (!values.empty()) Write(values);
 }

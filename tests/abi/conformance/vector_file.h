@@ -24,6 +24,7 @@ struct Layout {
   // strides.
   int64_t padding = 0;
   int64_t offset = 0;  // elements in front
+  int64_t tail_bytes = 8;
 };
 
 // The memory of one tensor: elements, and filler bytes before, between and
