@@ -23,7 +23,9 @@ def _cuda_library_impl(ctx):
     for src in ctx.files.srcs:
         obj = ctx.actions.declare_file("_objs/%s/%s.o" % (ctx.label.name, src.basename))
         args = ctx.actions.args()
-        args.add_all(["-x", "cu", "-c", src, "-o", obj, "-I", ".", "-std=c++17", "-O3"])
+        # In a host's workspace Tenon's files lie below external/.
+        root = ctx.label.workspace_root or "."
+        args.add_all(["-x", "cu", "-c", src, "-o", obj, "-I", root, "-std=c++17", "-O3"])
         # The code of two architectures is large: "size" makes it a tenth, for a
         # moment of unpacking when a kernel is first used.
         args.add_all(["--expt-relaxed-constexpr", "--compress-mode=size"])

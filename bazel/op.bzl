@@ -2,14 +2,6 @@
 
 load("//bazel:cuda.bzl", "cuda_library", "if_cuda")
 
-_USERS = [
-    "//abi:__subpackages__",
-    "//engine:__subpackages__",
-    "//ops:__subpackages__",
-    "//tests:__subpackages__",
-    "//tools:__subpackages__",
-]
-
 def op_library(name, srcs = [], hdrs = [], cuda_srcs = [], deps = []):
     """Builds <name>.h + <name>.cc + <name>_cpu.cc, and <name>_cuda.cu where there is CUDA.
 
@@ -40,6 +32,6 @@ def op_library(name, srcs = [], hdrs = [], cuda_srcs = [], deps = []):
         hdrs = [name + ".h"] + hdrs,
         # The CUDA archive comes after this one and calls back into extra srcs.
         alwayslink = True,
-        visibility = _USERS,
+        visibility = ["//visibility:public"],
         deps = [":%s_headers" % name] + if_cuda([":%s_cuda" % name]),
     )
