@@ -49,13 +49,16 @@ Status ReadLogitsMode(int32_t code, LogitsMode* mode) {
 // Errors begin with what follows the row's name.
 Status ReadRow(const void* from, uint32_t struct_size, SessionObject* s,
                StepRow* to) {
+  // Before the row is read: a longer one would reach past the array.
+  uint32_t own_size;
+  std::memcpy(&own_size, from, sizeof(own_size));
+  if (own_size != struct_size) {
+    return InvalidArgumentError(".struct_size is ", own_size, ", expected ",
+                                struct_size, " as in rows[0]");
+  }
   tenon_step_row row;
   TENON_RETURN_IF_ERROR(
       ReadStruct("", static_cast<const tenon_step_row*>(from), &row));
-  if (row.struct_size != struct_size) {
-    return InvalidArgumentError(".struct_size is ", row.struct_size,
-                                ", expected ", struct_size, " as in rows[0]");
-  }
   TENON_RETURN_IF_ERROR(CheckReserved(".reserved", row.reserved));
   TENON_RETURN_IF_ERROR(ReadLogitsMode(row.logits_mode, &to->logits_mode));
   const SessionObject::Sequence* sequence = FindSequence(s, row.sequence);
