@@ -7,6 +7,7 @@
 // Compiles the code between HWY_BEFORE_NAMESPACE and HWY_AFTER_NAMESPACE for
 // AVX-512 (N_AVX3), AVX2 and the instruction set that the build targets.
 #define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_SSE4 | HWY_AVX3_DL)
+#define HWY_BROKEN_EMU128 1  // no emulated vectors, whatever the compiler
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "ops/sampler/sampler_cpu_kernels.cc"
 #include <hwy/foreach_target.h>
