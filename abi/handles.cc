@@ -33,6 +33,10 @@ constexpr uint64_t Word(uint64_t serial, HandleKind kind, uint64_t count) {
          count;
 }
 
+constexpr HandleKind KindOf(uint64_t word) {
+  return static_cast<HandleKind>((word & kKindMask) >> kKindShift);
+}
+
 // All of this is zeros when the library is loaded, and nothing is destroyed at
 // exit, when other threads may still be in calls.
 struct Slot {
@@ -91,8 +95,8 @@ Slot& SlotOf(uint64_t handle) { return g_slots[handle % kMaxHandles]; }
 
 // Whether `word` is that of the object that the handle names.
 bool Names(uint64_t handle, HandleKind kind, uint64_t word) {
-  return handle != 0 &&
-         (word & ~kCountMask) == Word(handle >> kSlotBits, kind, 0);
+  return handle != 0 && word >> kSerialShift == handle >> kSlotBits &&
+         KindOf(word) == kind;
 }
 
 // Why `handle` names no object of this kind.
@@ -101,7 +105,7 @@ Status LookupError(const char* name, HandleKind kind, uint64_t handle) {
   if (handle == 0) return NotFoundError(name, " is 0, no ", expected);
   const uint64_t serial = handle >> kSlotBits;
   const uint64_t word = SlotOf(handle).word.load(std::memory_order_relaxed);
-  const auto found = static_cast<HandleKind>((word & kKindMask) >> kKindShift);
+  const HandleKind found = KindOf(word);
   if (word >> kSerialShift == serial && found != HandleKind::kNone) {
     return NotFoundError(name, " is ", handle, ", a handle of a ",
                          KindName(found), ", expected one of a ", expected);
