@@ -26,7 +26,7 @@ Status OpCall::ReadTensors(std::initializer_list<TensorArg> args) {
       if (arg.optional) continue;
       return InvalidArgumentError(arg.name, " is null");
     }
-    TENON_RETURN_IF_ERROR(ReadTensor(arg.name, *arg.tensor, data_, arg.view));
+    TENON_RETURN_IF_ERROR(ReadTensor(arg.name, arg.tensor, data_, arg.view));
     if (device_of_ == nullptr) {
       device_ = arg.view->device;
       device_of_ = arg.name;

@@ -164,10 +164,10 @@ Status ReadData(const char* name, const DLTensor& tensor, int64_t bytes,
 
 }  // namespace
 
-Status ReadTensor(const char* name, const DLTensor& from, TensorData data,
+Status ReadTensor(const char* name, const DLTensor* from, TensorData data,
                   TensorView* view) {
-  DLTensor tensor;  // a copy, since `from` need not be aligned
-  std::memcpy(&tensor, static_cast<const void*>(&from), sizeof(tensor));
+  DLTensor tensor;
+  std::memcpy(&tensor, static_cast<const void*>(from), sizeof(tensor));
   bool is_empty;
   int64_t bytes;
   TENON_RETURN_IF_ERROR(ReadDevice(name, tensor.device, &view->device));
