@@ -1,0 +1,174 @@
+package tenon
+
+// #include "tenon.h"
+import "C"
+
+// A Sequence is the tokens that a session has processed for one text.
+type Sequence struct {
+	session *Session
+	handle  C.tenon_sequence
+}
+
+// NewSequence creates an empty sequence, until Release.
+func (s *Session) NewSequence() (*Sequence, error) {
+	sequence := &Sequence{session: s}
+	err := check(func(e *C.tenon_error) C.int32_t {
+		return C.tenon_sequence_create(s.handle, &sequence.handle, e)
+	})
+	if err != nil {
+		return nil, err
+	}
+	return sequence, nil
+}
+
+// Fork is a second sequence with the same tokens so far.
+func (q *Sequence) Fork() (*Sequence, error) {
+	fork := &Sequence{session: q.session}
+	err := check(func(e *C.tenon_error) C.int32_t {
+		return C.tenon_sequence_fork(q.session.handle, q.handle, &fork.handle, e)
+	})
+	if err != nil {
+		return nil, err
+	}
+	return fork, nil
+}
+
+// Truncate forgets all tokens but the first numTokens.
+func (q *Sequence) Truncate(numTokens int) error {
+	return check(func(e *C.tenon_error) C.int32_t {
+		return C.tenon_sequence_truncate(q.session.handle, q.handle, C.int32_t(numTokens), e)
+	})
+}
+
+// Len is the number of tokens.
+func (q *Sequence) Len() (int, error) {
+	var length C.int32_t
+	err := check(func(e *C.tenon_error) C.int32_t {
+		return C.tenon_sequence_length(q.session.handle, q.handle, &length, e)
+	})
+	return int(length), err
+}
+
+// Release ends the sequence.
+func (q *Sequence) Release() error {
+	return check(func(e *C.tenon_error) C.int32_t {
+		return C.tenon_sequence_release(q.session.handle, q.handle, e)
+	})
+}
+
+// SamplingParams are tenon_sampling_params. Zero is greedy.
+type SamplingParams struct {
+	Temperature float32
+	TopK        int32
+	TopP        float32 // 1: off
+	MinP        float32
+	FilterOrder int32
+	Seed        uint64
+}
+
+// NewSamplingParams are those of the model's own distribution.
+func NewSamplingParams() SamplingParams {
+	return SamplingParams{Temperature: 1, TopP: 1}
+}
+
+// A Row is what a step does with one sequence.
+type Row struct {
+	Sequence *Sequence
+	Tokens   []int32 // to append
+
+	// Sampling is how the next token is drawn; nil: it is not, for a chunk with
+	// more of the prompt to come.
+	Sampling *SamplingParams
+
+	// Logits, if not nil, receives those of the last token (vocab_size of them)
+	// or of all tokens.
+	Logits []float32
+}
+
+// Sampled is the token that a step drew for a row.
+type Sampled struct {
+	Token   int32 // -1: none
+	Logprob float32
+	Status  int32 // SampleOK, SampleNoSupport or SampleNonFinite
+}
+
+// Step appends each row's tokens to its sequence and draws the next ones, in one
+// pass over the model. After an error every sequence is as it was.
+func (s *Session) Step(rows []Row) ([]Sampled, error) {
+	var a arena
+	defer a.free()
+	rawRows := arenaSlice[C.tenon_step_row](&a, len(rows))
+	logits := make([][]float32, len(rows))
+	for i, row := range rows {
+		raw := &rawRows[i]
+		raw.struct_size = C.sizeof_tenon_step_row
+		raw.sequence = row.Sequence.handle
+		raw.num_tokens = C.int32_t(len(row.Tokens))
+		if len(row.Tokens) > 0 {
+			raw.tokens = (*C.int32_t)(&arenaCopy(&a, row.Tokens)[0])
+		}
+		if row.Sampling != nil {
+			raw.sampling = &arenaCopy(&a, []C.tenon_sampling_params{row.Sampling.raw()})[0]
+		}
+		if row.Logits != nil {
+			switch len(row.Logits) {
+			case s.vocabSize:
+				raw.logits_mode = C.TENON_LOGITS_LAST
+			case s.vocabSize * len(row.Tokens):
+				raw.logits_mode = C.TENON_LOGITS_ALL
+			default:
+				return nil, invalidArgument("row %d: room for %d logits, expected %d or %d times that",
+					i, len(row.Logits), s.vocabSize, len(row.Tokens))
+			}
+			logits[i] = arenaSlice[float32](&a, len(row.Logits))
+			raw.logits = (*C.float)(&logits[i][0])
+		}
+	}
+	results, err := s.step(&a, rawRows)
+	if err != nil {
+		return nil, err
+	}
+	for i, row := range rows {
+		copy(row.Logits, logits[i])
+	}
+	return results, nil
+}
+
+func (s *Session) step(a *arena, rows []C.tenon_step_row) ([]Sampled, error) {
+	if len(rows) == 0 {
+		return nil, invalidArgument("no rows")
+	}
+	tokens := arenaSlice[C.int32_t](a, len(rows))
+	logprobs := arenaSlice[C.float](a, len(rows))
+	statuses := arenaSlice[C.int32_t](a, len(rows))
+	args := C.tenon_step_args{
+		struct_size: C.sizeof_tenon_step_args,
+		num_rows:    C.int32_t(len(rows)),
+		rows:        &rows[0],
+		tokens:      &tokens[0],
+		logprobs:    &logprobs[0],
+		statuses:    &statuses[0],
+	}
+	err := check(func(e *C.tenon_error) C.int32_t {
+		return C.tenon_session_step(s.handle, &args, e)
+	})
+	if err != nil {
+		return nil, err
+	}
+	results := make([]Sampled, len(rows))
+	for i := range results {
+		results[i] = Sampled{int32(tokens[i]), float32(logprobs[i]), int32(statuses[i])}
+	}
+	return results, nil
+}
+
+func (p *SamplingParams) raw() C.tenon_sampling_params {
+	return C.tenon_sampling_params{
+		temperature:  C.float(p.Temperature),
+		top_k:        C.int32_t(p.TopK),
+		top_p:        C.float(p.TopP),
+		min_p:        C.float(p.MinP),
+		filter_order: C.int32_t(p.FilterOrder),
+		seed:         C.uint64_t(p.Seed),
+	}
+}

@@ -1,0 +1,245 @@
+package tenon
+
+import (
+	"errors"
+	"math"
+	"os"
+	"sync"
+	"testing"
+)
+
+// model is the example model, from the repository's root.
+func model(t *testing.T) *Model {
+	t.Helper()
+	m, err := Load(modelDir(), LoadOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { m.Close() })
+	return m
+}
+
+func modelDir() string {
+	if dir := os.Getenv("MODEL_DIR"); dir != "" {
+		return dir
+	}
+	return "examples/models/austen"
+}
+
+func expectCode(t *testing.T, err error, code Code) {
+	t.Helper()
+	var e *Error
+	if !errors.As(err, &e) || e.Code != code {
+		t.Errorf("the error is %v, expected %v", err, code)
+	}
+}
+
+func expectPanic(t *testing.T, what string, f func()) {
+	t.Helper()
+	defer func() {
+		if recover() == nil {
+			t.Errorf("%s does not panic", what)
+		}
+	}()
+	f()
+}
+
+func TestVersion(t *testing.T) {
+	if err := CheckVersion(); err != nil {
+		t.Error(err)
+	}
+	if Version() == "" || NotFound.String() != "NOT_FOUND" {
+		t.Errorf("version %q, code %v", Version(), NotFound)
+	}
+	if count, err := DeviceCount(CPU); count != 1 || err != nil {
+		t.Errorf("%d CPUs, %v", count, err)
+	}
+}
+
+func TestOpInPlaceWithStrides(t *testing.T) {
+	context, err := NewContext(ContextOptions{NumThreads: 2})
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows := FromSlice([]float32{-1, 3, 4, -1, 3, 4}, 6)
+	defer rows.Free()
+	x := rows.View(1, []int64{2, 2}, []int64{3, 1})
+	defer x.Free()
+	weight := FromSlice([]float32{1, 2}, 2)
+	defer weight.Free()
+	args := RMSNorm{X: x, Weight: weight, Out: x, Epsilon: 1e-12}
+	if err := context.RMSNorm(&args); err != nil {
+		t.Fatal(err)
+	}
+	rms := math.Sqrt(12.5)
+	for i, want := range []float64{-1, 3 / rms, 8 / rms, -1, 3 / rms, 8 / rms} {
+		if got := float64(Data[float32](rows)[i]); math.Abs(got-want) > 1e-6 {
+			t.Errorf("element %d is %v, expected %v", i, got, want)
+		}
+	}
+	if err := context.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := context.Close(); err != nil {
+		t.Error("closed twice:", err)
+	}
+}
+
+func TestErrors(t *testing.T) {
+	err := SingleThreaded().RMSNorm(&RMSNorm{})
+	expectCode(t, err, InvalidArgument)
+	_, err = NewContext(ContextOptions{NumThreads: -1})
+	expectCode(t, err, InvalidArgument)
+	_, err = Load("/nowhere", LoadOptions{})
+	expectCode(t, err, NotFound)
+}
+
+func TestTensorsStayInsideTheirMemory(t *testing.T) {
+	tensor := New[float32](3, 4)
+	defer tensor.Free()
+	if len(Data[float32](tensor)) != 12 {
+		t.Error("12 elements expected")
+	}
+	view := tensor.View(1, []int64{3, 2}, []int64{4, 1})
+	if len(Data[float32](view)) != 10 {
+		t.Errorf("%d elements, expected 10", len(Data[float32](view)))
+	}
+	view.Free()
+	empty := tensor.View(12, []int64{0, 4}, []int64{4, 1})
+	if len(Data[float32](empty)) != 0 {
+		t.Error("no elements expected")
+	}
+	empty.Free()
+	expectPanic(t, "a view that is too large", func() {
+		tensor.View(1, []int64{3, 4}, []int64{4, 1})
+	})
+	expectPanic(t, "a negative stride", func() {
+		tensor.View(8, []int64{3}, []int64{-4})
+	})
+	expectPanic(t, "a negative size", func() { New[int32](-1) })
+	expectPanic(t, "a size that overflows", func() { New[int32](1<<40, 1<<40) })
+	expectPanic(t, "another length", func() { FromSlice([]int32{1, 2}, 3) })
+	expectPanic(t, "another dtype", func() { Data[int32](tensor) })
+}
+
+func TestProgress(t *testing.T) {
+	var done, total int64
+	m, err := Load(modelDir(), LoadOptions{Progress: func(d, t int64) bool {
+		done, total = d, t
+		return true
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	if done != total || total == 0 {
+		t.Errorf("ended at %d of %d bytes", done, total)
+	}
+	_, err = Load(modelDir(), LoadOptions{Progress: func(int64, int64) bool { return false }})
+	expectCode(t, err, Cancelled)
+}
+
+func TestSequences(t *testing.T) {
+	m := model(t)
+	info, err := m.Info()
+	if err != nil || info.VocabSize != 256 || info.NumLayers == 0 {
+		t.Fatalf("%+v, %v", info, err)
+	}
+	session, err := m.NewSession(SessionOptions{MaxSequences: 2, MaxLogitRows: 8})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer session.Close()
+	prompt := []int32{'S', 'h', 'e', ' ', 'w', 'a', 's'}
+	first, err := session.NewSequence()
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := make([]float32, len(prompt)*info.VocabSize)
+	drawn, err := session.Step([]Row{{first, prompt, &SamplingParams{}, all}})
+	if err != nil || drawn[0].Status != SampleOK {
+		t.Fatal(drawn, err)
+	}
+	last := all[len(all)-info.VocabSize:]
+	for _, logit := range last {
+		if logit > last[drawn[0].Token] {
+			t.Errorf("token %d is not the best", drawn[0].Token)
+		}
+	}
+
+	second, err := first.Fork()
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = session.NewSequence()
+	expectCode(t, err, ResourceExhausted)
+	if err := second.Truncate(len(prompt) - 1); err != nil {
+		t.Error(err)
+	}
+	if length, err := second.Len(); length != len(prompt)-1 || err != nil {
+		t.Errorf("%d tokens, %v", length, err)
+	}
+	again, err := session.Step([]Row{{second, prompt[len(prompt)-1:], &SamplingParams{}, nil}})
+	if err != nil || again[0].Token != drawn[0].Token {
+		t.Errorf("%v, %v, expected token %d", again, err, drawn[0].Token)
+	}
+	_, err = session.Step([]Row{{second, prompt, nil, make([]float32, 3)}})
+	expectCode(t, err, InvalidArgument)
+	_, err = session.Step(nil)
+	expectCode(t, err, InvalidArgument)
+	if err := second.Release(); err != nil {
+		t.Error(err)
+	}
+	_, err = second.Len()
+	expectCode(t, err, NotFound)
+}
+
+func TestGoroutinesShareASession(t *testing.T) {
+	session, err := model(t).NewSession(SessionOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer session.Close()
+	generate := func() string {
+		sequence, err := session.NewSequence()
+		if err != nil {
+			return err.Error()
+		}
+		defer sequence.Release()
+		text := "S"
+		for i := 0; i < 5; i++ {
+			next := []int32{int32(text[len(text)-1])}
+			sampled, err := session.Step([]Row{{sequence, next, &SamplingParams{}, nil}})
+			if err != nil {
+				return err.Error()
+			}
+			text += string(rune(sampled[0].Token))
+		}
+		return text
+	}
+	want := generate()
+	var group sync.WaitGroup
+	for i := 0; i < 3; i++ {
+		group.Add(1)
+		go func() {
+			defer group.Done()
+			if got := generate(); got != want {
+				t.Errorf("%q, expected %q", got, want)
+			}
+		}()
+	}
+	group.Wait()
+}
+
+// BenchmarkCall is what a call costs: RMSNorm without rows, with all its checks.
+func BenchmarkCall(b *testing.B) {
+	context := SingleThreaded()
+	x, weight := New[float32](0, 64), New[float32](64)
+	args := RMSNorm{X: x, Weight: weight, Out: x, Epsilon: 1e-6}
+	b.ReportAllocs()
+	for i := 0; i < b.N; i++ {
+		if err := context.RMSNorm(&args); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

@@ -1,0 +1,193 @@
+//! What the binding adds to the C interface: ownership, slices and errors.
+
+use tenon::ops::RmsNorm;
+use tenon::*;
+
+const MODEL: &str = "examples/models/austen";
+
+fn library() -> Library {
+    let file = std::env::var("LIBTENON").unwrap_or_else(|_| "abi/libtenon.so.1".to_string());
+    unsafe { Library::open(&file) }.unwrap()
+}
+
+fn code<T>(result: Result<T>) -> i32 {
+    result.err().map_or(sys::TENON_OK, |e| e.code)
+}
+
+#[test]
+fn the_library_says_what_it_is() {
+    let library = library();
+    assert_eq!(library.abi_version().0, sys::TENON_ABI_MAJOR);
+    assert!(!library.version().is_empty());
+    assert_eq!(library.status_name(sys::TENON_NOT_FOUND), "NOT_FOUND");
+    assert_eq!(library.device_count(sys::TENON_DEVICE_CPU), Ok(1));
+}
+
+#[test]
+fn a_file_that_is_no_library_is_refused() {
+    for file in ["/nowhere/libtenon.so.1", "libc.so.6", "zero\0byte"] {
+        assert!(unsafe { Library::open(file) }.is_err(), "{}", file);
+    }
+}
+
+#[test]
+fn an_op_runs_on_slices_in_place_and_with_strides() {
+    let context = Context::single_threaded(library());
+    let mut rows = [3f32, 4.0, -1.0, 3.0, 4.0, -1.0];
+    let weight = [1f32, 2.0];
+    let weight = Tensor::new(&weight, &[2]).unwrap();
+    let x = TensorMut::strided(&mut rows, &[2, 2], &[3, 1]).unwrap();
+    let args = RmsNorm {
+        x: Some(&x),
+        weight: Some(&weight),
+        out: Some(&x),
+        epsilon: 1e-12,
+        ..Default::default()
+    };
+    context.rms_norm(&args).unwrap();
+    let rms = 12.5f32.sqrt();
+    for (actual, expected) in rows.iter().zip([3.0 / rms, 8.0 / rms, -1.0].iter().cycle()) {
+        assert!((actual - expected).abs() < 1e-6, "{:?}", rows);
+    }
+}
+
+#[test]
+fn an_error_names_what_is_wrong() {
+    let context = Context::single_threaded(library());
+    let error = context.rms_norm(&RmsNorm::default()).unwrap_err();
+    assert_eq!(error.code, sys::TENON_INVALID_ARGUMENT);
+    assert!(
+        error.to_string().starts_with("INVALID_ARGUMENT: "),
+        "{}",
+        error
+    );
+    assert!(error.message.contains("rms_norm"), "{}", error);
+}
+
+#[test]
+fn a_tensor_must_fit_its_slice() {
+    let data = [0f32; 12];
+    assert!(Tensor::new(&data, &[3, 4]).is_ok());
+    assert!(Tensor::new(&data, &[3, 5]).is_err());
+    assert!(Tensor::new(&data, &[0, i64::MAX, i64::MAX]).is_ok());
+    assert!(Tensor::new(&data, &[i64::MAX, i64::MAX]).is_err());
+    assert!(Tensor::new(&data, &[-1, 4]).is_err());
+    assert!(Tensor::strided(&data, &[3, 2], &[5, 1]).is_ok());
+    assert!(Tensor::strided(&data, &[3, 3], &[5, 1]).is_err());
+    assert!(Tensor::strided(&data, &[3, 1], &[-5, 1]).is_err());
+    assert!(Tensor::strided(&data, &[3, 2], &[5]).is_err());
+}
+
+#[test]
+fn progress_can_stop_a_load() {
+    let library = library();
+    let mut calls = Vec::new();
+    let mut progress = |done, total| {
+        calls.push((done, total));
+        true
+    };
+    let options = LoadOptions {
+        progress: Some(&mut progress),
+        ..Default::default()
+    };
+    Model::load(library, MODEL, options).unwrap();
+    let &(done, total) = calls.last().unwrap();
+    assert_eq!(done, total);
+
+    let mut stop = |_, _| false;
+    let options = LoadOptions {
+        progress: Some(&mut stop),
+        ..Default::default()
+    };
+    let stopped = Model::load(library, MODEL, options);
+    assert_eq!(code(stopped), sys::TENON_CANCELLED);
+}
+
+#[test]
+fn a_model_that_is_not_there_is_not_found() {
+    let missing = Model::load(library(), "/nowhere", LoadOptions::default());
+    assert_eq!(code(missing), sys::TENON_NOT_FOUND);
+}
+
+#[test]
+fn sequences_fork_truncate_and_give_logits() {
+    let library = library();
+    let model = Model::load(library, MODEL, LoadOptions::default()).unwrap();
+    let vocab_size = model.info().unwrap().vocab_size as usize;
+    let options = SessionOptions {
+        max_sequences: 2,
+        max_logit_rows: 8,
+        ..Default::default()
+    };
+    let session = Session::new(&model, &options).unwrap();
+    drop(model); // the session keeps what it needs
+    let greedy = SamplingParams::default();
+    let prompt: Vec<i32> = b"She was".iter().map(|&byte| byte.into()).collect();
+
+    let first = session.sequence().unwrap();
+    let mut all = vec![0f32; prompt.len() * vocab_size];
+    let drawn = session.step(&mut [Row {
+        sequence: &first,
+        tokens: &prompt,
+        sampling: Some(&greedy),
+        logits: Logits::All(&mut all),
+    }]);
+    let drawn = drawn.unwrap()[0];
+    assert_eq!(drawn.status, sys::TENON_SAMPLE_OK);
+    let last = &all[all.len() - vocab_size..];
+    assert!(last
+        .iter()
+        .all(|&logit| logit <= last[drawn.token as usize]));
+
+    let second = first.fork().unwrap();
+    assert_eq!(code(session.sequence()), sys::TENON_RESOURCE_EXHAUSTED);
+    second.truncate(prompt.len() - 1).unwrap();
+    assert_eq!(second.num_tokens(), Ok(prompt.len() - 1));
+    let mut logits = vec![0f32; vocab_size];
+    let again = session.step(&mut [Row {
+        sequence: &second,
+        tokens: &prompt[prompt.len() - 1..],
+        sampling: Some(&greedy),
+        logits: Logits::Last(&mut logits),
+    }]);
+    assert_eq!(again.unwrap()[0].token, drawn.token);
+
+    let wrong = session.step(&mut [Row {
+        sequence: &second,
+        tokens: &[0],
+        sampling: None,
+        logits: Logits::Last(&mut logits[1..]),
+    }]);
+    assert_eq!(code(wrong), sys::TENON_INVALID_ARGUMENT);
+    drop(second);
+    assert_eq!(session.info().unwrap().num_sequences, 1);
+}
+
+#[test]
+fn threads_share_a_session() {
+    let library = library();
+    let model = Model::load(library, MODEL, LoadOptions::default()).unwrap();
+    let session = Session::new(&model, &SessionOptions::default()).unwrap();
+    let greedy = SamplingParams::default();
+    let generate = || {
+        let sequence = session.sequence().unwrap();
+        let mut tokens = vec![i32::from(b'S')];
+        for _ in 0..5 {
+            let sampled = session.step(&mut [Row {
+                sequence: &sequence,
+                tokens: &tokens[tokens.len() - 1..],
+                sampling: Some(&greedy),
+                logits: Logits::None,
+            }]);
+            tokens.push(sampled.unwrap()[0].token);
+        }
+        tokens
+    };
+    let expected = generate();
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..3).map(|_| scope.spawn(generate)).collect();
+        for thread in threads {
+            assert_eq!(thread.join().unwrap(), expected);
+        }
+    });
+}
