@@ -4,6 +4,7 @@
 # with a driver but without Bazel:
 #   ./bazelw run //:bundle            writes ./bundle
 #   cd bundle && ./run_tests.sh       runs every suite there
+#   python3 tests/abi/torch_test.py   compares with torch, where it is installed
 set -euo pipefail
 folder=${BUILD_WORKSPACE_DIRECTORY:?run this with bazel run}/bundle
 rm -rf "$folder"

@@ -47,7 +47,7 @@ export -f run_shard
   for ((shard = 0; shard < 4 * jobs; ++shard)); do
     echo "tests/ops/op_tests $shard $((4 * jobs))"
   done
-  for binary in tests/engine/*_test; do
+  for binary in tests/abi/*_test tests/engine/*_test; do
     echo "$binary 0 1"
   done
 } | xargs -P "$jobs" -L 1 bash -c 'run_shard "$@"' run_shard

@@ -1,0 +1,214 @@
+"""Models, sessions and sequences; TENON_MODEL names the example checkpoint."""
+
+import gc
+import json
+import os
+import pathlib
+import threading
+import unittest
+
+import numpy as np
+
+import tenon
+
+DIRECTORY = os.environ["TENON_MODEL"]
+PROMPT = b"She was"
+
+
+class EngineTest(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.model = tenon.Model.load(DIRECTORY)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.model.close()
+
+    def test_info(self):
+        config = json.loads((pathlib.Path(DIRECTORY) / "config.json").read_text())
+        info = self.model.info
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "num_experts",
+            "num_experts_per_tok",
+        ):
+            self.assertEqual(getattr(info, field), config[field], field)
+        self.assertEqual(info.num_layers, config["num_hidden_layers"])
+
+    def test_generate_is_a_decode_loop(self):
+        with self.model.session(max_sequences=2) as session:
+            tokens = list(session.generate(PROMPT, 16))
+            self.assertEqual(len(tokens), 16)
+            with session.sequence() as sequence:
+                result = session.step(
+                    [tenon.StepRow(sequence, PROMPT, tenon.SamplingParams.greedy())]
+                )
+                mine = [result.tokens[0]]
+                while len(mine) < 16:
+                    row = tenon.StepRow(
+                        sequence, mine[-1], tenon.SamplingParams.greedy()
+                    )
+                    mine.append(session.step([row]).tokens[0])
+                self.assertEqual(len(sequence), len(PROMPT) + 15)
+            self.assertEqual(mine, tokens)
+            self.assertEqual(session.info.num_sequences, 0)
+
+    def test_prompts_longer_than_a_step(self):
+        prompt = list(PROMPT * 20)
+        texts = []
+        for max_tokens in (512, 16, 140, 139):
+            with self.model.session(max_sequences=1, max_tokens=max_tokens) as session:
+                sampling = tenon.SamplingParams(temperature=0.8, seed=7)
+                texts.append(list(session.generate(prompt, 12, sampling)))
+        self.assertEqual(texts[1:], texts[:1] * 3)
+
+    def test_generate_ends_at_stop_and_at_the_context(self):
+        with self.model.session(max_sequences=1, max_context=16) as session:
+            tokens = list(session.generate(PROMPT, 1000, stop=()))
+            self.assertEqual(len(tokens), 16 - len(PROMPT) + 1)
+            stopped = list(session.generate(PROMPT, 1000, stop=[tokens[3]]))
+            self.assertEqual(stopped, tokens[: tokens.index(tokens[3])])
+            with self.assertRaises(tenon.TenonError) as raised:
+                list(session.generate(PROMPT * 5, 1))
+            self.assertEqual(raised.exception.code, tenon.RESOURCE_EXHAUSTED)
+            self.assertEqual(session.info.num_sequences, 0)
+
+    def test_rows_of_a_step(self):
+        with self.model.session(count_experts=True, max_logit_rows=16) as session:
+            a, b, c = (session.sequence() for _ in range(3))
+            greedy = tenon.SamplingParams.greedy()
+            result = session.step(
+                [
+                    tenon.StepRow(a, PROMPT, greedy, tenon.LOGITS_LAST),
+                    tenon.StepRow(
+                        b, np.frombuffer(PROMPT, np.uint8), greedy, tenon.LOGITS_ALL
+                    ),
+                    tenon.StepRow(c, PROMPT[:3]),
+                ]
+            )
+            last, every = (np.asarray(m) for m in result.logits[:2])
+            vocab = self.model.info.vocab_size
+            self.assertEqual(
+                (last.shape, every.shape), ((vocab,), (len(PROMPT), vocab))
+            )
+            np.testing.assert_array_equal(last, every[-1])
+            self.assertEqual(result.tokens, [last.argmax(), last.argmax(), -1])
+            self.assertEqual(result.logprobs[0], result.logprobs[1])
+            self.assertIsNone(result.logits[2])
+            self.assertEqual(len(result.distinct_experts), self.model.info.num_layers)
+            self.assertGreater(result.microseconds, 0)
+            self.assertEqual(session.info.num_tokens, 2 * len(PROMPT) + 3)
+
+    def test_fork_and_truncate(self):
+        with self.model.session() as session:
+            greedy = tenon.SamplingParams.greedy()
+            sequence = session.sequence()
+            first = session.step([tenon.StepRow(sequence, PROMPT, greedy)]).tokens[0]
+            fork = sequence.fork()
+            self.assertEqual(len(fork), len(PROMPT))
+            rows = [tenon.StepRow(s, first, greedy) for s in (sequence, fork)]
+            tokens = session.step(rows).tokens
+            self.assertEqual(tokens[0], tokens[1])
+            fork.truncate(len(PROMPT))
+            self.assertEqual(
+                session.step([tenon.StepRow(fork, first, greedy)]).tokens, tokens[:1]
+            )
+            self.assertEqual(len(sequence), len(PROMPT) + 1)
+
+    def test_errors_leave_everything_as_it_was(self):
+        with self.model.session(max_sequences=2) as session:
+            sequence = session.sequence()
+            bad = [[-1], [self.model.info.vocab_size], []]
+            for tokens in bad:
+                with self.assertRaises(tenon.TenonError) as raised:
+                    session.step([tenon.StepRow(sequence, tokens)])
+                self.assertEqual(raised.exception.code, tenon.INVALID_ARGUMENT)
+            with self.assertRaises(tenon.TenonError):
+                session.step([tenon.StepRow(sequence, [1])] * 3)
+            self.assertEqual(len(sequence), 0)
+            sequence.close()
+            with self.assertRaises(tenon.TenonError) as raised:
+                session.step([tenon.StepRow(sequence, [1])])
+            self.assertEqual(raised.exception.code, tenon.NOT_FOUND)
+
+    def test_objects_free_what_they_hold(self):
+        session = self.model.session(max_sequences=4)
+        free = session.info.num_free_pages
+        for _ in range(20):  # more than max_sequences: dropped ones are released
+            sequence = session.sequence()
+            session.step([tenon.StepRow(sequence, PROMPT)])
+            del sequence
+            gc.collect()
+        self.assertEqual(session.info.num_free_pages, free)
+        left = session.sequence()
+        session.close()
+        with self.assertRaises(tenon.TenonError) as raised:
+            len(left)
+        self.assertEqual(raised.exception.code, tenon.NOT_FOUND)
+        del left
+        for _ in range(50):  # no handle stays behind
+            self.model.session(max_sequences=1, max_context=64)
+
+    def test_a_session_keeps_its_model(self):
+        model = tenon.Model.load(DIRECTORY)
+        session = model.session(max_sequences=1)
+        model.close()
+        self.assertEqual(len(list(session.generate(PROMPT, 4))), 4)
+        with self.assertRaises(tenon.TenonError):
+            model.session()
+
+    def test_threads_take_turns(self):
+        with self.model.session(max_sequences=8) as session:
+            wanted = list(session.generate(PROMPT, 24))
+            texts = [None] * 4
+
+            def work(i):
+                texts[i] = list(session.generate(PROMPT, 24))
+
+            threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            self.assertEqual(texts, [wanted] * 4)
+
+    def test_progress(self):
+        told = []
+        tenon.Model.load(
+            DIRECTORY, progress=lambda done, total: told.append((done, total))
+        )
+        self.assertTrue(told)
+        self.assertEqual(told[-1][0], told[-1][1])
+        self.assertEqual(told, sorted(told))
+        with self.assertRaises(tenon.TenonError) as raised:
+            tenon.Model.load(DIRECTORY, progress=lambda done, total: False)
+        self.assertEqual(raised.exception.code, tenon.CANCELLED)
+
+        def interrupt(done, total):
+            raise KeyboardInterrupt
+
+        with self.assertRaises(KeyboardInterrupt):
+            tenon.Model.load(DIRECTORY, progress=interrupt)
+
+    def test_load_errors(self):
+        with self.assertRaises(tenon.TenonError) as raised:
+            tenon.Model.load("/nonexistent")
+        self.assertEqual(raised.exception.code, tenon.NOT_FOUND)
+        self.assertIn("/nonexistent", raised.exception.message)
+
+    def test_random_weights(self):
+        config = json.loads((pathlib.Path(DIRECTORY) / "config.json").read_text())
+        text = json.dumps(config)
+        texts = []
+        for seed in (1, 1, 2):
+            with tenon.Model.random(text, dtype="float32", seed=seed) as model:
+                self.assertEqual(model.info.dtype, tenon.DTYPE_FLOAT32)
+                with model.session(max_sequences=1) as session:
+                    texts.append(list(session.generate(PROMPT, 8, stop=())))
+        self.assertEqual(texts[0], texts[1])
+        self.assertNotEqual(texts[0], texts[2])
+
+
+if __name__ == "__main__":
+    unittest.main()
