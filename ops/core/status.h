@@ -57,10 +57,12 @@ class [[nodiscard]] Status {
   std::unique_ptr<Error> error_;
 };
 
-// Concatenates anything that streams; for error messages, not for hot paths.
+// Concatenates anything that streams; for messages and names, not for hot paths.
 template <class... Args>
 std::string StrCat(const Args&... args) {
   std::ostringstream out;
+  // Without memory it throws, as all else does, and does not return a part.
+  out.exceptions(std::ios_base::badbit);
   (out << ... << args);
   return out.str();
 }
