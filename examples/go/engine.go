@@ -1,7 +1,7 @@
 package tenon
 
 // #include <stdlib.h>
-// #include "tenon.h"
+// #include <tenon/tenon.h>
 // int32_t tenonGoProgress(void* handle, int64_t done, int64_t total);
 import "C"
 

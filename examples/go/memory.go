@@ -2,7 +2,7 @@ package tenon
 
 // #include <stdlib.h>
 // #include <string.h>
-// #include "tenon.h"
+// #include <tenon/tenon.h>
 import "C"
 
 import "unsafe"

@@ -1,6 +1,6 @@
 package tenon
 
-// #include "tenon.h"
+// #include <tenon/tenon.h>
 import "C"
 
 // A Sequence is the tokens that a session has processed for one text.

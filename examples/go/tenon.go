@@ -14,7 +14,7 @@
 package tenon
 
 // #cgo LDFLAGS: -ltenon
-// #include "tenon.h"
+// #include <tenon/tenon.h>
 import "C"
 
 import (

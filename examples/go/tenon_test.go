@@ -8,22 +8,17 @@ import (
 	"testing"
 )
 
-// model is the example model, from the repository's root.
+// modelDir is the folder of the example model.
+func modelDir() string { return os.Getenv("MODEL_DIR") }
+
 func model(t *testing.T) *Model {
 	t.Helper()
 	m, err := Load(modelDir(), LoadOptions{})
 	if err != nil {
-		t.Fatal(err)
+		t.Fatal("MODEL_DIR: ", err)
 	}
 	t.Cleanup(func() { m.Close() })
 	return m
-}
-
-func modelDir() string {
-	if dir := os.Getenv("MODEL_DIR"); dir != "" {
-		return dir
-	}
-	return "examples/models/austen"
 }
 
 func expectCode(t *testing.T, err error, code Code) {

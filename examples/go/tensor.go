@@ -1,7 +1,7 @@
 package tenon
 
 // #include <stdlib.h>
-// #include "tenon.h"
+// #include <tenon/tenon.h>
 import "C"
 
 import (

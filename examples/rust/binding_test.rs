@@ -3,11 +3,12 @@
 use tenon::ops::RmsNorm;
 use tenon::*;
 
-const MODEL: &str = "examples/models/austen";
-
 fn library() -> Library {
-    let file = std::env::var("LIBTENON").unwrap_or_else(|_| "abi/libtenon.so.1".to_string());
-    unsafe { Library::open(&file) }.unwrap()
+    unsafe { Library::open("libtenon.so.1") }.unwrap()
+}
+
+fn model_directory() -> String {
+    std::env::var("MODEL_DIR").expect("MODEL_DIR: the folder of the example model")
 }
 
 fn code<T>(result: Result<T>) -> i32 {
@@ -90,7 +91,7 @@ fn progress_can_stop_a_load() {
         progress: Some(&mut progress),
         ..Default::default()
     };
-    Model::load(library, MODEL, options).unwrap();
+    Model::load(library, &model_directory(), options).unwrap();
     let &(done, total) = calls.last().unwrap();
     assert_eq!(done, total);
 
@@ -99,7 +100,7 @@ fn progress_can_stop_a_load() {
         progress: Some(&mut stop),
         ..Default::default()
     };
-    let stopped = Model::load(library, MODEL, options);
+    let stopped = Model::load(library, &model_directory(), options);
     assert_eq!(code(stopped), sys::TENON_CANCELLED);
 }
 
@@ -112,7 +113,7 @@ fn a_model_that_is_not_there_is_not_found() {
 #[test]
 fn sequences_fork_truncate_and_give_logits() {
     let library = library();
-    let model = Model::load(library, MODEL, LoadOptions::default()).unwrap();
+    let model = Model::load(library, &model_directory(), LoadOptions::default()).unwrap();
     let vocab_size = model.info().unwrap().vocab_size as usize;
     let options = SessionOptions {
         max_sequences: 2,
@@ -166,7 +167,7 @@ fn sequences_fork_truncate_and_give_logits() {
 #[test]
 fn threads_share_a_session() {
     let library = library();
-    let model = Model::load(library, MODEL, LoadOptions::default()).unwrap();
+    let model = Model::load(library, &model_directory(), LoadOptions::default()).unwrap();
     let session = Session::new(&model, &SessionOptions::default()).unwrap();
     let greedy = SamplingParams::default();
     let generate = || {

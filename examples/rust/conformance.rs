@@ -6,7 +6,6 @@ mod calls;
 mod vectors;
 
 use calls::Fields;
-use std::collections::BTreeMap;
 use std::process::ExitCode;
 use tenon::{sys, Context, ContextOptions, Library, LoadOptions, Logits, Model, Row};
 use tenon::{SamplingParams, Session, SessionOptions};
@@ -42,21 +41,19 @@ fn run(vectors: &str, model_directory: &str, library: &str) -> Result<(), String
         ..Default::default()
     };
     let context = Context::new(library, &options).map_err(|e| e.to_string())?;
-    let mut passed = BTreeMap::new();
-    let mut texts = Vec::new();
-    for case in &mut cases {
+    let ops: Vec<String> = cases.iter().map(|case| case.op.clone()).collect();
+    let mut num_of_op = 0;
+    for (i, case) in cases.iter_mut().enumerate() {
         let result = match case.op.as_str() {
-            "generate" => generate(library, model_directory, case).map(|text| texts.push(text)),
+            "generate" => check_generation(library, model_directory, case),
             _ => check_op(&context, case),
         };
         result.map_err(|e| format!("{}: {}", case.name, e))?;
-        *passed.entry(case.op.as_str()).or_insert(0) += 1;
-    }
-    for (op, count) in &passed {
-        println!("{:<20} {:>3} cases", op, count);
-    }
-    for text in &texts {
-        println!("{}", text);
+        num_of_op += 1;
+        if ops.get(i + 1) != Some(&ops[i]) {
+            println!("{}: {} cases", ops[i], num_of_op);
+            num_of_op = 0;
+        }
     }
     println!("{} cases passed", cases.len());
     Ok(())
@@ -79,20 +76,26 @@ fn check_op(context: &Context, case: &mut Case) -> Result<(), String> {
 }
 
 /// Lets the model continue the case's prompt and compares every token.
-fn generate(library: Library, directory: &str, case: &mut Case) -> Result<String, String> {
+fn check_generation(library: Library, directory: &str, case: &mut Case) -> Result<(), String> {
     let sampling = sampling_params(case)?;
     let prompt = tokens(case.tensor("prompt")?.memory.bytes());
     let expected = tokens(case.tensor("tokens")?.expected.bytes());
-    let actual = continue_text(library, directory, &prompt, &sampling, expected.len())
+    let actual = generate(library, directory, &prompt, &sampling, expected.len())
         .map_err(|e| e.to_string())?;
-    let text: String = actual.iter().map(|&token| token as u8 as char).collect();
+    println!("{}: {}{}", case.name, text(&prompt), text(&actual));
     match (0..expected.len()).find(|&i| actual[i] != expected[i]) {
-        None => Ok(text),
+        None => Ok(()),
         Some(i) => Err(format!(
-            "tokens: element {} is {}, expected {}; the text is {:?}",
-            i, actual[i], expected[i], text
+            "token {} is {}, expected {}",
+            i, actual[i], expected[i]
         )),
     }
+}
+
+/// The model's tokens are bytes; 0 begins a text.
+fn text(tokens: &[i32]) -> String {
+    let bytes = tokens.iter().filter(|&&token| token != 0);
+    bytes.map(|&token| token as u8 as char).collect()
 }
 
 fn sampling_params(case: &mut Case) -> Result<SamplingParams, String> {
@@ -108,7 +111,8 @@ fn sampling_params(case: &mut Case) -> Result<SamplingParams, String> {
     })
 }
 
-fn continue_text(
+/// Continues the prompt by `count` tokens.
+fn generate(
     library: Library,
     directory: &str,
     prompt: &[i32],

@@ -42,7 +42,7 @@ HEAD = """\
 
 package tenon
 
-// #include "tenon.h"
+// #include <tenon/tenon.h>
 import "C"
 
 // The ops. The comments at the structs of tenon.h say what they compute and

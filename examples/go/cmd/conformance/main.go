@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"sort"
 	"strings"
 
 	"tenon"
@@ -46,36 +45,24 @@ func run(vectors, modelDir string) error {
 		return err
 	}
 	defer context.Close()
-	passed := map[string]int{}
-	var texts []string
-	for _, c := range cases {
+	numOfOp := 0
+	for i, c := range cases {
 		if c.op == "generate" {
-			var text string
-			text, err = checkGeneration(modelDir, c)
-			texts = append(texts, text)
+			err = checkGeneration(modelDir, c)
 		} else {
 			err = checkOp(context, c)
 		}
 		if err != nil {
 			return fmt.Errorf("%s: %w", c.name, err)
 		}
-		passed[c.op]++
+		numOfOp++
+		if i+1 == len(cases) || cases[i+1].op != c.op {
+			fmt.Printf("%s: %d cases\n", c.op, numOfOp)
+			numOfOp = 0
+		}
 	}
-	report(passed)
-	fmt.Println(strings.Join(texts, "\n"))
 	fmt.Println(len(cases), "cases passed")
 	return nil
-}
-
-func report(passed map[string]int) {
-	var ops []string
-	for op := range passed {
-		ops = append(ops, op)
-	}
-	sort.Strings(ops)
-	for _, op := range ops {
-		fmt.Printf("%-20s %3d cases\n", op, passed[op])
-	}
 }
 
 // checkOp runs the case's op and compares what it returned and what it wrote.
@@ -110,10 +97,10 @@ func checkResult(err error, c *testCase) error {
 
 // checkGeneration lets the model continue the case's prompt and compares every
 // token.
-func checkGeneration(modelDir string, c *testCase) (string, error) {
+func checkGeneration(modelDir string, c *testCase) error {
 	prompt, expected := c.tensor("prompt"), c.tensor("tokens")
 	if prompt == nil || expected == nil {
-		return "", errors.New("prompt or tokens are missing")
+		return errors.New("prompt or tokens are missing")
 	}
 	f := newFields(c)
 	defer f.free()
@@ -126,24 +113,31 @@ func checkGeneration(modelDir string, c *testCase) (string, error) {
 		Seed:        f.uint64("seed"),
 	}
 	if f.err != nil {
-		return "", f.err
+		return f.err
 	}
-	want := tokens(expected.expected)
-	got, err := generate(modelDir, tokens(prompt.memory), &sampling, len(want))
+	start, want := tokens(prompt.memory), tokens(expected.expected)
+	got, err := generate(modelDir, start, &sampling, len(want))
 	if err != nil {
-		return "", err
+		return err
 	}
-	var text strings.Builder
-	for _, token := range got {
-		text.WriteByte(byte(token))
-	}
+	fmt.Printf("%s: %s%s\n", c.name, text(start), text(got))
 	for i := range want {
 		if got[i] != want[i] {
-			return "", fmt.Errorf("token %d is %d, expected %d; the text is %q",
-				i, got[i], want[i], text.String())
+			return fmt.Errorf("token %d is %d, expected %d", i, got[i], want[i])
 		}
 	}
-	return text.String(), nil
+	return nil
+}
+
+// text has the model's tokens as what they are, bytes; 0 begins a text.
+func text(tokens []int32) string {
+	var builder strings.Builder
+	for _, token := range tokens {
+		if token != 0 {
+			builder.WriteByte(byte(token))
+		}
+	}
+	return builder.String()
 }
 
 // generate continues the prompt by count tokens.
