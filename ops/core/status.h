@@ -57,7 +57,8 @@ class [[nodiscard]] Status {
   std::unique_ptr<Error> error_;
 };
 
-// Concatenates anything that streams; for messages and names, not for hot paths.
+// Concatenates anything that streams; for messages and names, not for hot
+// paths.
 template <class... Args>
 std::string StrCat(const Args&... args) {
   std::ostringstream out;
