@@ -169,6 +169,7 @@ def main() -> int:
         print(__doc__, file=sys.stderr)
         return 2
     cases = read_cases(sys.argv[1])
+    print(f"libtenon {tenon.version()}")
     with tenon.Context("cpu") as context, tenon.Model.load(sys.argv[2]) as model:
         for op, group in itertools.groupby(cases, lambda case: case.op):
             passed = 0

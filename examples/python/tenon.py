@@ -27,8 +27,9 @@ library, work on other streams that makes the inputs must be ordered before.
 and CUDA ops without cuBLASLt.
 
 Errors of the library are `TenonError`, with its code and message. Objects that
-are no tensors are a TypeError, read-only outputs a BufferError. All functions may be called from
-any number of threads; the GIL is released while the library works.
+are no tensors are a TypeError, read-only outputs a BufferError. All functions
+may be called from any number of threads; the GIL is released while the library
+works.
 
 The library is searched in this order: the file that the environment variable
 TENON_LIBRARY names, this folder, ../lib and ../../lib, the system's.
@@ -579,6 +580,7 @@ class _Converter:
     def __init__(self, cls: type):
         self.has_dlpack = hasattr(cls, "__dlpack__")
         self.takes_max_version = True
+        self.versioned: bool | None = None  # the capsules of this type
         self.exchange = None
         capsule = getattr(cls, "__dlpack_c_exchange_api__", None)
         if capsule is not None:
@@ -616,18 +618,17 @@ class _Converter:
             capsule = obj.__dlpack__(**options)
         # The capsule keeps its name: it stays the owner, and its destructor
         # frees what it holds when `keep` is cleared.
-        if not (self.takes_max_version and _is_valid(capsule, b"dltensor_versioned")):
-            address = _get_pointer(capsule, b"dltensor")
-        else:
-            address = _get_pointer(capsule, b"dltensor_versioned")
-            if ctypes.c_uint32.from_address(address).value != 1:
-                raise BufferError("its DLPack is of another major version")
-            read_only = c_uint64.from_address(address + 24).value & 1
-            if read_only and written:
-                raise BufferError(f"{field} is read-only")
-            address += 32  # behind version, manager_ctx, deleter, flags
         keep.append(capsule)
-        return address
+        if self.versioned is None:
+            self.versioned = bool(_is_valid(capsule, b"dltensor_versioned"))
+        if not self.versioned:
+            return _get_pointer(capsule, b"dltensor")
+        address = _get_pointer(capsule, b"dltensor_versioned")
+        if ctypes.c_uint32.from_address(address).value != 1:
+            raise BufferError("its DLPack is of another major version")
+        if written and c_uint64.from_address(address + 24).value & 1:
+            raise BufferError(f"{field} is read-only")
+        return address + 32  # behind version, manager_ctx, deleter, flags
 
 
 def _from_interface(
