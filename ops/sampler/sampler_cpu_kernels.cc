@@ -40,10 +40,15 @@ HWY_INLINE Floats Load(const BFloat16* from) {
   return hn::BitCast(FloatTag(), hn::ShiftLeft<16>(bits));
 }
 HWY_INLINE Floats Load(const Float16* from) {
+#if HWY_TARGET == HWY_SCALAR
+  // Without instructions for it, Highway takes infinity for a finite number.
+  return hn::Set(FloatTag(), ToFloat(*from));
+#else
   const hn::Rebind<hwy::float16_t, FloatTag> d16;
   return hn::PromoteTo(
       FloatTag(),
       hn::LoadU(d16, reinterpret_cast<const hwy::float16_t*>(from)));
+#endif
 }
 
 // 2^y for y <= 0, within 3 units in the last place; 0 below 2^-126.

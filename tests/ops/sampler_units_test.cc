@@ -86,6 +86,43 @@ TEST(SamplerCpuKernelsTest, AllInstructionSetsAgree) {
   }
 }
 
+// Every 16-bit value, with infinities, NaN and the end of the vocabulary.
+template <class T>
+void ExpectLoadsEveryValue(CpuIsa isa) {
+  const auto& kernels = GetSamplerCpuKernels(isa);
+  std::vector<T> all(65535);
+  for (size_t i = 0; i < all.size(); ++i)
+    all[i].bits = static_cast<uint16_t>(i);
+  const LogitsRow row = {all.data(), kDTypeOf<T>, 65535};
+  const Cutoff keep_all = {-kInf, std::numeric_limits<int32_t>::max()};
+  float x[kSubTile];
+  for (int64_t tile = 0; tile < NumSubTiles(row.vocab); ++tile) {
+    kernels.load(row, tile, keep_all, x);
+    bool has_nan = false;
+    float max = -kInf;
+    for (int64_t i = 0; i < kSubTile; ++i) {
+      const int64_t id = tile * kSubTile + i;
+      const float expected = id < row.vocab ? ToFloat(all[id]) : -kInf;
+      has_nan = has_nan || std::isnan(expected);
+      max = std::max(max, expected);
+      if (!std::isnan(expected)) ASSERT_EQ(x[i], expected) << id;
+    }
+    SubTile summary;
+    kernels.summarize(row, tile, tile + 1, 1.0f, false, &summary);
+    ASSERT_EQ(std::isnan(summary.max), has_nan) << tile;
+    if (!has_nan) ASSERT_EQ(summary.max, max) << tile;
+  }
+}
+
+TEST(SamplerCpuKernelsTest, LoadEvery16BitValue) {
+  for (CpuIsa isa : {CpuIsa::kGeneric, CpuIsa::kAvx2, CpuIsa::kAvx512}) {
+    if (isa > DetectCpuIsa()) continue;
+    SCOPED_TRACE(CpuIsaName(isa));
+    ExpectLoadsEveryValue<Float16>(isa);
+    ExpectLoadsEveryValue<BFloat16>(isa);
+  }
+}
+
 TEST(SamplingParamsTest, RejectsOutOfRange) {
   EXPECT_TRUE(ValidateSamplingParams(SamplingParams()).ok());
   EXPECT_TRUE(ValidateSamplingParams(Filters(-1, 0.0f, 1.0f)).ok());
