@@ -3,6 +3,8 @@ package tenon
 // #include <tenon/tenon.h>
 import "C"
 
+import "unsafe"
+
 // A Sequence is the tokens that a session has processed for one text.
 type Sequence struct {
 	session *Session
@@ -64,6 +66,7 @@ type SamplingParams struct {
 	MinP        float32
 	FilterOrder int32
 	Seed        uint64
+	Position    uint64 // of the token in its sequence; Step sets it itself
 }
 
 // NewSamplingParams are those of the model's own distribution.
@@ -170,5 +173,16 @@ func (p *SamplingParams) raw() C.tenon_sampling_params {
 		min_p:        C.float(p.MinP),
 		filter_order: C.int32_t(p.FilterOrder),
 		seed:         C.uint64_t(p.Seed),
+		position:     C.uint64_t(p.Position),
 	}
+}
+
+// SamplingTensor has sampling parameters as Sampler takes them.
+func SamplingTensor(params []SamplingParams) *Tensor {
+	t := New[uint8](int64(len(params)), C.sizeof_tenon_sampling_params)
+	raw := unsafe.Slice((*C.tenon_sampling_params)(t.raw.data), len(params))
+	for i := range params {
+		raw[i] = params[i].raw()
+	}
+	return t
 }

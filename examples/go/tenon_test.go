@@ -80,6 +80,29 @@ func TestOpInPlaceWithStrides(t *testing.T) {
 	}
 }
 
+func TestSampler(t *testing.T) {
+	params := SamplingTensor([]SamplingParams{{}, NewSamplingParams()})
+	defer params.Free()
+	logits := FromSlice([]float32{0, 2, 1, -99, -99, 0}, 2, 3)
+	defer logits.Free()
+	tokens, statuses := New[int32](2), New[int32](2)
+	defer tokens.Free()
+	defer statuses.Free()
+	args := Sampler{Logits: logits, Params: params, Tokens: tokens, Statuses: statuses}
+	size, err := SingleThreaded().SamplerWorkspaceSize(&args)
+	if err != nil {
+		t.Fatal(err)
+	}
+	workspace := NewWorkspace(size)
+	defer workspace.Free()
+	if err := SingleThreaded().Sampler(&args, workspace); err != nil {
+		t.Fatal(err)
+	}
+	if got := Data[int32](tokens); got[0] != 1 || got[1] != 2 {
+		t.Errorf("tokens %v, expected [1 2]", got)
+	}
+}
+
 func TestErrors(t *testing.T) {
 	err := SingleThreaded().RMSNorm(&RMSNorm{})
 	expectCode(t, err, InvalidArgument)

@@ -1,6 +1,6 @@
 //! What the binding adds to the C interface: ownership, slices and errors.
 
-use tenon::ops::RmsNorm;
+use tenon::ops::{RmsNorm, Sampler};
 use tenon::*;
 
 fn library() -> Library {
@@ -50,6 +50,32 @@ fn an_op_runs_on_slices_in_place_and_with_strides() {
     for (actual, expected) in rows.iter().zip([3.0 / rms, 8.0 / rms, -1.0].iter().cycle()) {
         assert!((actual - expected).abs() < 1e-6, "{:?}", rows);
     }
+}
+
+#[test]
+fn tokens_are_sampled_from_logits() {
+    let library = library();
+    let context = Context::single_threaded(library);
+    let params = [
+        SamplingParams::default(),
+        library.sampling_params().unwrap(),
+    ];
+    let logits = [0f32, 2.0, 1.0, -99.0, -99.0, 0.0];
+    let (mut tokens, mut statuses) = ([0; 2], [0; 2]);
+    let logits = Tensor::new(&logits, &[2, 3]).unwrap();
+    let params = Tensor::new(sampling_bytes(&params), &[2, 128]).unwrap();
+    let token_tensor = TensorMut::new(&mut tokens, &[2]).unwrap();
+    let status_tensor = TensorMut::new(&mut statuses, &[2]).unwrap();
+    let args = Sampler {
+        logits: Some(&logits),
+        params: Some(&params),
+        tokens: Some(&token_tensor),
+        logprobs: None,
+        statuses: Some(&status_tensor),
+    };
+    let size = context.sampler_workspace_size(&args).unwrap();
+    context.sampler(&args, &mut Workspace::new(size)).unwrap();
+    assert_eq!((tokens, statuses), ([1, 2], [sys::TENON_SAMPLE_OK; 2]));
 }
 
 #[test]

@@ -16,7 +16,7 @@ pub use engine::{LoadOptions, Logits, Model, Row, Sampled, Sequence, Session};
 pub use sys::tenon_context_options as ContextOptions;
 pub use sys::tenon_sampling_params as SamplingParams;
 pub use sys::tenon_session_options as SessionOptions;
-pub use tensor::{Bf16, DType, Element, Tensor, TensorMut, Workspace, F16, F8E4M3};
+pub use tensor::{sampling_bytes, Bf16, DType, Element, Tensor, TensorMut, Workspace, F16, F8E4M3};
 
 use std::ffi::{c_void, CStr, CString};
 use std::fmt;

@@ -1,7 +1,7 @@
 //! Tensors that borrow slices.
 
 use crate::sys::{self, DLDataType, DLDevice, DLTensor};
-use crate::{Error, Result};
+use crate::{Error, Result, SamplingParams};
 use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::ops::Deref;
@@ -208,6 +208,13 @@ fn check_extent(length: usize, shape: &[i64], strides: Option<&[i64]>) -> Result
         Some(end) if end as u64 <= length as u64 => Ok(()),
         _ => Err(invalid("too large")),
     }
+}
+
+/// Sampling parameters as `ops::Sampler` takes them: a tensor of uint8, of shape
+/// [rows, 128].
+pub fn sampling_bytes(params: &[SamplingParams]) -> &[u8] {
+    // SAFETY: the struct is plain numbers without holes.
+    unsafe { std::slice::from_raw_parts(params.as_ptr().cast(), std::mem::size_of_val(params)) }
 }
 
 #[repr(C, align(256))]
