@@ -133,6 +133,8 @@ class Library {
   }
 
  private:
+  Library() = default;
+
   static void CheckVersion(const std::string& path, uint32_t version) {
     constexpr uint32_t kNeeded = TENON_ABI_MAJOR << 16 | TENON_ABI_MINOR;
     if (version >= kNeeded && version >> 16 == kNeeded >> 16) return;
@@ -349,6 +351,7 @@ class Model {
   Handle handle_;
 };
 
+// Keeps what it needs of its model, which may go first.
 class Session {
  public:
   explicit Session(const Model& model, const tenon_session_options& options =
