@@ -15,8 +15,6 @@ struct call {
   void* workspace; /* freed after the call */
 };
 
-/* One function for each op. Fields that a case does not have are 0 or NULL. */
-
 static int32_t allocate_workspace(struct call* call, uint64_t bytes,
                                   void** workspace) {
   if (bytes > 0 && posix_memalign(&call->workspace, 64, bytes) != 0) {
@@ -27,6 +25,8 @@ static int32_t allocate_workspace(struct call* call, uint64_t bytes,
   *workspace = call->workspace;
   return TENON_OK;
 }
+
+/* One function for each op. Fields that a case does not have are 0 or NULL. */
 
 static int32_t run_embedding(struct call* call) {
   const struct test_case* const test = call->test;
