@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <exception>
 #include <new>
 
@@ -57,6 +58,12 @@ Status ReadStruct(const char* name, const void* from, size_t first_size,
 
 template <class Struct>
 Status ReadStruct(const char* name, const Struct* from, Struct* to) {
+  uint32_t size = 0;
+  if (from != nullptr) std::memcpy(&size, from, sizeof(size));
+  if (size == sizeof(Struct)) {  // as nearly always: without a call
+    std::memcpy(to, from, sizeof(Struct));
+    return Status();
+  }
   return ReadStruct(name, from, kFirstSize<Struct>, sizeof(Struct), to);
 }
 

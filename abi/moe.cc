@@ -110,21 +110,21 @@ Status ReadMoeSumReduce(const tenon_moe_sum_reduce_args& args, OpCall* call,
 Status ReadMoe(const tenon_moe_args& args, OpCall* call, MoeParams* p) {
   TENON_RETURN_IF_ERROR(
       CheckFlags("flags", args.flags, TENON_FLAG_BATCH_INVARIANT));
-  TensorView gate, up, down;
+  TensorView experts[3];
   TENON_RETURN_IF_ERROR(
       call->ReadTensors({{"x", args.x, &p->x},
+                         {"gate", args.gate, &experts[0]},
+                         {"up", args.up, &experts[1]},
+                         {"down", args.down, &experts[2]},
                          {"topk_weights", args.topk_weights, &p->topk_weights},
                          {"topk_ids", args.topk_ids, &p->topk_ids},
-                         {"gate", args.gate, &gate},
-                         {"up", args.up, &up},
-                         {"down", args.down, &down},
                          {"out", args.out, &p->out}}));
   p->batch_invariant = (args.flags & TENON_FLAG_BATCH_INVARIANT) != 0;
   p->workspace = args.workspace;
   p->workspace_size = args.workspace_size;
-  TENON_RETURN_IF_ERROR(ToExpertMatrices("gate", gate, &p->gate));
-  TENON_RETURN_IF_ERROR(ToExpertMatrices("up", up, &p->up));
-  return ToExpertMatrices("down", down, &p->down);
+  TENON_RETURN_IF_ERROR(ToExpertMatrices("gate", experts[0], &p->gate));
+  TENON_RETURN_IF_ERROR(ToExpertMatrices("up", experts[1], &p->up));
+  return ToExpertMatrices("down", experts[2], &p->down);
 }
 
 }  // namespace

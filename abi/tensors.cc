@@ -1,6 +1,7 @@
 #include "abi/tensors.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -8,14 +9,36 @@
 namespace tenon::abi {
 namespace {
 
+// What is wrong with a tensor. Reading and telling are apart, so that reading,
+// a good part of what a small call costs, stays small.
+enum class Fault {
+  kNone,
+  kDeviceType,
+  kDeviceId,
+  kDType,
+  kRank,
+  kNoShape,
+  kShape,
+  kStride,
+  kSize,
+  kNoData,
+  kAddress,
+  kAlignment,
+};
+
 // Stands for data that is not accessed. Not null, and aligned for anything.
 void* const kNoData = reinterpret_cast<void*>(uintptr_t{4096});
 
-// Wherever the caller's arrays begin, aligned or not.
-int64_t Load(const int64_t* values, int index) {
-  int64_t value;
-  std::memcpy(&value, values + index, sizeof(value));
+// A value wherever it lies, aligned or not.
+template <class T>
+T Load(const void* from, size_t offset) {
+  T value;
+  std::memcpy(&value, static_cast<const char*>(from) + offset, sizeof(value));
   return value;
+}
+
+int64_t LoadDim(const int64_t* dims, int index) {
+  return Load<int64_t>(dims, static_cast<size_t>(index) * sizeof(int64_t));
 }
 
 constexpr uint32_t TypeKey(uint32_t code, uint32_t bits, uint32_t lanes) {
@@ -43,143 +66,187 @@ DType DTypeOf(DLDataType type) {
   }
 }
 
-Status ReadDType(const char* name, DLDataType type, DType* dtype) {
-  *dtype = DTypeOf(type);
-  if (*dtype != DType::kInvalid) return Status();
-  return InvalidArgumentError(
-      name, ".dtype is {code ", int{type.code}, ", bits ", int{type.bits},
-      ", lanes ", type.lanes,
-      "}, expected float32, float16, bfloat16, float8_e4m3fn, int32, int64 or "
-      "uint8 of one lane");
-}
-
-Status ReadDevice(const char* name, DLDevice from, Device* device) {
-  const int32_t type = from.device_type;
+Fault ReadDevice(const DLTensor* from, Device* device) {
+  constexpr size_t kDevice = offsetof(DLTensor, device);
+  const auto type =
+      Load<int32_t>(from, kDevice + offsetof(DLDevice, device_type));
+  const auto id = Load<int32_t>(from, kDevice + offsetof(DLDevice, device_id));
   switch (type) {
     case TENON_DL_CPU:
-      if (from.device_id != 0) {
-        return InvalidArgumentError(name, ".device.device_id is ",
-                                    from.device_id, ", expected 0 on the CPU");
-      }
-      [[fallthrough]];
+      *device = {DeviceType::kCpu, 0};
+      return id == 0 ? Fault::kNone : Fault::kDeviceId;
+    case TENON_DL_CUDA:
+      *device = {DeviceType::kCuda, id};
+      return id >= 0 ? Fault::kNone : Fault::kDeviceId;
     case TENON_DL_CUDA_HOST:
       *device = {DeviceType::kCpu, 0};
-      return Status();
-    case TENON_DL_CUDA:
-      if (from.device_id < 0) {
-        return InvalidArgumentError(name, ".device.device_id is ",
-                                    from.device_id, ", expected >= 0");
-      }
-      *device = {DeviceType::kCuda, from.device_id};
-      return Status();
+      return Fault::kNone;
     default:
-      return InvalidArgumentError(name, ".device.device_type is ", type,
-                                  ", expected 1 (CPU), 2 (CUDA) or 3 (CUDA "
-                                  "host)");
+      return Fault::kDeviceType;
   }
 }
 
-Status ReadShape(const char* name, const DLTensor& tensor, TensorView* view,
-                 bool* is_empty) {
-  if (tensor.ndim < 1 || tensor.ndim > kMaxRank) {
-    return InvalidArgumentError(name, ".ndim is ", tensor.ndim,
-                                ", expected 1 to ", kMaxRank);
+// Shape and strides of a view with elements of `element` bytes. *bytes: from
+// the first to past the last element; 0 for an empty tensor. The rank is a
+// constant so that the loops vanish.
+template <int kRank>
+Fault ReadDims(const int64_t* shape, const int64_t* strides, int64_t element,
+               TensorView* view, int64_t* bytes) {
+  int64_t signs = 0;
+  bool is_empty = false;
+  for (int i = 0; i < kRank; ++i) {
+    const int64_t size = LoadDim(shape, i);
+    view->shape[i] = size;
+    signs |= size;
+    is_empty |= size == 0;
   }
-  if (tensor.shape == nullptr) {
-    return InvalidArgumentError(name, ".shape is null");
-  }
-  view->rank = tensor.ndim;
-  *is_empty = false;
-  for (int i = 0; i < view->rank; ++i) {
-    view->shape[i] = Load(tensor.shape, i);
-    if (view->shape[i] < 0) {
-      return InvalidArgumentError(name, ".shape[", i, "] is ", view->shape[i],
-                                  ", expected >= 0");
-    }
-    if (view->shape[i] == 0) *is_empty = true;
-  }
-  return Status();
-}
+  if (signs < 0) return Fault::kShape;
+  if (is_empty) strides = nullptr;
 
-Status TooLargeError(const char* name, const char* what) {
-  return InvalidArgumentError(name, ".shape and ", name, ".strides make ", what,
-                              " than fit 63 bits");
-}
-
-// Fills in the strides. *bytes: from the first to past the last element.
-Status ReadStrides(const char* name, const int64_t* strides, TensorView* view,
-                   int64_t* bytes) {
   int64_t elements = 1;
   int64_t last = 0;     // offset of the last element
   int64_t compact = 1;  // stride that puts this dimension around inner ones
-  for (int i = view->rank - 1; i >= 0; --i) {
-    const int64_t size = std::max<int64_t>(view->shape[i], 1);
-    int64_t& stride = view->stride[i];
-    stride = strides == nullptr || size == 1 ? compact : Load(strides, i);
-    if (stride < 0) {
-      return InvalidArgumentError(name, ".strides[", i, "] is ", stride,
-                                  ", expected >= 0");
-    }
-    if (__builtin_mul_overflow(elements, size, &elements)) {
-      return TooLargeError(name, "more elements");
-    }
-    int64_t step;
-    if (__builtin_mul_overflow(size, stride, &compact) ||
-        __builtin_mul_overflow(size - 1, stride, &step) ||
-        __builtin_add_overflow(last, step, &last)) {
-      return TooLargeError(name, "more bytes");
+  for (int i = kRank - 1; i >= 0; --i) {
+    const int64_t size = std::max<int64_t>(LoadDim(shape, i), 1);
+    const int64_t stride =
+        strides == nullptr || size == 1 ? compact : LoadDim(strides, i);
+    view->stride[i] = stride;
+    if (stride < 0) return Fault::kStride;
+    if (__builtin_mul_overflow(elements, size, &elements) ||
+        __builtin_mul_overflow(size, stride, &compact) ||
+        __builtin_add_overflow(last, compact - stride, &last)) {
+      return Fault::kSize;
     }
   }
-  if (last == std::numeric_limits<int64_t>::max() ||
-      __builtin_mul_overflow(
-          last + 1, static_cast<int64_t>(DTypeSize(view->dtype)), bytes)) {
-    return TooLargeError(name, "more bytes");
+  if (__builtin_add_overflow(last, int64_t{1}, &last) ||
+      __builtin_mul_overflow(last, element, bytes)) {
+    return Fault::kSize;
   }
-  return Status();
+  if (is_empty) *bytes = 0;
+  return Fault::kNone;
 }
 
-Status ReadData(const char* name, const DLTensor& tensor, int64_t bytes,
-                TensorView* view) {
-  if (tensor.data == nullptr) {
-    return InvalidArgumentError(name, ".data is null");
+Fault ReadLayout(const DLTensor* from, int64_t element, TensorView* view,
+                 int64_t* bytes) {
+  const auto* shape = Load<const int64_t*>(from, offsetof(DLTensor, shape));
+  const auto* strides = Load<const int64_t*>(from, offsetof(DLTensor, strides));
+  view->rank = Load<int32_t>(from, offsetof(DLTensor, ndim));
+  if (shape == nullptr) {
+    return view->rank < 1 || view->rank > kMaxRank ? Fault::kRank
+                                                   : Fault::kNoShape;
   }
+  static_assert(kMaxRank == 4);
+  switch (view->rank) {
+    case 1:
+      return ReadDims<1>(shape, strides, element, view, bytes);
+    case 2:
+      return ReadDims<2>(shape, strides, element, view, bytes);
+    case 3:
+      return ReadDims<3>(shape, strides, element, view, bytes);
+    case 4:
+      return ReadDims<4>(shape, strides, element, view, bytes);
+    default:
+      return Fault::kRank;
+  }
+}
+
+Fault ReadData(const DLTensor* from, int64_t element, int64_t bytes,
+               void** to) {
+  const auto data = Load<uintptr_t>(from, offsetof(DLTensor, data));
+  const auto offset = Load<uint64_t>(from, offsetof(DLTensor, byte_offset));
+  if (data == 0) return Fault::kNoData;
   uint64_t begin, end;
-  if (__builtin_add_overflow(reinterpret_cast<uintptr_t>(tensor.data),
-                             tensor.byte_offset, &begin) ||
+  if (__builtin_add_overflow(data, offset, &begin) ||
       __builtin_add_overflow(begin, static_cast<uint64_t>(bytes), &end) ||
       end > uint64_t{std::numeric_limits<int64_t>::max()}) {
-    return InvalidArgumentError(name, " with data ", tensor.data,
-                                ", byte_offset ", tensor.byte_offset, " and ",
-                                bytes, " bytes ends past the address space");
+    return Fault::kAddress;
   }
-  const size_t size = DTypeSize(view->dtype);
-  if ((begin & (size - 1)) != 0) {
-    return InvalidArgumentError(
-        name, ".data is ", tensor.data, " with byte_offset ",
-        tensor.byte_offset, ", not aligned to its ", size, "-byte elements");
+  if ((begin & static_cast<uint64_t>(element - 1)) != 0) {
+    return Fault::kAlignment;
   }
-  view->data = reinterpret_cast<void*>(begin);
-  return Status();
+  *to = reinterpret_cast<void*>(begin);
+  return Fault::kNone;
+}
+
+Fault Read(const DLTensor* from, TensorData data, TensorView* view) {
+  Fault fault = ReadDevice(from, &view->device);
+  if (fault != Fault::kNone) return fault;
+  const auto type = Load<DLDataType>(from, offsetof(DLTensor, dtype));
+  view->dtype = DTypeOf(type);
+  if (view->dtype == DType::kInvalid) return Fault::kDType;
+  const int64_t element = type.bits / 8;
+  int64_t bytes;
+  fault = ReadLayout(from, element, view, &bytes);
+  if (fault != Fault::kNone) return fault;
+  view->data = kNoData;
+  if (bytes == 0 || data == TensorData::kIgnored) return Fault::kNone;
+  return ReadData(from, element, bytes, &view->data);
+}
+
+// Of the last negative one; a stride of a single element does not count.
+Status NegativeError(const char* name, const char* field, const int64_t* dims,
+                     const DLTensor& tensor) {
+  int i = tensor.ndim - 1;
+  while (i > 0 && (LoadDim(dims, i) >= 0 || LoadDim(tensor.shape, i) == 1)) --i;
+  return InvalidArgumentError(name, ".", field, "[", i, "] is ",
+                              LoadDim(dims, i), ", expected >= 0");
+}
+
+__attribute__((noinline, cold)) Status ToStatus(Fault fault, const char* name,
+                                                const DLTensor& tensor) {
+  const int32_t device_type = tensor.device.device_type;
+  switch (fault) {
+    case Fault::kNone:
+      return Status();
+    case Fault::kDeviceType:
+      return InvalidArgumentError(
+          name, ".device.device_type is ", device_type,
+          ", expected 1 (CPU), 2 (CUDA) or 3 (CUDA host)");
+    case Fault::kDeviceId:
+      return InvalidArgumentError(
+          name, ".device.device_id is ", tensor.device.device_id,
+          device_type == TENON_DL_CPU ? ", expected 0 on the CPU"
+                                      : ", expected >= 0");
+    case Fault::kDType:
+      return InvalidArgumentError(
+          name, ".dtype is {code ", int{tensor.dtype.code}, ", bits ",
+          int{tensor.dtype.bits}, ", lanes ", tensor.dtype.lanes,
+          "}, expected float32, float16, bfloat16, float8_e4m3fn, int32, int64 "
+          "or uint8 of one lane");
+    case Fault::kRank:
+      return InvalidArgumentError(name, ".ndim is ", tensor.ndim,
+                                  ", expected 1 to ", kMaxRank);
+    case Fault::kNoShape:
+      return InvalidArgumentError(name, ".shape is null");
+    case Fault::kShape:
+      return NegativeError(name, "shape", tensor.shape, tensor);
+    case Fault::kStride:
+      return NegativeError(name, "strides", tensor.strides, tensor);
+    case Fault::kSize:
+      return InvalidArgumentError(name, ".shape and ", name,
+                                  ".strides make more elements or bytes than "
+                                  "fit 63 bits");
+    case Fault::kNoData:
+      return InvalidArgumentError(name, ".data is null");
+    case Fault::kAddress:
+      return InvalidArgumentError(name, " with data ", tensor.data,
+                                  " and byte_offset ", tensor.byte_offset,
+                                  " ends past the address space");
+    case Fault::kAlignment:
+      return InvalidArgumentError(name, ".data is ", tensor.data,
+                                  " with byte_offset ", tensor.byte_offset,
+                                  ", not aligned to its elements");
+  }
+  return InternalError(name, " cannot be read");
 }
 
 }  // namespace
 
 Status ReadTensor(const char* name, const DLTensor* from, TensorData data,
                   TensorView* view) {
-  DLTensor tensor;
-  std::memcpy(&tensor, static_cast<const void*>(from), sizeof(tensor));
-  bool is_empty;
-  int64_t bytes;
-  TENON_RETURN_IF_ERROR(ReadDevice(name, tensor.device, &view->device));
-  TENON_RETURN_IF_ERROR(ReadDType(name, tensor.dtype, &view->dtype));
-  TENON_RETURN_IF_ERROR(ReadShape(name, tensor, view, &is_empty));
-  TENON_RETURN_IF_ERROR(
-      ReadStrides(name, is_empty ? nullptr : tensor.strides, view, &bytes));
-  if (!is_empty && data == TensorData::kUsed) {
-    return ReadData(name, tensor, bytes, view);
-  }
-  view->data = kNoData;
-  return Status();
+  const Fault fault = Read(from, data, view);
+  if (fault == Fault::kNone) return Status();
+  return ToStatus(fault, name, Load<DLTensor>(from, 0));
 }
 
 }  // namespace tenon::abi

@@ -61,25 +61,6 @@ Status CheckStrides(const char* op, const char* field,
 
 }  // namespace
 
-ExpertMatrices MakeExpertMatrices(const TensorView& weights) {
-  return MakeExpertMatrices(weights, 0, weights.shape[1]);
-}
-
-ExpertMatrices MakeExpertMatrices(const TensorView& weights, int64_t first_row,
-                                  int64_t count) {
-  ExpertMatrices m;
-  m.expert_stride = weights.stride[0];
-  m.num_experts = weights.shape[0];
-  m.rows = count;
-  m.cols = weights.shape[2];
-  m.row_stride = weights.stride[1];
-  m.dtype = weights.dtype;
-  m.device = weights.device;
-  m.data = weights.data;
-  if (first_row != 0) m.data = ExpertRow(m, 0, first_row);
-  return m;
-}
-
 TensorView ViewOf(const ExpertMatrices& m) {
   if (m.table != nullptr) return TensorView();
   return {const_cast<void*>(m.data),

@@ -24,13 +24,6 @@ struct ExpertMatrices {
   Device device;
 };
 
-// All of a contiguous or strided [num_experts, rows, cols] tensor, or `count`
-// rows of each expert from `first_row` on (such as the gate or the up half of a
-// packed w13).
-ExpertMatrices MakeExpertMatrices(const TensorView& weights);
-ExpertMatrices MakeExpertMatrices(const TensorView& weights, int64_t first_row,
-                                  int64_t count);
-
 // Row `row` of one expert's matrix, in host memory or as a device address.
 inline const void* ExpertRow(const ExpertMatrices& matrices, int64_t expert,
                              int64_t row) {
@@ -41,6 +34,27 @@ inline const void* ExpertRow(const ExpertMatrices& matrices, int64_t expert,
       (matrices.table != nullptr ? 0 : expert * matrices.expert_stride);
   return static_cast<const char*>(base) +
          offset * static_cast<int64_t>(DTypeSize(matrices.dtype));
+}
+
+// All of a contiguous or strided [num_experts, rows, cols] tensor, or `count`
+// rows of each expert from `first_row` on (such as the gate or the up half of a
+// packed w13).
+inline ExpertMatrices MakeExpertMatrices(const TensorView& weights,
+                                         int64_t first_row, int64_t count) {
+  ExpertMatrices m;
+  m.data = weights.data;
+  m.expert_stride = weights.stride[0];
+  m.num_experts = weights.shape[0];
+  m.rows = count;
+  m.cols = weights.shape[2];
+  m.row_stride = weights.stride[1];
+  m.dtype = weights.dtype;
+  m.device = weights.device;
+  if (first_row != 0) m.data = ExpertRow(m, 0, first_row);
+  return m;
+}
+inline ExpertMatrices MakeExpertMatrices(const TensorView& weights) {
+  return MakeExpertMatrices(weights, 0, weights.shape[1]);
 }
 
 // The matrices as one tensor [num_experts, rows, cols]; not present for a

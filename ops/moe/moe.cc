@@ -125,8 +125,7 @@ MoeScratch LayOutScratch(const MoeParams& p) {
   MoeScratch s;
   s.expert_offsets = cutter.Take<int32_t>(num_experts + 1);
   s.sorted_slots = cutter.Take<int32_t>(slots);
-  s.align_bytes =
-      MoeAlignWorkspaceBytes(AlignParams(Chunk(p, 0, tokens), MoeScratch()));
+  s.align_bytes = MoeAlignWorkspaceBytes(slots, num_experts, p.x.device.type);
   s.align = cutter.TakeBytes(s.align_bytes);
   if (cuda) {
     s.tiles = cutter.Take<int32_t>(

@@ -83,13 +83,18 @@ size_t MoeAlignWorkspaceBytes(const MoeAlignParams& params) {
       params.num_experts > kMaxExperts) {
     return 0;
   }
-  if (params.topk_ids.device.type == DeviceType::kCuda &&
-      num_slots <= kMoeAlignOneLaunchSlots) {
+  return MoeAlignWorkspaceBytes(num_slots, params.num_experts,
+                                params.topk_ids.device.type);
+}
+
+size_t MoeAlignWorkspaceBytes(int64_t num_slots, int64_t num_experts,
+                              DeviceType device) {
+  if (device == DeviceType::kCuda && num_slots <= kMoeAlignOneLaunchSlots) {
     return 0;
   }
   // Per expert and chunk its slots, and per expert its first tile.
-  const int64_t ints = MoeAlignNumChunks(num_slots) * params.num_experts +
-                       params.num_experts + 1;
+  const int64_t ints =
+      MoeAlignNumChunks(num_slots) * num_experts + num_experts + 1;
   return static_cast<size_t>(ints) * sizeof(int32_t);
 }
 

@@ -50,6 +50,9 @@ int64_t MoeMaxTiles(int64_t num_slots, int32_t num_experts, int32_t tile_rows);
 Status ValidateMoeAlignShapes(const MoeAlignParams& params);
 
 size_t MoeAlignWorkspaceBytes(const MoeAlignParams& params);
+// The same of num_slots = tokens * top_k, in range.
+size_t MoeAlignWorkspaceBytes(int64_t num_slots, int64_t num_experts,
+                              DeviceType device);
 
 Status MoeAlign(const MoeAlignParams& params, Stream stream);
 

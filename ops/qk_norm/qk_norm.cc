@@ -65,13 +65,12 @@ TensorView PackedHeads(const QkNormParams& p, int64_t offset,
 
 QkNormParams ToStrided(const QkNormParams& p) {
   QkNormParams strided = p;
-  if (p.qkv.present()) {
-    strided.qkv = TensorView();
-    strided.q = PackedHeads(p, p.q_offset, p.num_q_heads);
-    strided.k = PackedHeads(p, p.k_offset, p.num_kv_heads);
+  strided.qkv = TensorView();
+  strided.q = PackedHeads(p, p.q_offset, p.num_q_heads);
+  strided.k = PackedHeads(p, p.k_offset, p.num_kv_heads);
+  if (p.cache.k_cache.present()) {
     strided.v = PackedHeads(p, p.v_offset, p.num_kv_heads);
   }
-  if (!p.cache.k_cache.present()) strided.v = TensorView();
   return strided;
 }
 
@@ -92,7 +91,7 @@ Status ValidateUnpacked(const QkNormParams& p) {
   return Status();
 }
 
-// From here on `p` is in the strided form.
+// From here on `p` is in the strided form, and has v only where it is read.
 Status ValidateHeads(const QkNormParams& p) {
   const Device device = p.q.device;
   TENON_RETURN_IF_ERROR(CheckOutput(
@@ -211,28 +210,36 @@ Status ValidateOverlaps(const QkNormParams& p) {
   return Status();
 }
 
-}  // namespace
-
-Status QkNorm(const QkNormParams& packed_or_strided, Stream stream) {
-  if (packed_or_strided.qkv.present()) {
-    TENON_RETURN_IF_ERROR(ValidatePacked(packed_or_strided));
-  } else {
-    TENON_RETURN_IF_ERROR(ValidateUnpacked(packed_or_strided));
-  }
-  const QkNormParams params = ToStrided(packed_or_strided);
-  TENON_RETURN_IF_ERROR(ValidateHeads(params));
-  TENON_RETURN_IF_ERROR(ValidateRotary(params));
-  TENON_RETURN_IF_ERROR(ValidateCache(params));
-  TENON_RETURN_IF_ERROR(ValidateOverlaps(params));
-  if (params.q.shape[0] == 0) return Status();
-  switch (params.q.device.type) {
+Status RunStrided(const QkNormParams& p, Stream stream) {
+  TENON_RETURN_IF_ERROR(ValidateHeads(p));
+  TENON_RETURN_IF_ERROR(ValidateRotary(p));
+  TENON_RETURN_IF_ERROR(ValidateCache(p));
+  TENON_RETURN_IF_ERROR(ValidateOverlaps(p));
+  if (p.q.shape[0] == 0) return Status();
+  switch (p.q.device.type) {
     case DeviceType::kCpu:
-      return QkNormCpu(params, stream);
+      return QkNormCpu(p, stream);
     case DeviceType::kCuda:
-      if constexpr (kCudaBuilt) return QkNormCuda(params, stream);
+      if constexpr (kCudaBuilt) return QkNormCuda(p, stream);
       break;
   }
-  return NoBackendError(kOp, params.q.device);
+  return NoBackendError(kOp, p.q.device);
+}
+
+}  // namespace
+
+Status QkNorm(const QkNormParams& params, Stream stream) {
+  if (params.qkv.present()) {
+    TENON_RETURN_IF_ERROR(ValidatePacked(params));
+    return RunStrided(ToStrided(params), stream);
+  }
+  TENON_RETURN_IF_ERROR(ValidateUnpacked(params));
+  if (params.cache.k_cache.present() || !params.v.present()) {
+    return RunStrided(params, stream);
+  }
+  QkNormParams without_v = params;
+  without_v.v = TensorView();
+  return RunStrided(without_v, stream);
 }
 
 }  // namespace tenon

@@ -116,7 +116,7 @@ TEST(AbiOpsRejectionTest, TensorsThatAreNone) {
   });
   ForEachOperand(true, [](Operand* o) -> Parts {
     o->strides[0] = std::numeric_limits<int64_t>::max();
-    return {o->name + ".strides make more bytes"};
+    return {o->name + ".strides make more elements or bytes"};
   });
   ForEachOperand(true, [](Operand* o) -> Parts {
     o->shape[0] = std::numeric_limits<int64_t>::max();

@@ -174,14 +174,15 @@ TEST_F(ReadTensorTest, RankAndShape) {
 
 TEST_F(ReadTensorTest, Overflows) {
   Expect({"x.strides[0] is -4, expected >= 0"}, Tensor({2, 3}, {-4, 1}));
-  Expect({"more elements than fit 63 bits"},
+  Expect({"x.shape and x.strides make more elements or bytes"},
          Tensor({kMax / 2, 3}, {0, 0}));  // a view of one element
-  Expect({"more elements"}, Tensor({kMax / 2, 3, 0}));
-  Expect({"more elements"}, Tensor({1 << 30, 1 << 30, 1 << 30}));
-  Expect({"more bytes"}, Tensor({2, 3}, {kMax, 1}));
-  Expect({"more bytes"}, Tensor({2, 2, 2}, {kMax / 2, kMax / 2, 1}));
-  Expect({"more bytes"}, Tensor({kMax}));
-  Expect({"more bytes"}, Tensor({kMax / 4 + 1}));
+  Expect({"more elements or bytes"}, Tensor({kMax / 2, 3, 0}));
+  Expect({"more elements or bytes"}, Tensor({1 << 30, 1 << 30, 1 << 30}));
+  Expect({"more elements or bytes"}, Tensor({2, 3}, {kMax, 1}));
+  Expect({"more elements or bytes"},
+         Tensor({2, 2, 2}, {kMax / 2, kMax / 2, 1}));
+  Expect({"more elements or bytes"}, Tensor({kMax}));
+  Expect({"more elements or bytes"}, Tensor({kMax / 4 + 1}));
   DLTensor tensor = Tensor({kMax / 4});
   tensor.data = reinterpret_cast<void*>(uintptr_t{4096});
   Expect({"past the address space"}, tensor);
@@ -204,7 +205,7 @@ TEST_F(ReadTensorTest, Data) {
   Expect({"x.data is null"}, tensor);
   tensor = Tensor({4});
   tensor.byte_offset = 2;
-  Expect({"x.data is 0x", "byte_offset 2", "not aligned to its 4-byte"},
+  Expect({"x.data is 0x", "byte_offset 2", "not aligned to its elements"},
          tensor);
   tensor.data = memory_ + 2;
   Read(tensor);  // the sum counts

@@ -167,7 +167,7 @@ int Bench::NumSets(double bytes) const {
 
 void Bench::Run(const Case& what, int num_sets,
                 const std::function<Status(int)>& call) {
-  if (what.op.find(op_) == std::string::npos) return;
+  if (!Wants(what.op)) return;
   const double seconds =
       cuda() ? TimeCuda(what.bytes, num_sets, call) : TimeCpu(num_sets, call);
   Add(what, seconds * 1e6);

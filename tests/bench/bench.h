@@ -85,6 +85,11 @@ class Bench {
   void Run(const Case& what, int num_sets,
            const std::function<Status(int set)>& call);
 
+  // Whether --op leaves an op in; Run asks itself.
+  bool Wants(const std::string& op) const {
+    return op.find(op_) != std::string::npos;
+  }
+
   // Adds a measurement made by the caller.
   void Add(const Case& what, double microseconds);
 
