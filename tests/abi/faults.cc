@@ -20,7 +20,7 @@ std::atomic<int> g_kind{kNoKind};  // what is counted now
 std::atomic<int64_t> g_calls{0};
 std::atomic<int64_t> g_first{0};
 std::atomic<FaultMode> g_mode{FaultMode::kNone};
-std::atomic<int64_t> g_held[kNumFaultKinds];
+std::atomic<int64_t> g_held[3];  // of each kind
 
 void* NewOrNull(size_t size, size_t alignment) {
   if (FaultStrikes(FaultKind::kMemory)) return nullptr;

@@ -13,7 +13,6 @@ enum class FaultKind {
   kSystem,  // files, mappings, threads
   kCuda,    // the CUDA runtime
 };
-inline constexpr int kNumFaultKinds = 3;
 
 enum class FaultMode {
   kNone,  // calls are only counted
