@@ -20,9 +20,10 @@ Status ValidateHeads(const AttentionParams& p) {
   TENON_RETURN_IF_ERROR(CheckRange(kOp, "num_kv_heads (dimension 2 of k_cache)",
                                    kv_heads, 1, heads));
   if (heads % kv_heads != 0) {
-    return InvalidArgumentError(kOp, ": num_heads ", heads,
-                                " is not a multiple of num_kv_heads ",
-                                kv_heads);
+    return InvalidArgumentError(
+        kOp, ": num_heads (dimension 1 of q) is ", heads,
+        ", expected a multiple of num_kv_heads (dimension 2 of k_cache) ",
+        kv_heads);
   }
   const int64_t head_dim = p.q.shape[2];
   if (head_dim != 64 && head_dim != 128 && head_dim != 256) {

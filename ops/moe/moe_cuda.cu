@@ -171,11 +171,11 @@ Status Compute(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
       MoeTileRows(p.x.dtype, aligned, num_slots, num_experts);
 
   MoeTileSource source;
+  source.num_slots = static_cast<int32_t>(num_slots);
   if (num_slots <= kMoeMaxDirectSlots) {
     source.ids = p.topk_ids.As<const int32_t>();
     source.ids_stride = p.topk_ids.stride[0];
     source.top_k = top_k;
-    source.num_slots = static_cast<int32_t>(num_slots);
     source.num_experts = static_cast<int32_t>(num_experts);
     source.num_tiles = num_slots;
   } else {

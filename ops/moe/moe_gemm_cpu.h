@@ -80,7 +80,8 @@ inline void MultiplyBlock(const ExpertMatrices& m, const MoeCpuBlock& block,
   CpuMatmul(p);
 }
 
-// gathered[i] = row sorted_slots[i] / slots_per_row of x, as float32.
+// gathered[i] = row sorted_slots[i] / slots_per_row of x, as float32; anything
+// where x has no such row.
 inline void GatherRows(Stream stream, const TensorView& x,
                        const int32_t* sorted_slots, int64_t count,
                        int64_t slots_per_row, float* gathered) {
@@ -91,6 +92,7 @@ inline void GatherRows(Stream stream, const TensorView& x,
   ParallelFor(stream, count, 16384 / cols + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = sorted_slots[i] / slots_per_row;
+      if (row < 0 || row >= x.shape[0]) continue;
       CpuConvertToFloat(x.dtype, x.As<const char>() + row * row_bytes, cols,
                         gathered + i * cols);
     }

@@ -18,12 +18,12 @@ namespace tenon {
 struct MoeTileSource {
   const int32_t* tiles = nullptr;  // [num_tiles, 3]; null: from the ids
   const int32_t* expert_offsets = nullptr;
-  const int32_t* sorted_slots = nullptr;
+  const int32_t* sorted_slots = nullptr;  // [num_slots]
+  int32_t num_slots = 0;
 
   const int32_t* ids = nullptr;  // [num_slots / top_k, top_k]
   int64_t ids_stride = 0;
   int32_t top_k = 0;
-  int32_t num_slots = 0;
   int32_t num_experts = 0;
 
   int64_t num_tiles = 0;  // that blocks are launched for
@@ -103,10 +103,13 @@ __device__ inline void FindTile(const MoeTileSource& source, int64_t i,
   } else {
     const int expert = source.tiles[3 * i];
     if (expert >= 0) {
-      const int first = source.tiles[3 * i + 2];
-      const int end = source.expert_offsets[expert + 1];
+      // A caller's offsets and slots may be anything.
+      const int64_t first = source.tiles[3 * i + 2];
+      const int end = min(source.expert_offsets[expert + 1], source.num_slots);
       for (int r = threadIdx.x; r < kRows; r += blockDim.x) {
-        tile->slots[r] = first + r < end ? source.sorted_slots[first + r] : -1;
+        const bool is_row = first >= 0 && first + r < end;
+        const int slot = is_row ? source.sorted_slots[first + r] : -1;
+        tile->slots[r] = slot < source.num_slots ? slot : -1;
       }
     }
     if (threadIdx.x == 0) tile->expert = expert;

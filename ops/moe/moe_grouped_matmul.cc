@@ -36,7 +36,7 @@ Status ValidateMoeGroupedMatmulShapes(const MoeGroupedMatmulParams& p) {
                                     {kAnySize}, int32, device));
   const int64_t num_slots = p.sorted_slots.shape[0];
   TENON_RETURN_IF_ERROR(
-      CheckRange(kOp, "number of slots", num_slots, 0, kMaxSlots));
+      CheckRange(kOp, "slots (of sorted_slots)", num_slots, 0, kMaxSlots));
   TENON_RETURN_IF_ERROR(
       CheckRange(kOp, "slots_per_row", p.slots_per_row, 1, kMaxSlots));
   const int64_t x_rows = (num_slots + p.slots_per_row - 1) / p.slots_per_row;
@@ -92,6 +92,7 @@ MoeGroupedMatmulScratch LayOutScratch(const MoeGroupedMatmulParams& p) {
                         kMoeMinTileRows));
   } else {
     scratch.active_experts = cutter.Take<int32_t>(num_experts);
+    scratch.expert_offsets = cutter.Take<int32_t>(num_experts + 1);
     scratch.gathered = cutter.Take<float>(num_slots * p.weights.cols);
   }
   scratch.bytes = cutter.size();

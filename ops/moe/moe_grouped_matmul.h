@@ -23,6 +23,10 @@ namespace tenon {
 // [num_slots, rows of weights]. x, weights and out have one dtype (float32,
 // float16 or bfloat16). Rows of x and out may be strided.
 //
+// Contents out of range: offsets are cut to the slots and made ascending;
+// entries of sorted_slots that are no slot are skipped; the row of a slot that
+// stands there twice, or not at all, is unspecified.
+//
 // Limits: num_experts 1 to 1024, rows and cols of weights 1 to 2^30, fewer than
 // 2^31 slots. out overlaps no other tensor.
 //

@@ -9,6 +9,7 @@ namespace tenon {
 // The pieces of a call's workspace.
 struct MoeGroupedMatmulScratch {
   int32_t* tiles = nullptr;           // CUDA: [max_tiles, 3], as in MoeAlign
+  int32_t* expert_offsets = nullptr;  // CPU: cut to what there is
   float* gathered = nullptr;          // CPU: rows of x, as in sorted_slots
   int32_t* active_experts = nullptr;  // CPU: [num_experts]
   size_t bytes = 0;

@@ -13,6 +13,17 @@ char* OutRow(const MoeGroupedMatmulParams& p, int64_t slot, int64_t col) {
                                 static_cast<int64_t>(DTypeSize(p.out.dtype));
 }
 
+// What the schedule says of memory is not to be trusted: offsets are cut to the
+// slots and made ascending.
+void CutOffsets(const int32_t* offsets, int64_t num_experts, int64_t num_slots,
+                int32_t* cut) {
+  int64_t last = 0;
+  for (int64_t e = 0; e <= num_experts; ++e) {
+    last = std::max(last, std::min<int64_t>(offsets[e], num_slots));
+    cut[e] = static_cast<int32_t>(last);
+  }
+}
+
 // Adds the bias, applies the routing weight and writes the block's columns of
 // one slot.
 void FinishRow(const MoeGroupedMatmulParams& p, const MoeCpuBlock& block,
@@ -46,8 +57,9 @@ void ComputeBlock(const MoeGroupedMatmulParams& p, const float* gathered,
     MultiplyBlock(p.weights, block, gathered + first * p.weights.cols, rows,
                   sums[0], kBlockCols);
     for (int64_t r = 0; r < rows; ++r) {
-      FinishRow(p, block, p.bias.present() ? bias : nullptr,
-                p.sorted_slots.As<const int32_t>()[first + r], sums[r]);
+      const int64_t slot = p.sorted_slots.As<const int32_t>()[first + r];
+      if (slot < 0 || slot >= p.sorted_slots.shape[0]) continue;
+      FinishRow(p, block, p.bias.present() ? bias : nullptr, slot, sums[r]);
     }
   }
 }
@@ -57,8 +69,10 @@ void ComputeBlock(const MoeGroupedMatmulParams& p, const float* gathered,
 Status MoeGroupedMatmulCpu(const MoeGroupedMatmulParams& p,
                            const MoeGroupedMatmulScratch& scratch,
                            Stream stream) {
-  const int32_t* offsets = p.expert_offsets.As<const int32_t>();
   const int64_t num_slots = p.sorted_slots.shape[0];
+  int32_t* const offsets = scratch.expert_offsets;
+  CutOffsets(p.expert_offsets.As<const int32_t>(), p.weights.num_experts,
+             num_slots, offsets);
   const int64_t num_sorted = offsets[p.weights.num_experts];
   if (num_sorted < num_slots) {
     // Which slots were skipped is known only from the others.

@@ -48,10 +48,19 @@ __global__ void __launch_bounds__(kScheduleThreads)
   }
   if (blockIdx.x != 0) return;
 
-  // Inclusive sum of the experts' tiles, doubling the distance.
+  // Inclusive sum of the experts' tiles, doubling the distance. Offsets that
+  // are out of range make wrong tiles, of which FindTile leaves out the rows
+  // that do not exist.
   const int e = threadIdx.x;
-  int sum =
-      e < num_experts ? CeilDiv(offsets[e + 1] - offsets[e], tile_rows) : 0;
+  int sum = 0;
+  if (e < num_experts) {
+    const int64_t slots = int64_t{offsets[e + 1]} - offsets[e];
+    const int64_t limit = out.shape[0];
+    sum = static_cast<int>(CeilDiv(slots < 0       ? 0
+                                   : slots > limit ? limit
+                                                   : slots,
+                                   tile_rows));
+  }
   first_tile[e + 1] = sum;
   if (e == 0) first_tile[0] = 0;
   __syncthreads();
@@ -199,6 +208,7 @@ Status Compute(const MoeGroupedMatmulParams& p,
   gemm.source.tiles = scratch.tiles;
   gemm.source.expert_offsets = p.expert_offsets.As<const int32_t>();
   gemm.source.sorted_slots = p.sorted_slots.As<const int32_t>();
+  gemm.source.num_slots = static_cast<int32_t>(num_slots);
   gemm.source.num_tiles =
       MoeMaxTiles(num_slots, static_cast<int32_t>(num_experts), tile_rows);
   gemm.x = p.x;

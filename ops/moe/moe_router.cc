@@ -66,16 +66,13 @@ Status Validate(const MoeRouterParams& p) {
   TENON_RETURN_IF_ERROR(CheckOutput(kOp, "topk_ids", p.topk_ids,
                                     {tokens, columns}, DTypes({DType::kInt32}),
                                     device));
-  for (const TensorView& input : {p.logits, p.correction_bias}) {
-    if (MemoryOverlaps(p.topk_weights, input) ||
-        MemoryOverlaps(p.topk_ids, input)) {
-      return InvalidArgumentError(kOp, ": an output overlaps an input");
-    }
-  }
-  if (MemoryOverlaps(p.topk_weights, p.topk_ids)) {
-    return InvalidArgumentError(kOp, ": topk_ids overlaps topk_weights");
-  }
-  return Status();
+  TENON_RETURN_IF_ERROR(CheckSeparate(
+      kOp, {"topk_weights", p.topk_weights},
+      {{"logits", p.logits}, {"correction_bias", p.correction_bias}}));
+  return CheckSeparate(kOp, {"topk_ids", p.topk_ids},
+                       {{"logits", p.logits},
+                        {"correction_bias", p.correction_bias},
+                        {"topk_weights", p.topk_weights}});
 }
 
 }  // namespace
