@@ -136,7 +136,17 @@ struct MoeGroupedGemm {
   TensorView bias;  // optional
   MoeRoutingWeights routing;
   TensorView out;
+  // The kernel before this one in the stream writes x and nothing else that is
+  // read here, and lets this one start early; see LaunchDependent.
+  bool dependent = false;
 };
+
+// Whether blocks of `tile_cols` columns for all tiles would leave SMs with
+// unequal work, or none: fewer than about four for each.
+inline bool MoeTilesAreFew(const MoeTileSource& source, int64_t cols,
+                           int64_t tile_cols) {
+  return source.num_tiles * cuda::CeilDiv(cols, tile_cols) < 512;
+}
 
 // tile_rows and aligned: see MoeTileRows.
 Status LaunchMoeGroupedGemm(const char* op, const MoeGroupedGemm& gemm,

@@ -36,10 +36,7 @@ KernelParams MakeKernelParams(const QkNormParams& p) {
   kernel.epsilon = p.epsilon;
   kernel.inv_head_dim = 1.0f / static_cast<float>(head_dim);
   if (p.rotary.cos_sin.present()) {
-    const int64_t vec = 16 / static_cast<int64_t>(DTypeSize(p.q.dtype));
     kernel.rotary_dim = p.rotary.rotary_dim;
-    kernel.vector_rotary = p.rotary.rotary_dim / 2 % vec == 0 &&
-                           cuda::RowsAreAligned(p.rotary.cos_sin, 16);
     kernel.wide_positions = p.rotary.positions.dtype == DType::kInt64;
     kernel.positions = p.rotary.positions.data;
     kernel.cos_sin = p.rotary.cos_sin.As<const float>();
@@ -59,29 +56,28 @@ KernelParams MakeKernelParams(const QkNormParams& p) {
   return kernel;
 }
 
-// Whether all views allow 16-byte accesses (of fp8 caches, as many elements).
-bool IsAligned(const QkNormParams& p) {
-  for (const TensorView* view : {&p.q, &p.k, &p.v, &p.q_weight, &p.k_weight}) {
+// Whether everything can be moved 16 bytes at a time (fp8 caches: as many
+// elements), and rotation partners come in whole vectors too.
+bool IsVectorizable(const QkNormParams& p) {
+  for (const TensorView* view :
+       {&p.q, &p.k, &p.v, &p.q_weight, &p.k_weight, &p.rotary.cos_sin}) {
     if (view->present() && !cuda::RowsAreAligned(*view, 16)) return false;
   }
-  const size_t cache_bytes =
-      16 / DTypeSize(p.q.dtype) * DTypeSize(p.cache.k_cache.dtype);
+  const size_t vec = 16 / DTypeSize(p.q.dtype);
   for (const TensorView* view : {&p.cache.k_cache, &p.cache.v_cache}) {
-    if (view->present() && !cuda::RowsAreAligned(*view, cache_bytes)) {
+    if (view->present() &&
+        !cuda::RowsAreAligned(*view, vec * DTypeSize(view->dtype))) {
       return false;
     }
   }
-  return true;
+  return !p.rotary.cos_sin.present() || p.rotary.rotary_dim / 2 % vec == 0;
 }
 
-// Registers allow about this many.
-constexpr int kWarpsPerSm = 24;
-
-// Few steps: one to a warp, for the shortest way through. Many: several, so
-// that a warp has more bytes under way and reads the angles of a token less
-// often.
+// Few heads in all: a step to a warp, for the shortest way through. Many:
+// several, so that a warp has more bytes under way and the angles of a token
+// are read less often.
 int StepsPerWarp(int64_t total_steps) {
-  return total_steps <= 8192 ? 1 : kMaxSteps;
+  return total_steps <= 4096 ? 1 : kMaxSteps;
 }
 
 template <class T>
@@ -89,24 +85,20 @@ Status LaunchQkNorm(const QkNormParams& p, Stream stream) {
   KernelParams kernel = MakeKernelParams(p);
   const int steps = cuda::CeilDiv(kernel.num_heads, 32 >> kernel.log2_lanes);
   const int warps = cuda::CeilDiv(steps, StepsPerWarp(kernel.tokens * steps));
-  const int blocks = cuda::CeilDiv(warps, kMaxWarps);
-  const int warps_per_block = cuda::CeilDiv(warps, blocks);
-  kernel.num_steps = cuda::CeilDiv(steps, blocks * warps_per_block);
-  // As many blocks as run at once, each with many tokens: starting a block
-  // takes about as long as a token.
-  int num_sms = 0;
-  TENON_RETURN_IF_ERROR(cuda::ToStatus(
-      cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount,
-                             p.q.device.index),
-      "QkNorm"));
-  const int blocks_per_sm = std::max(1, kWarpsPerSm / warps_per_block);
-  const int64_t grid_tokens = std::min<int64_t>(
-      kernel.tokens,
-      std::max(1, cuda::CeilDiv(num_sms * blocks_per_sm, blocks)));
-  const dim3 grid(static_cast<unsigned>(grid_tokens), blocks);
-  return cuda::Launch(
-      "QkNorm", stream, grid, dim3(32, warps_per_block), 0,
-      IsAligned(p) ? QkNormKernel<T, true> : QkNormKernel<T, false>, kernel);
+  kernel.num_steps = cuda::CeilDiv(steps, warps);
+  const int blocks = cuda::CeilDiv(warps, kMaxWarps);  // of a token
+  const int block_warps = cuda::CeilDiv(warps, blocks);
+  const int block_tokens = std::max(1, kMaxWarps / 2 / block_warps);
+  const dim3 grid(
+      static_cast<unsigned>(cuda::CeilDiv(kernel.tokens, block_tokens)),
+      blocks);
+  const bool rotary = kernel.rotary_dim > 0;
+  return cuda::LaunchDependent("QkNorm", stream, grid,
+                               dim3(32, block_warps, block_tokens), 0,
+                               !IsVectorizable(p) ? QkNormKernel<T, false, true>
+                               : rotary           ? QkNormKernel<T, true, true>
+                                        : QkNormKernel<T, true, false>,
+                               kernel);
 }
 
 }  // namespace
