@@ -219,9 +219,8 @@ class GemmTile {
 #pragma unroll
       for (int i = 0; i < kRoundsA; ++i) {
         if (kM < kLoadRows && threadIdx.x / 8 >= kM) continue;
-        // The swizzle of the first row's, as rows are 4, 8, 16, ... apart.
-        LoadChunk((to ^ (i * kLoadRows % 8 * 16)) + i * kLoadRows * kRowBytes,
-                  a_[i], k);
+        // kLoadRows is a multiple of 8 or all of kM: the swizzle stays.
+        LoadChunk(to + i * kLoadRows * kRowBytes, a_[i], k);
       }
     }
     __device__ __forceinline__ void LoadB(int step, int stage) const {

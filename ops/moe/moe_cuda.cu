@@ -96,14 +96,10 @@ Status LaunchGateUp(const GateUp& g, int32_t tile_rows, bool aligned,
                            : LaunchShape<T, Tall, true>(g, stream);
   } else {
     using Any = GemmTileShape<64, 32, 2, 2, 2, 2>;
-    using Narrow = GemmTileShape<16, 16, 1, 1, 6, 2>;
     using Low = GemmTileShape<16, 32, 1, 2, 6, 2>;
     using Tall = GemmTileShape<64, 64, 2, 4, 4, 2>;
     using Taller = GemmTileShape<128, 64, 2, 4, 3, 2>;
     if (!aligned) return LaunchShape<T, Any, false>(g, stream);
-    if (MoeTilesAreFew(g.source, g.gate.rows, Low::kN)) {
-      return LaunchShape<T, Narrow, true>(g, stream);
-    }
     if (tile_rows == 16) return LaunchShape<T, Low, true>(g, stream);
     return tile_rows == 64 ? LaunchShape<T, Tall, true>(g, stream)
                            : LaunchShape<T, Taller, true>(g, stream);

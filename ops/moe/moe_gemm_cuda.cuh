@@ -141,13 +141,6 @@ struct MoeGroupedGemm {
   bool dependent = false;
 };
 
-// Whether blocks of `tile_cols` columns for all tiles would leave SMs with
-// unequal work, or none: fewer than about four for each.
-inline bool MoeTilesAreFew(const MoeTileSource& source, int64_t cols,
-                           int64_t tile_cols) {
-  return source.num_tiles * cuda::CeilDiv(cols, tile_cols) < 512;
-}
-
 // tile_rows and aligned: see MoeTileRows.
 Status LaunchMoeGroupedGemm(const char* op, const MoeGroupedGemm& gemm,
                             int32_t tile_rows, bool aligned, Stream stream);

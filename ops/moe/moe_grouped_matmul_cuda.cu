@@ -182,14 +182,10 @@ template <class T>
 Status LaunchHalf(const char* op, const MoeGroupedGemm& g, int32_t tile_rows,
                   bool aligned, Stream stream) {
   using Any = GemmTileShape<64, 64, 2, 2, 2>;
-  using Narrow = GemmTileShape<16, 32, 1, 2, 6>;
   using Low = GemmTileShape<16, 64, 1, 4, 6>;
   using Tall = GemmTileShape<64, 128, 2, 4, 4>;
   using Taller = GemmTileShape<128, 128, 2, 4, 3>;
   if (!aligned) return LaunchShape<T, Any, false>(op, g, stream);
-  if (MoeTilesAreFew(g.source, g.weights.rows, Low::kN)) {
-    return LaunchShape<T, Narrow, true>(op, g, stream);
-  }
   if (tile_rows == 16) return LaunchShape<T, Low, true>(op, g, stream);
   return tile_rows == 64 ? LaunchShape<T, Tall, true>(op, g, stream)
                          : LaunchShape<T, Taller, true>(op, g, stream);

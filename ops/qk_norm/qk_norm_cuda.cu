@@ -10,7 +10,8 @@ namespace {
 using namespace qk_norm;  // NOLINT: this file is the host half of the kernel
 
 HeadArray ToHeadArray(const TensorView& heads) {
-  return {heads.data, heads.stride[0], heads.stride[1]};
+  return {heads.data, heads.stride[0], heads.stride[1],
+          static_cast<int32_t>(heads.shape[1]), 0};
 }
 
 CacheArray ToCacheArray(const TensorView& cache, float scale) {
@@ -23,9 +24,6 @@ KernelParams MakeKernelParams(const QkNormParams& p) {
   kernel.tokens = p.q.shape[0];
   kernel.heads[kQ] = ToHeadArray(p.q);
   kernel.heads[kK] = ToHeadArray(p.k);
-  kernel.first_k = static_cast<int32_t>(p.q.shape[1]);
-  kernel.first_v = kernel.first_k + static_cast<int32_t>(p.k.shape[1]);
-  kernel.num_heads = kernel.first_v;
   while (kPerLane << kernel.log2_lanes < head_dim) ++kernel.log2_lanes;
   const TensorView* const weights[] = {&p.q_weight, &p.k_weight};
   for (Role role : {kQ, kK}) {
@@ -45,7 +43,6 @@ KernelParams MakeKernelParams(const QkNormParams& p) {
   }
   if (p.cache.k_cache.present()) {
     kernel.heads[kV] = ToHeadArray(p.v);
-    kernel.num_heads += static_cast<int32_t>(p.v.shape[1]);
     kernel.slots = p.cache.slot_mapping.As<const int64_t>();
     kernel.page_size = p.cache.k_cache.shape[1];
     kernel.num_slots = p.cache.k_cache.shape[0] * kernel.page_size;
@@ -73,21 +70,31 @@ bool IsVectorizable(const QkNormParams& p) {
   return !p.rotary.cos_sin.present() || p.rotary.rotary_dim / 2 % vec == 0;
 }
 
+// Gives each warp of a token heads of one role, `num_steps` steps of them.
+void AssignWarps(int num_steps, KernelParams* kernel) {
+  kernel->num_steps = num_steps;
+  for (HeadArray& heads : kernel->heads) {
+    heads.first_warp = kernel->num_warps;
+    kernel->num_warps +=
+        cuda::CeilDiv(heads.count, (32 >> kernel->log2_lanes) * num_steps);
+  }
+}
+
 // Few heads in all: a step to a warp, for the shortest way through. Many:
-// several, so that a warp has more bytes under way and the angles of a token
-// are read less often.
-int StepsPerWarp(int64_t total_steps) {
-  return total_steps <= 4096 ? 1 : kMaxSteps;
+// several, so that a warp has more bytes under way and reads weights and angles
+// less often.
+int StepsPerWarp(const KernelParams& kernel) {
+  int heads = 0;
+  for (const HeadArray& array : kernel.heads) heads += array.count;
+  return kernel.tokens * heads <= 8192 ? 1 : kMaxSteps;
 }
 
 template <class T>
 Status LaunchQkNorm(const QkNormParams& p, Stream stream) {
   KernelParams kernel = MakeKernelParams(p);
-  const int steps = cuda::CeilDiv(kernel.num_heads, 32 >> kernel.log2_lanes);
-  const int warps = cuda::CeilDiv(steps, StepsPerWarp(kernel.tokens * steps));
-  kernel.num_steps = cuda::CeilDiv(steps, warps);
-  const int blocks = cuda::CeilDiv(warps, kMaxWarps);  // of a token
-  const int block_warps = cuda::CeilDiv(warps, blocks);
+  AssignWarps(StepsPerWarp(kernel), &kernel);
+  const int blocks = cuda::CeilDiv(kernel.num_warps, kMaxWarps);  // of a token
+  const int block_warps = cuda::CeilDiv(kernel.num_warps, blocks);
   const int block_tokens = std::max(1, kMaxWarps / 2 / block_warps);
   const dim3 grid(
       static_cast<unsigned>(cuda::CeilDiv(kernel.tokens, block_tokens)),

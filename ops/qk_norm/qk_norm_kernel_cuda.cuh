@@ -14,9 +14,8 @@ using cuda::Vec;
 
 // A lane holds 8 elements of a head, so that a head of 64, 128 or 256 elements
 // lies on 8, 16 or 32 lanes and a warp works on 4, 2 or 1 heads at a time: one
-// step. A warp takes up to kMaxSteps steps of one token: all its loads are
-// under way together, and it reads the token's angles once. Nothing is shared
-// between warps.
+// step. A warp takes up to kMaxSteps steps of one token's Q, K or V heads: all
+// its loads are under way together, and it reads weights and angles once.
 constexpr int kPerLane = 8;
 constexpr int kMaxSteps = 4;
 constexpr int kMaxWarps = 8;  // of a block
@@ -27,6 +26,8 @@ struct HeadArray {
   void* data;
   int64_t token_stride;
   int64_t head_stride;
+  int32_t count;
+  int32_t first_warp;  // of a token's warps, the first with these heads
 };
 
 struct CacheArray {
@@ -40,13 +41,11 @@ struct CacheArray {
 struct KernelParams {
   int64_t tokens;
   HeadArray heads[3];  // by Role
-  int32_t first_k;     // Q, K and V heads are numbered through
-  int32_t first_v;
-  int32_t num_heads;
-  int32_t log2_lanes;  // of a head
+  int32_t num_warps;   // of a token
   int32_t num_steps;   // of each warp, at most kMaxSteps
+  int32_t log2_lanes;  // of a head
 
-  const void* weight[2];
+  const void* weight[2];  // by Role
   bool float_weight[2];
   bool cast_first;
   float epsilon;
@@ -107,31 +106,6 @@ __device__ __forceinline__ void LoadFloats(const W* from, float* to) {
   }
 }
 
-// One head as a lane sees it.
-struct Head {
-  bool active;  // false past the last head
-  Role role;
-  int index;  // within the role
-};
-
-__device__ __forceinline__ Head FindHead(const KernelParams& p, int number) {
-  Head head;
-  head.active = number < p.num_heads;
-  head.role = number < p.first_k ? kQ : number < p.first_v ? kK : kV;
-  head.index = number - (head.role == kQ   ? 0
-                         : head.role == kK ? p.first_k
-                                           : p.first_v);
-  return head;
-}
-
-template <class T>
-__device__ __forceinline__ T* HeadData(const KernelParams& p, const Head& head,
-                                       int64_t token) {
-  const HeadArray& heads = p.heads[head.role];
-  return static_cast<T*>(heads.data) + token * heads.token_stride +
-         head.index * heads.head_stride;
-}
-
 // Where the K and V of a token go in the cache; page -1: nowhere.
 struct Slot {
   int64_t page = -1;
@@ -171,6 +145,37 @@ struct Layout {
   using Part = Vec<T, kVec>;
 };
 
+// Between a lane's parts and its floats, by pairs where the hardware has that.
+__device__ __forceinline__ void RoundPair(float a, float b, float* to) {
+  to[0] = a;
+  to[1] = b;
+}
+__device__ __forceinline__ void RoundPair(float a, float b, __half* to) {
+  const __half2 pair = __floats2half2_rn(a, b);
+  to[0] = pair.x;
+  to[1] = pair.y;
+}
+__device__ __forceinline__ void RoundPair(float a, float b, __nv_bfloat16* to) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+  to[0] = pair.x;
+  to[1] = pair.y;
+}
+template <class T, int N, int kParts>
+__device__ __forceinline__ void Round(const float* from,
+                                      Vec<T, N> (&to)[kParts]) {
+#pragma unroll
+  for (int i = 0; i < kPerLane; i += 2) {
+    RoundPair(from[i], from[i + 1], to[i / N].v + i % N);
+  }
+}
+template <class T, int N, int kParts>
+__device__ __forceinline__ void Widen(const Vec<T, N> (&from)[kParts],
+                                      float* to) {
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i)
+    to[i] = cuda::ToFloat(from[i / N].v[i % N]);
+}
+
 // The angles of a lane's elements; the sine with the sign of the formula.
 template <class T, bool kVector>
 struct Angles {
@@ -209,13 +214,18 @@ struct Angles {
 // The norm's weights of a lane's elements.
 template <class T, bool kVector>
 __device__ __forceinline__ void ReadWeight(const KernelParams& p, Role role,
-                                           int first, float* weight) {
+                                           int lane_in_head, float* weight) {
   constexpr int kVec = Layout<T>::kVec;
-  const void* const from = role == kQ ? p.weight[kQ] : p.weight[kK];
-  if (role == kQ ? p.float_weight[kQ] : p.float_weight[kK]) {
-    LoadFloats<kVector, kVec>(static_cast<const float*>(from) + first, weight);
-  } else {
-    LoadFloats<kVector, kVec>(static_cast<const T*>(from) + first, weight);
+  const void* const from = p.weight[role];
+#pragma unroll
+  for (int part = 0; part < Layout<T>::kParts; ++part) {
+    const int first = ((part << p.log2_lanes) + lane_in_head) * kVec;
+    float* const to = weight + part * kVec;
+    if (p.float_weight[role]) {
+      LoadFloats<kVector, kVec>(static_cast<const float*>(from) + first, to);
+    } else {
+      LoadFloats<kVector, kVec>(static_cast<const T*>(from) + first, to);
+    }
   }
 }
 
@@ -273,151 +283,142 @@ __device__ __forceinline__ void ExchangePartners(
   }
 }
 
-// Writes the vector that begins at element `first` of a head into its slot.
+// Writes a lane's part of a head to `to` in the cache.
 template <class T, bool kVector>
 __device__ __forceinline__ void WriteCache(const KernelParams& p,
-                                           const Head& head, const Slot& slot,
-                                           int first,
-                                           const typename Layout<T>::Part& x) {
+                                           const CacheArray& cache, int64_t to,
+                                           int lane_in_head,
+                                           const typename Layout<T>::Part* x) {
   constexpr int kVec = Layout<T>::kVec;
-  const CacheArray& cache = head.role == kK ? p.cache[0] : p.cache[1];
-  const int64_t offset = slot.page * cache.page_stride +
-                         slot.offset * cache.slot_stride +
-                         head.index * cache.head_stride + first;
-  if (!p.fp8_cache) {
-    Store<kVector>(x, static_cast<T*>(cache.data) + offset);
-    return;
-  }
-  Vec<uint8_t, kVec> quantized;
 #pragma unroll
-  for (int j = 0; j < kVec; ++j) {
-    quantized.v[j] = __nv_cvt_float_to_fp8(cuda::ToFloat(x.v[j]) / cache.scale,
-                                           __NV_SATFINITE, __NV_E4M3);
+  for (int part = 0; part < Layout<T>::kParts; ++part) {
+    const int64_t at = to + ((part << p.log2_lanes) + lane_in_head) * kVec;
+    if (!p.fp8_cache) {
+      Store<kVector>(x[part], static_cast<T*>(cache.data) + at);
+      continue;
+    }
+    Vec<uint8_t, kVec> quantized;
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) {
+      quantized.v[j] = __nv_cvt_float_to_fp8(
+          cuda::ToFloat(x[part].v[j]) / cache.scale, __NV_SATFINITE, __NV_E4M3);
+    }
+    Store<kVector>(quantized, static_cast<uint8_t*>(cache.data) + at);
   }
-  Store<kVector>(quantized, static_cast<uint8_t*>(cache.data) + offset);
 }
 
 // Block (32, warps of a token, tokens); grid (tokens, blocks of a token). Lanes
-// without a head, or with one of V, go through the shuffles with the others.
+// without a head go through the shuffles with the others.
 template <class T, bool kVector, bool kRotary>
 __global__ void __launch_bounds__(32 * kMaxWarps)
     QkNormKernel(const __grid_constant__ KernelParams p) {
   using Part = typename Layout<T>::Part;
   constexpr int kVec = Layout<T>::kVec;
   constexpr int kParts = Layout<T>::kParts;
-  const int lane = threadIdx.x;
-  const int lane_in_head = lane & ((1 << p.log2_lanes) - 1);
-  const int lane_head = lane >> p.log2_lanes;
+  const int lanes = 1 << p.log2_lanes;
+  const int lane_in_head = threadIdx.x & (lanes - 1);
   const int heads_per_step = 32 >> p.log2_lanes;
-  const int first_head =
-      (blockIdx.y * blockDim.y + threadIdx.y) * p.num_steps * heads_per_step;
+  const int warp = blockIdx.y * blockDim.y + threadIdx.y;
   const int64_t token =
       static_cast<int64_t>(blockIdx.x) * blockDim.z + threadIdx.z;
   cuda::WaitForPreviousKernels();
-  if (token >= p.tokens || first_head >= p.num_heads) return;
-  const auto first_of = [&](int part) {
-    return ((part << p.log2_lanes) + lane_in_head) * kVec;
+  if (token >= p.tokens || warp >= p.num_warps) return;
+
+  const Role role = warp < p.heads[kK].first_warp   ? kQ
+                    : warp < p.heads[kV].first_warp ? kK
+                                                    : kV;
+  const HeadArray& heads = p.heads[role];
+  const int first_head =
+      (warp - heads.first_warp) * p.num_steps * heads_per_step +
+      (threadIdx.x >> p.log2_lanes);
+  T* const data = static_cast<T*>(heads.data) + token * heads.token_stride +
+                  first_head * heads.head_stride + lane_in_head * kVec;
+  const int64_t step_stride = heads_per_step * heads.head_stride;
+  const auto is_active = [&](int step) {
+    return step < p.num_steps &&
+           first_head + step * heads_per_step < heads.count;
   };
 
   // Everything is read before anything is computed: one trip to memory.
-  const auto head_of = [&](int step) {
-    return FindHead(p, first_head + step * heads_per_step + lane_head);
-  };
-  Part x[kMaxSteps][kParts] = {};
+  Part x[kMaxSteps][kParts];
 #pragma unroll
   for (int step = 0; step < kMaxSteps; ++step) {
-    const Head head = head_of(step);
-    if (step >= p.num_steps || !head.active) break;
-    const T* const from = HeadData<T>(p, head, token);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      x[step][part] = Load<kVector, T, kVec>(from + first_of(part));
+      x[step][part] = Part();
+      if (!is_active(step)) continue;
+      x[step][part] = Load<kVector, T, kVec>(data + step * step_stride +
+                                             part * lanes * kVec);
     }
   }
   float weight[kPerLane];
-  const auto read_weight = [&](Role role) {
-    if (role == kV) return;
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      ReadWeight<T, kVector>(p, role, first_of(part), weight + part * kVec);
-    }
-  };
-  read_weight(head_of(0).role);
-  const Slot slot = FindSlot(p, token);
-  const float* const cos_sin = kRotary ? CosSin(p, token) : nullptr;
+  if (role != kV) ReadWeight<T, kVector>(p, role, lane_in_head, weight);
+  const Slot slot = role == kQ ? Slot() : FindSlot(p, token);
+  const float* const cos_sin =
+      kRotary && role != kV ? CosSin(p, token) : nullptr;
   Angles<T, kVector> angles;
   if (cos_sin != nullptr) angles.Read(p, cos_sin, lane_in_head);
+  const CacheArray& cache = p.cache[role == kV];
+  const int64_t cache_at = slot.page * cache.page_stride +
+                           slot.offset * cache.slot_stride +
+                           first_head * cache.head_stride;
 
 #pragma unroll
   for (int step = 0; step < kMaxSteps; ++step) {
-    // The same for all lanes of the warp.
-    if (step >= p.num_steps ||
-        first_head + step * heads_per_step >= p.num_heads) {
-      break;
-    }
-    const Head head = head_of(step);
-    const bool normalize = head.active && head.role != kV;
-    float sum = 0.0f;
+    if (step >= p.num_steps) break;
+    const bool active = is_active(step);
+    if (role != kV) {
+      float f[kPerLane];
+      Widen(x[step], f);
+      float sum = 0.0f;
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-      for (int j = 0; j < kVec; ++j) {
-        const float f = cuda::ToFloat(x[step][part].v[j]);
-        sum += f * f;
+      for (int j = 0; j < kPerLane; ++j) sum += f[j] * f[j];
+      for (int mask = 1; mask < lanes; mask *= 2) {
+        sum += __shfl_xor_sync(~0u, sum, mask);
       }
-    }
-    for (int mask = 1; mask < 1 << p.log2_lanes; mask *= 2) {
-      sum += __shfl_xor_sync(~0u, sum, mask);
-    }
-    const float inv_rms = __frsqrt_rn(sum * p.inv_head_dim + p.epsilon);
-    if (normalize) {
+      const float inv_rms = __frsqrt_rn(sum * p.inv_head_dim + p.epsilon);
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) f[j] *= inv_rms;
+      if (p.cast_first) {
+        Round(f, x[step]);
+        Widen(x[step], f);
+      }
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) f[j] *= weight[j];
+      Round(f, x[step]);
+      if (cos_sin != nullptr) {
+        Part* staged_head = nullptr;
+        if constexpr (!kVector) {
+          __shared__ Part staged[kMaxWarps][32 * kParts];
+          staged_head = staged[threadIdx.z * blockDim.y + threadIdx.y] +
+                        (threadIdx.x - lane_in_head) * kParts;
+        }
+        Part other[kParts];
+        ExchangePartners<T, kVector>(p, lane_in_head, x[step], staged_head,
+                                     other);
+        Widen(x[step], f);
+        float g[kPerLane];
+        Widen(other, g);
+#pragma unroll
+        for (int j = 0; j < kPerLane; ++j) {
+          const int i = ((j / kVec << p.log2_lanes) + lane_in_head) * kVec +
+                        (kVector ? 0 : j % kVec);
+          if (i < p.rotary_dim)
+            f[j] = f[j] * angles.cos[j] + g[j] * angles.sin[j];
+        }
+        Round(f, x[step]);
+      }
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) {
-          float f = cuda::ToFloat(x[step][part].v[j]) * inv_rms;
-          if (p.cast_first) f = cuda::ToFloat(cuda::FromFloat<T>(f));
-          x[step][part].v[j] = cuda::FromFloat<T>(f * weight[part * kVec + j]);
-        }
-      }
-    }
-    if (step + 1 < p.num_steps) {
-      const Role next = head_of(step + 1).role;
-      if (next != head.role) read_weight(next);
-    }
-    if (cos_sin != nullptr) {
-      Part* staged_head = nullptr;
-      if constexpr (!kVector) {
-        __shared__ Part staged[kMaxWarps][32 * kParts];
-        staged_head = staged[threadIdx.z * blockDim.y + threadIdx.y] +
-                      (lane_head << p.log2_lanes) * kParts;
-      }
-      Part other[kParts];
-      ExchangePartners<T, kVector>(p, lane_in_head, x[step], staged_head,
-                                   other);
-      if (normalize) {
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-          for (int j = 0; j < kVec; ++j) {
-            if (first_of(part) + j >= p.rotary_dim) continue;
-            x[step][part].v[j] = cuda::FromFloat<T>(
-                cuda::ToFloat(x[step][part].v[j]) *
-                    angles.cos[part * kVec + j] +
-                cuda::ToFloat(other[part].v[j]) * angles.sin[part * kVec + j]);
-          }
-        }
-      }
-    }
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      if (normalize) {
+        if (!active) continue;
         Store<kVector>(x[step][part],
-                       HeadData<T>(p, head, token) + first_of(part));
+                       data + step * step_stride + part * lanes * kVec);
       }
-      if (head.active && head.role != kQ && slot.page >= 0) {
-        WriteCache<T, kVector>(p, head, slot, first_of(part), x[step][part]);
-      }
+    }
+    if (active && slot.page >= 0) {
+      WriteCache<T, kVector>(
+          p, cache, cache_at + step * heads_per_step * cache.head_stride,
+          lane_in_head, x[step]);
     }
   }
 }
