@@ -89,23 +89,36 @@ int StepsPerWarp(const KernelParams& kernel) {
   return kernel.tokens * heads <= 8192 ? 1 : kMaxSteps;
 }
 
+template <class T, bool kRotary>
+auto* SelectKernel(bool vectorizable, int log2_lanes) {
+  if (!vectorizable) return QkNormKernel<T, 0, true>;
+  switch (log2_lanes) {
+    case 3:
+      return QkNormKernel<T, 3, kRotary>;
+    case 4:
+      return QkNormKernel<T, 4, kRotary>;
+    default:
+      return QkNormKernel<T, 5, kRotary>;
+  }
+}
+
 template <class T>
 Status LaunchQkNorm(const QkNormParams& p, Stream stream) {
   KernelParams kernel = MakeKernelParams(p);
   AssignWarps(StepsPerWarp(kernel), &kernel);
   const int blocks = cuda::CeilDiv(kernel.num_warps, kMaxWarps);  // of a token
   const int block_warps = cuda::CeilDiv(kernel.num_warps, blocks);
-  const int block_tokens = std::max(1, kMaxWarps / 2 / block_warps);
+  const int block_tokens = kMaxWarps / block_warps;
   const dim3 grid(
       static_cast<unsigned>(cuda::CeilDiv(kernel.tokens, block_tokens)),
       blocks);
-  const bool rotary = kernel.rotary_dim > 0;
-  return cuda::LaunchDependent("QkNorm", stream, grid,
-                               dim3(32, block_warps, block_tokens), 0,
-                               !IsVectorizable(p) ? QkNormKernel<T, false, true>
-                               : rotary           ? QkNormKernel<T, true, true>
-                                        : QkNormKernel<T, true, false>,
-                               kernel);
+  const bool vectorizable = IsVectorizable(p);
+  return cuda::LaunchDependent(
+      "QkNorm", stream, grid, dim3(32, block_warps, block_tokens), 0,
+      kernel.rotary_dim > 0
+          ? SelectKernel<T, true>(vectorizable, kernel.log2_lanes)
+          : SelectKernel<T, false>(vectorizable, kernel.log2_lanes),
+      kernel);
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ using cuda::Vec;
 // its loads are under way together, and it reads weights and angles once.
 constexpr int kPerLane = 8;
 constexpr int kMaxSteps = 4;
-constexpr int kMaxWarps = 8;  // of a block
+constexpr int kMaxWarps = 4;  // of a block
 
 enum Role { kQ = 0, kK = 1, kV = 2 };
 
@@ -65,44 +65,109 @@ struct KernelParams {
   CacheArray cache[2];  // of K and V
 };
 
-// Moves a vector by one access where all views allow it (kVector), else by
-// elements.
-template <bool kVector, class T, int N>
-__device__ __forceinline__ Vec<T, N> Load(const T* from) {
-  if constexpr (kVector) {
-    return *reinterpret_cast<const Vec<T, N>*>(from);
-  } else {
-    Vec<T, N> v;
-#pragma unroll
-    for (int j = 0; j < N; ++j) v.v[j] = from[j];
-    return v;
+// A lane's 8 elements of a head, as they lie in memory: vector i of 16 bytes of
+// a head is part i / lanes of lane i % lanes. The same for views that can be
+// moved by vectors and others, so that both add up in the same order.
+template <class T>
+struct LaneData {
+  static constexpr int kVec = 16 / sizeof(T);
+  static constexpr int kParts = kPerLane / kVec;
+  static constexpr int kWords = kPerLane * sizeof(T) / 4;
+  // Words, so that elements are not held one to a register.
+  uint32_t words[kWords];
+};
+
+// Where a lane's parts lie in a head.
+struct Lanes {
+  int log2;     // of the lanes of a head
+  int in_head;  // this lane's number among them
+
+  template <class T>
+  __device__ __forceinline__ int First(int part) const {
+    return ((part << log2) + in_head) * LaneData<T>::kVec;
   }
-}
-template <bool kVector, class T, int N>
-__device__ __forceinline__ void Store(const Vec<T, N>& v, T* to) {
-  if constexpr (kVector) {
-    *reinterpret_cast<Vec<T, N>*>(to) = v;
-  } else {
+};
+
+// From and to a head in memory, by 16 bytes (kVector) or by elements.
+template <bool kVector, class T>
+__device__ __forceinline__ LaneData<T> Load(const T* head, Lanes lanes) {
+  using Data = LaneData<T>;
+  Data x;
 #pragma unroll
-    for (int j = 0; j < N; ++j) to[j] = v.v[j];
+  for (int part = 0; part < Data::kParts; ++part) {
+    const T* const from = head + lanes.First<T>(part);
+    Vec<T, Data::kVec> v;
+    if constexpr (kVector) {
+      const uint4 bits = *reinterpret_cast<const uint4*>(from);
+      memcpy(x.words + 4 * part, &bits, 16);
+    } else {
+#pragma unroll
+      for (int j = 0; j < Data::kVec; ++j) v.v[j] = from[j];
+      memcpy(x.words + 4 * part, &v, 16);
+    }
+  }
+  return x;
+}
+template <bool kVector, class T>
+__device__ __forceinline__ void Store(const LaneData<T>& x, T* head,
+                                      Lanes lanes) {
+  using Data = LaneData<T>;
+#pragma unroll
+  for (int part = 0; part < Data::kParts; ++part) {
+    T* const to = head + lanes.First<T>(part);
+    if constexpr (kVector) {
+      const uint32_t* const w = x.words + 4 * part;
+      *reinterpret_cast<uint4*>(to) = make_uint4(w[0], w[1], w[2], w[3]);
+    } else {
+      Vec<T, Data::kVec> v;
+      memcpy(&v, x.words + 4 * part, 16);
+#pragma unroll
+      for (int j = 0; j < Data::kVec; ++j) to[j] = v.v[j];
+    }
   }
 }
 
-// N floats from memory of any float dtype that this kernel only reads.
-template <bool kVector, int N, class W>
-__device__ __forceinline__ void LoadFloats(const W* from, float* to) {
-  constexpr int kVec = 16 / sizeof(W);
+// Between a lane's elements and floats, a word at a time.
+__device__ __forceinline__ void Widen(const LaneData<float>& x, float* to) {
 #pragma unroll
-  for (int i = 0; i < N; i += kVec) {
-    Vec<W, kVec> v;
-    if constexpr (kVector) {
-      const uint4 bits = __ldg(reinterpret_cast<const uint4*>(from + i));
-      memcpy(&v, &bits, sizeof(v));
-    } else {
-      v = Load<false, W, kVec>(from + i);
-    }
+  for (int i = 0; i < kPerLane; ++i) to[i] = __uint_as_float(x.words[i]);
+}
+__device__ __forceinline__ void Widen(const LaneData<__half>& x, float* to) {
 #pragma unroll
-    for (int j = 0; j < kVec; ++j) to[i + j] = cuda::ToFloat(v.v[j]);
+  for (int i = 0; i < kPerLane / 2; ++i) {
+    __half2 pair;
+    memcpy(&pair, &x.words[i], sizeof(pair));
+    const float2 f = __half22float2(pair);
+    to[2 * i] = f.x;
+    to[2 * i + 1] = f.y;
+  }
+}
+__device__ __forceinline__ void Widen(const LaneData<__nv_bfloat16>& x,
+                                      float* to) {
+#pragma unroll
+  for (int i = 0; i < kPerLane / 2; ++i) {
+    to[2 * i] = __uint_as_float(x.words[i] << 16);
+    to[2 * i + 1] = __uint_as_float(x.words[i] & 0xffff0000u);
+  }
+}
+__device__ __forceinline__ void Round(const float* from, LaneData<float>* x) {
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) x->words[i] = __float_as_uint(from[i]);
+}
+__device__ __forceinline__ void Round(const float* from, LaneData<__half>* x) {
+#pragma unroll
+  for (int i = 0; i < kPerLane / 2; ++i) {
+    const __half2 pair = __floats2half2_rn(from[2 * i], from[2 * i + 1]);
+    memcpy(&x->words[i], &pair, sizeof(pair));
+  }
+}
+__device__ __forceinline__ void Round(const float* from,
+                                      LaneData<__nv_bfloat16>* x) {
+#pragma unroll
+  for (int i = 0; i < kPerLane / 2; ++i) {
+    const __nv_bfloat162 pair =
+        __floats2bfloat162_rn(from[2 * i], from[2 * i + 1]);
+    memcpy(&x->words[i], &pair, sizeof(pair));
   }
 }
 
@@ -135,189 +200,170 @@ __device__ __forceinline__ const float* CosSin(const KernelParams& p,
   return p.cos_sin + position * p.cos_sin_stride;
 }
 
-// A lane's part of a head: vector i of a head is part i / lanes of lane
-// i % lanes. The same for aligned and unaligned views, so that both add up in
-// the same order.
-template <class T>
-struct Layout {
-  static constexpr int kVec = 16 / sizeof(T);
-  static constexpr int kParts = kPerLane / kVec;
-  using Part = Vec<T, kVec>;
-};
-
-// Between a lane's parts and its floats, by pairs where the hardware has that.
-__device__ __forceinline__ void RoundPair(float a, float b, float* to) {
-  to[0] = a;
-  to[1] = b;
-}
-__device__ __forceinline__ void RoundPair(float a, float b, __half* to) {
-  const __half2 pair = __floats2half2_rn(a, b);
-  to[0] = pair.x;
-  to[1] = pair.y;
-}
-__device__ __forceinline__ void RoundPair(float a, float b, __nv_bfloat16* to) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
-  to[0] = pair.x;
-  to[1] = pair.y;
-}
-template <class T, int N, int kParts>
-__device__ __forceinline__ void Round(const float* from,
-                                      Vec<T, N> (&to)[kParts]) {
-#pragma unroll
-  for (int i = 0; i < kPerLane; i += 2) {
-    RoundPair(from[i], from[i + 1], to[i / N].v + i % N);
-  }
-}
-template <class T, int N, int kParts>
-__device__ __forceinline__ void Widen(const Vec<T, N> (&from)[kParts],
-                                      float* to) {
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i)
-    to[i] = cuda::ToFloat(from[i / N].v[i % N]);
-}
-
 // The angles of a lane's elements; the sine with the sign of the formula.
-template <class T, bool kVector>
 struct Angles {
   float cos[kPerLane];
   float sin[kPerLane];
-
-  __device__ __forceinline__ void Read(const KernelParams& p, const float* from,
-                                       int lane_in_head) {
-    constexpr int kVec = Layout<T>::kVec;
-    const int half = p.rotary_dim / 2;
-#pragma unroll
-    for (int part = 0; part < Layout<T>::kParts; ++part) {
-      const int first = ((part << p.log2_lanes) + lane_in_head) * kVec;
-      float* const c = cos + part * kVec;
-      float* const s = sin + part * kVec;
-      if constexpr (kVector) {
-        if (first >= p.rotary_dim) continue;
-        const int angle = first < half ? first : first - half;
-        LoadFloats<true, kVec>(from + angle, c);
-        LoadFloats<true, kVec>(from + half + angle, s);
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) s[j] = first < half ? -s[j] : s[j];
-      } else {
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) {
-          const int i = first + j;
-          if (i >= p.rotary_dim) continue;
-          c[j] = from[i < half ? i : i - half];
-          s[j] = i < half ? -from[half + i] : from[i];
-        }
-      }
-    }
-  }
 };
 
-// The norm's weights of a lane's elements.
-template <class T, bool kVector>
-__device__ __forceinline__ void ReadWeight(const KernelParams& p, Role role,
-                                           int lane_in_head, float* weight) {
-  constexpr int kVec = Layout<T>::kVec;
-  const void* const from = p.weight[role];
+template <bool kVector, class T>
+__device__ __forceinline__ void ReadAngles(const KernelParams& p,
+                                           const float* from, Lanes lanes,
+                                           Angles* angles) {
+  constexpr int kVec = LaneData<T>::kVec;
+  const int half = p.rotary_dim / 2;
 #pragma unroll
-  for (int part = 0; part < Layout<T>::kParts; ++part) {
-    const int first = ((part << p.log2_lanes) + lane_in_head) * kVec;
-    float* const to = weight + part * kVec;
-    if (p.float_weight[role]) {
-      LoadFloats<kVector, kVec>(static_cast<const float*>(from) + first, to);
+  for (int part = 0; part < LaneData<T>::kParts; ++part) {
+    const int first = lanes.First<T>(part);
+    float* const c = angles->cos + part * kVec;
+    float* const s = angles->sin + part * kVec;
+    if constexpr (kVector) {
+      if (first >= p.rotary_dim) continue;
+      const float* const at = from + (first < half ? first : first - half);
+#pragma unroll
+      for (int j = 0; j < kVec; j += 4) {
+        const float4 cosines = __ldg(reinterpret_cast<const float4*>(at + j));
+        const float4 sines =
+            __ldg(reinterpret_cast<const float4*>(at + half + j));
+        memcpy(c + j, &cosines, sizeof(cosines));
+        memcpy(s + j, &sines, sizeof(sines));
+      }
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) s[j] = first < half ? -s[j] : s[j];
     } else {
-      LoadFloats<kVector, kVec>(static_cast<const T*>(from) + first, to);
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) {
+        const int i = first + j;
+        if (i >= p.rotary_dim) continue;
+        c[j] = from[i < half ? i : i - half];
+        s[j] = i < half ? -from[half + i] : from[i];
+      }
     }
   }
 }
 
-// Elements of rotation partners, which lie half a rotary_dim apart and so on
-// other lanes. Executed by whole warps. Where whole vectors are partners they
-// are exchanged by shuffles, else by elements through `staged`, which is the
-// head's part of shared memory.
-template <class T, bool kVector>
-__device__ __forceinline__ void ExchangePartners(
-    const KernelParams& p, int lane_in_head, const typename Layout<T>::Part* x,
-    typename Layout<T>::Part* staged, typename Layout<T>::Part* other) {
-  constexpr int kVec = Layout<T>::kVec;
-  constexpr int kParts = Layout<T>::kParts;
-  const int lanes = 1 << p.log2_lanes;
+// The norm's weights of a lane's elements.
+template <bool kVector, class T>
+__device__ __forceinline__ void ReadWeight(const KernelParams& p, Role role,
+                                           Lanes lanes, float* weight) {
+  constexpr int kVec = LaneData<T>::kVec;
+  if (!p.float_weight[role]) {
+    Widen(Load<kVector>(static_cast<const T*>(p.weight[role]), lanes), weight);
+    return;
+  }
+  const float* const from = static_cast<const float*>(p.weight[role]);
+#pragma unroll
+  for (int part = 0; part < LaneData<T>::kParts; ++part) {
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) {
+      weight[part * kVec + j] = from[lanes.First<T>(part) + j];
+    }
+  }
+}
+
+// Rotates a lane's elements of a head, as rounded by the norm. Partners lie
+// half a rotary_dim apart and so on other lanes. Where whole vectors are
+// partners (kVector) they are exchanged by shuffles, else by elements through
+// `staged`, the head's place in shared memory. Executed by whole warps.
+template <bool kVector, class T>
+__device__ __forceinline__ void Rotate(const KernelParams& p,
+                                       const Angles& angles, Lanes lanes,
+                                       T* staged, LaneData<T>* x) {
+  using Data = LaneData<T>;
+  constexpr int kVec = Data::kVec;
   const int half = p.rotary_dim / 2;
+  Data other;
   if constexpr (kVector) {
-    constexpr int kWords = sizeof(x[0]) / sizeof(uint32_t);
-    uint32_t words[kParts][kWords];
-    memcpy(words, x, sizeof(words));
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      const int vector = part * lanes + lane_in_head;
-      const int partner = vector * kVec >= p.rotary_dim ? vector
-                          : vector * kVec < half        ? vector + half / kVec
-                                                        : vector - half / kVec;
-      uint32_t received[kWords];
+    for (int part = 0; part < Data::kParts; ++part) {
+      const int first = lanes.First<T>(part);
+      const int partner = (first < half ? first + half : first - half) / kVec;
 #pragma unroll
-      for (int from = 0; from < kParts; ++from) {
+      for (int from = 0; from < Data::kParts; ++from) {
 #pragma unroll
-        for (int w = 0; w < kWords; ++w) {
-          const uint32_t word =
-              __shfl_sync(~0u, words[from][w], partner & (lanes - 1), lanes);
-          if (partner >> p.log2_lanes == from) received[w] = word;
+        for (int w = 0; w < 4; ++w) {
+          const uint32_t word = __shfl_sync(~0u, x->words[4 * from + w],
+                                            partner, 1 << lanes.log2);
+          if (Data::kParts == 1 || partner >> lanes.log2 == from) {
+            other.words[4 * part + w] = word;
+          }
         }
       }
-      memcpy(&other[part], received, sizeof(received));
     }
   } else {
     __syncwarp();  // the previous step's reads are done
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      staged[part * lanes + lane_in_head] = x[part];
-    }
+    Store<false>(*x, staged, lanes);
     __syncwarp();
+    T elements[kPerLane];
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
+    for (int j = 0; j < kPerLane; ++j) {
+      const int i = lanes.First<T>(j / kVec) + j % kVec;
+      elements[j] = staged[i >= p.rotary_dim ? i
+                           : i < half        ? i + half
+                                             : i - half];
+    }
+    memcpy(other.words, elements, sizeof(elements));
+  }
+  float f[kPerLane];
+  float g[kPerLane];
+  Widen(*x, f);
+  Widen(other, g);
 #pragma unroll
-      for (int j = 0; j < kVec; ++j) {
-        const int i = (part * lanes + lane_in_head) * kVec + j;
-        if (i < p.rotary_dim) {
-          other[part].v[j] = staged->v[i < half ? i + half : i - half];
-        }
-      }
+  for (int part = 0; part < Data::kParts; ++part) {
+    const int first = lanes.First<T>(part);
+    if (first >= p.rotary_dim) continue;
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) {
+      if (!kVector && first + j >= p.rotary_dim) continue;
+      const int i = part * kVec + j;
+      f[i] = f[i] * angles.cos[i] + g[i] * angles.sin[i];
     }
   }
+  Round(f, x);
 }
 
-// Writes a lane's part of a head to `to` in the cache.
-template <class T, bool kVector>
+// Writes a lane's elements of a head that begins at `to` in the cache.
+template <bool kVector, class T>
 __device__ __forceinline__ void WriteCache(const KernelParams& p,
                                            const CacheArray& cache, int64_t to,
-                                           int lane_in_head,
-                                           const typename Layout<T>::Part* x) {
-  constexpr int kVec = Layout<T>::kVec;
+                                           Lanes lanes, const LaneData<T>& x) {
+  if (!p.fp8_cache) {
+    Store<kVector>(x, static_cast<T*>(cache.data) + to, lanes);
+    return;
+  }
+  constexpr int kVec = LaneData<T>::kVec;
+  float f[kPerLane];
+  Widen(x, f);
 #pragma unroll
-  for (int part = 0; part < Layout<T>::kParts; ++part) {
-    const int64_t at = to + ((part << p.log2_lanes) + lane_in_head) * kVec;
-    if (!p.fp8_cache) {
-      Store<kVector>(x[part], static_cast<T*>(cache.data) + at);
-      continue;
-    }
+  for (int part = 0; part < LaneData<T>::kParts; ++part) {
     Vec<uint8_t, kVec> quantized;
 #pragma unroll
     for (int j = 0; j < kVec; ++j) {
-      quantized.v[j] = __nv_cvt_float_to_fp8(
-          cuda::ToFloat(x[part].v[j]) / cache.scale, __NV_SATFINITE, __NV_E4M3);
+      quantized.v[j] = __nv_cvt_float_to_fp8(f[part * kVec + j] / cache.scale,
+                                             __NV_SATFINITE, __NV_E4M3);
     }
-    Store<kVector>(quantized, static_cast<uint8_t*>(cache.data) + at);
+    uint8_t* const at =
+        static_cast<uint8_t*>(cache.data) + to + lanes.First<T>(part);
+    if constexpr (kVector) {
+      *reinterpret_cast<Vec<uint8_t, kVec>*>(at) = quantized;
+    } else {
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) at[j] = quantized.v[j];
+    }
   }
 }
 
 // Block (32, warps of a token, tokens); grid (tokens, blocks of a token). Lanes
-// without a head go through the shuffles with the others.
-template <class T, bool kVector, bool kRotary>
+// without a head go through the shuffles with the others. kLog2Lanes: of a
+// head, where everything can be moved by vectors; 0: any head, by elements.
+template <class T, int kLog2Lanes, bool kRotary>
 __global__ void __launch_bounds__(32 * kMaxWarps)
     QkNormKernel(const __grid_constant__ KernelParams p) {
-  using Part = typename Layout<T>::Part;
-  constexpr int kVec = Layout<T>::kVec;
-  constexpr int kParts = Layout<T>::kParts;
-  const int lanes = 1 << p.log2_lanes;
-  const int lane_in_head = threadIdx.x & (lanes - 1);
-  const int heads_per_step = 32 >> p.log2_lanes;
+  constexpr bool kVector = kLog2Lanes > 0;
+  const int log2_lanes = kVector ? kLog2Lanes : p.log2_lanes;
+  const Lanes lanes = {log2_lanes,
+                       static_cast<int>(threadIdx.x & ((1 << log2_lanes) - 1))};
+  const int heads_per_step = 32 >> log2_lanes;
   const int warp = blockIdx.y * blockDim.y + threadIdx.y;
   const int64_t token =
       static_cast<int64_t>(blockIdx.x) * blockDim.z + threadIdx.z;
@@ -330,9 +376,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
   const HeadArray& heads = p.heads[role];
   const int first_head =
       (warp - heads.first_warp) * p.num_steps * heads_per_step +
-      (threadIdx.x >> p.log2_lanes);
-  T* const data = static_cast<T*>(heads.data) + token * heads.token_stride +
-                  first_head * heads.head_stride + lane_in_head * kVec;
+      (threadIdx.x >> log2_lanes);
+  T* const head = static_cast<T*>(heads.data) + token * heads.token_stride +
+                  first_head * heads.head_stride;
   const int64_t step_stride = heads_per_step * heads.head_stride;
   const auto is_active = [&](int step) {
     return step < p.num_steps &&
@@ -340,24 +386,19 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
   };
 
   // Everything is read before anything is computed: one trip to memory.
-  Part x[kMaxSteps][kParts];
+  LaneData<T> x[kMaxSteps] = {};
 #pragma unroll
   for (int step = 0; step < kMaxSteps; ++step) {
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      x[step][part] = Part();
-      if (!is_active(step)) continue;
-      x[step][part] = Load<kVector, T, kVec>(data + step * step_stride +
-                                             part * lanes * kVec);
-    }
+    if (is_active(step))
+      x[step] = Load<kVector>(head + step * step_stride, lanes);
   }
   float weight[kPerLane];
-  if (role != kV) ReadWeight<T, kVector>(p, role, lane_in_head, weight);
+  if (role != kV) ReadWeight<kVector, T>(p, role, lanes, weight);
   const Slot slot = role == kQ ? Slot() : FindSlot(p, token);
   const float* const cos_sin =
       kRotary && role != kV ? CosSin(p, token) : nullptr;
-  Angles<T, kVector> angles;
-  if (cos_sin != nullptr) angles.Read(p, cos_sin, lane_in_head);
+  Angles angles;
+  if (cos_sin != nullptr) ReadAngles<kVector, T>(p, cos_sin, lanes, &angles);
   const CacheArray& cache = p.cache[role == kV];
   const int64_t cache_at = slot.page * cache.page_stride +
                            slot.offset * cache.slot_stride +
@@ -366,59 +407,43 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
 #pragma unroll
   for (int step = 0; step < kMaxSteps; ++step) {
     if (step >= p.num_steps) break;
-    const bool active = is_active(step);
     if (role != kV) {
       float f[kPerLane];
       Widen(x[step], f);
       float sum = 0.0f;
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) sum += f[j] * f[j];
-      for (int mask = 1; mask < lanes; mask *= 2) {
+#pragma unroll
+      for (int mask = 1; mask < 32; mask *= 2) {
+        if (mask >> log2_lanes != 0) break;
         sum += __shfl_xor_sync(~0u, sum, mask);
       }
       const float inv_rms = __frsqrt_rn(sum * p.inv_head_dim + p.epsilon);
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) f[j] *= inv_rms;
       if (p.cast_first) {
-        Round(f, x[step]);
+        Round(f, &x[step]);
         Widen(x[step], f);
       }
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) f[j] *= weight[j];
-      Round(f, x[step]);
+      Round(f, &x[step]);
       if (cos_sin != nullptr) {
-        Part* staged_head = nullptr;
+        T* staged_head = nullptr;
         if constexpr (!kVector) {
-          __shared__ Part staged[kMaxWarps][32 * kParts];
+          __shared__ T staged[kMaxWarps][32 * kPerLane];
           staged_head = staged[threadIdx.z * blockDim.y + threadIdx.y] +
-                        (threadIdx.x - lane_in_head) * kParts;
+                        (threadIdx.x - lanes.in_head) * kPerLane;
         }
-        Part other[kParts];
-        ExchangePartners<T, kVector>(p, lane_in_head, x[step], staged_head,
-                                     other);
-        Widen(x[step], f);
-        float g[kPerLane];
-        Widen(other, g);
-#pragma unroll
-        for (int j = 0; j < kPerLane; ++j) {
-          const int i = ((j / kVec << p.log2_lanes) + lane_in_head) * kVec +
-                        (kVector ? 0 : j % kVec);
-          if (i < p.rotary_dim)
-            f[j] = f[j] * angles.cos[j] + g[j] * angles.sin[j];
-        }
-        Round(f, x[step]);
-      }
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        if (!active) continue;
-        Store<kVector>(x[step][part],
-                       data + step * step_stride + part * lanes * kVec);
+        Rotate<kVector>(p, angles, lanes, staged_head, &x[step]);
       }
     }
-    if (active && slot.page >= 0) {
-      WriteCache<T, kVector>(
-          p, cache, cache_at + step * heads_per_step * cache.head_stride,
-          lane_in_head, x[step]);
+    if (!is_active(step)) continue;
+    if (role != kV) Store<kVector>(x[step], head + step * step_stride, lanes);
+    if (slot.page >= 0) {
+      WriteCache<kVector>(p, cache,
+                          cache_at + step * heads_per_step * cache.head_stride,
+                          lanes, x[step]);
     }
   }
 }
