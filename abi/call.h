@@ -45,6 +45,12 @@ int32_t Call(const char* function, tenon_error* error, Body&& body) noexcept {
 // the headers of all versions.
 template <class Struct>
 inline constexpr size_t kFirstSize = sizeof(Struct);
+template <>
+inline constexpr size_t kFirstSize<tenon_session_options> =
+    offsetof(tenon_session_options, kv_cache_bytes);
+template <>
+inline constexpr size_t kFirstSize<tenon_session_info> =
+    offsetof(tenon_session_info, kv_cache_bytes);
 
 // The longest struct that a caller may claim to have; more is taken for
 // garbage, and not read.

@@ -28,6 +28,7 @@ Status ReadOptions(const tenon_session_options* from, const ModelConfig& config,
           : std::min(options->max_context, config.max_position_embeddings);
   if (o.page_size != 0) options->page_size = o.page_size;
   options->num_pages = o.num_pages;
+  options->kv_cache_bytes = o.kv_cache_bytes;
   options->max_logit_rows = o.max_logit_rows;
   options->num_threads = o.num_threads;
   return Status();
@@ -80,6 +81,7 @@ Status QuerySession(tenon_session handle, tenon_session_info* to) {
   info.num_free_pages = s->session->num_free_pages();
   info.num_steps = s->num_steps;
   info.num_tokens = s->num_tokens;
+  info.kv_cache_bytes = s->session->kv_cache_bytes();
   return WriteStruct("info", info, to);
 }
 

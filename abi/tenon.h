@@ -82,7 +82,7 @@ extern "C" {
 
 /* This header's version; tenon_abi_version() has the library's. */
 #define TENON_ABI_MAJOR 1
-#define TENON_ABI_MINOR 0
+#define TENON_ABI_MINOR 1
 
 /* Status codes; equal to absl::StatusCode and to gRPC's. */
 #define TENON_OK 0
@@ -743,6 +743,9 @@ typedef struct tenon_session_options {
   int32_t max_logit_rows; /* tokens whose logits one step computes; 0:
                              max_sequences */
   int32_t num_threads;    /* CPU; 0: one for each usable CPU */
+  /* Since ABI 1.1. */
+  int64_t kv_cache_bytes; /* instead of num_pages: as many pages as fit; 0: by
+                             num_pages */
 } tenon_session_options;
 
 typedef struct tenon_session_info {
@@ -758,6 +761,8 @@ typedef struct tenon_session_info {
   int64_t num_free_pages;
   uint64_t num_steps;  /* since the session was created */
   uint64_t num_tokens; /* processed by them */
+  /* Since ABI 1.1. */
+  int64_t kv_cache_bytes; /* of all pages */
 } tenon_session_info;
 
 /* Runs a model: owns the paged KV cache, the activations and a stream. All

@@ -34,7 +34,19 @@ Status Validate(const KvCacheOptions& o) {
   return Status();
 }
 
+// Of one token's K (or V) in one layer.
+int64_t TokenBytes(const KvCacheOptions& o) {
+  return int64_t{o.num_kv_heads} * o.head_dim *
+         static_cast<int64_t>(DTypeSize(o.dtype));
+}
+
 }  // namespace
+
+int64_t KvCache::PagesIn(const KvCacheOptions& o, int64_t bytes) {
+  const int64_t plane =
+      std::max<int64_t>(bytes, 0) / 2 / o.num_layers / kAlignment * kAlignment;
+  return plane / (TokenBytes(o) * o.page_size);
+}
 
 StatusOr<KvCache> KvCache::Create(const KvCacheOptions& options) {
   TENON_RETURN_IF_ERROR(Validate(options));
@@ -45,8 +57,7 @@ StatusOr<KvCache> KvCache::Create(const KvCacheOptions& options) {
       options.page_size;
   cache.max_pages_ =
       static_cast<int32_t>(std::min(context_pages, options.num_pages));
-  cache.token_bytes_ = int64_t{options.num_kv_heads} * options.head_dim *
-                       static_cast<int64_t>(DTypeSize(options.dtype));
+  cache.token_bytes_ = TokenBytes(options);
   int64_t bytes;
   if (__builtin_mul_overflow(cache.token_bytes_ * options.page_size,
                              options.num_pages, &bytes) ||

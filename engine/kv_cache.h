@@ -73,6 +73,10 @@ class KvCache {
   // end is finite.
   static StatusOr<KvCache> Create(const KvCacheOptions& options);
 
+  // The most pages that a cache of at most `bytes` bytes can have; 0 for a
+  // negative number. num_pages is not read.
+  static int64_t PagesIn(const KvCacheOptions& options, int64_t bytes);
+
   // [num_pages, page_size, num_kv_heads, head_dim]
   TensorView k(int32_t layer) const { return Plane(2 * layer); }
   TensorView v(int32_t layer) const { return Plane(2 * layer + 1); }

@@ -14,11 +14,11 @@
 namespace tenon {
 namespace {
 
+constexpr char kCreate[] = "Session";
 constexpr char kStep[] = "Step";
 
 // Fills in what the options leave to the session, and checks the rest.
 Status ResolveOptions(const ModelConfig& config, SessionOptions* o) {
-  constexpr char kCreate[] = "Session";
   constexpr int64_t kMax = 1 << 20;
   TENON_RETURN_IF_ERROR(
       CheckRange(kCreate, "max_sequences", o->max_sequences, 1, kMax));
@@ -30,13 +30,29 @@ Status ResolveOptions(const ModelConfig& config, SessionOptions* o) {
       CheckRange(kCreate, "page_size", o->page_size, 1, 65536));
   TENON_RETURN_IF_ERROR(
       CheckRange(kCreate, "num_threads", o->num_threads, 0, 4096));
-  const int64_t pages_per_sequence =
-      (int64_t{o->max_context} + o->page_size - 1) / o->page_size;
-  if (o->num_pages == 0) o->num_pages = o->max_sequences * pages_per_sequence;
-  TENON_RETURN_IF_ERROR(
-      CheckRange(kCreate, "num_pages", o->num_pages, 1, int64_t{1} << 30));
   if (o->max_logit_rows == 0) o->max_logit_rows = o->max_sequences;
   return CheckRange(kCreate, "max_logit_rows", o->max_logit_rows, 1, kMax);
+}
+
+// The pages of a cache that is as `cache` says otherwise.
+Status ResolvePages(const KvCacheOptions& cache, SessionOptions* o) {
+  constexpr int64_t kMax = int64_t{1} << 30;
+  const int64_t pages_per_sequence =
+      (int64_t{o->max_context} + o->page_size - 1) / o->page_size;
+  if (o->kv_cache_bytes != 0) {
+    if (o->num_pages != 0) {
+      return InvalidArgumentError(kCreate, ": num_pages is ", o->num_pages,
+                                  " and kv_cache_bytes is ", o->kv_cache_bytes,
+                                  ", expected one of them");
+    }
+    o->num_pages = std::min(KvCache::PagesIn(cache, o->kv_cache_bytes), kMax);
+    if (o->num_pages > 0) return Status();
+    return InvalidArgumentError(kCreate, ": kv_cache_bytes is ",
+                                o->kv_cache_bytes, ", too few for a page of ",
+                                o->page_size, " tokens");
+  }
+  if (o->num_pages == 0) o->num_pages = o->max_sequences * pages_per_sequence;
+  return CheckRange(kCreate, "num_pages", o->num_pages, 1, kMax);
 }
 
 // Logit rows of one step: those that are sampled come first, so that they form
@@ -301,9 +317,10 @@ StatusOr<std::unique_ptr<Session>> Session::Create(
   c.dtype = m.weights.dtype;
   c.device = m.device;
   c.page_size = o.page_size;
-  c.num_pages = o.num_pages;
   c.max_sequences = o.max_sequences;
   c.max_context = o.max_context;
+  TENON_RETURN_IF_ERROR(ResolvePages(c, &o));
+  c.num_pages = o.num_pages;
   StatusOr<KvCache> cache = KvCache::Create(c);
   TENON_RETURN_IF_ERROR(cache.status());
   impl->cache = *std::move(cache);
@@ -427,5 +444,6 @@ bool Session::is_broken() const { return impl_->is_broken; }
 int64_t Session::num_free_pages() const {
   return impl_->cache.num_free_pages();
 }
+int64_t Session::kv_cache_bytes() const { return impl_->cache.bytes(); }
 
 }  // namespace tenon

@@ -18,6 +18,7 @@ struct SessionOptions {
   int32_t max_context = 2048;  // tokens of one sequence
   int32_t page_size = 16;      // tokens of a KV cache page
   int64_t num_pages = 0;       // 0: enough for max_sequences full contexts
+  int64_t kv_cache_bytes = 0;  // instead of num_pages: as many as fit
   int32_t max_logit_rows = 0;  // tokens whose logits a step computes (the last
                                // of each sampled row; all with kAll); 0:
                                // max_sequences
@@ -99,6 +100,7 @@ class Session {
   const SessionOptions& options() const;
   int32_t num_sequences() const;
   int64_t num_free_pages() const;
+  int64_t kv_cache_bytes() const;  // of all pages
   // Whether an error of the device has left the session unable to go on.
   bool is_broken() const;
 

@@ -131,6 +131,7 @@ type SessionOptions struct {
 	NumPages       int64
 	MaxLogitRows   int
 	NumThreads     int
+	KvCacheBytes   int64
 }
 
 // A Session runs a model. Any number of goroutines may use one; their calls
@@ -155,6 +156,7 @@ func (m *Model) NewSession(options SessionOptions) (*Session, error) {
 		num_pages:      C.int64_t(options.NumPages),
 		max_logit_rows: C.int32_t(options.MaxLogitRows),
 		num_threads:    C.int32_t(options.NumThreads),
+		kv_cache_bytes: C.int64_t(options.KvCacheBytes),
 	}
 	if options.BatchInvariant {
 		raw.flags |= C.TENON_SESSION_BATCH_INVARIANT

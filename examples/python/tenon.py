@@ -61,7 +61,7 @@ from typing import (
 # The ABI that this module was written for: a library of the same major version
 # and at least this minor version will do.
 ABI_MAJOR = 1
-ABI_MINOR = 0
+ABI_MINOR = 1
 
 OK = 0
 CANCELLED = 1
@@ -302,6 +302,7 @@ class SessionInfo(_Struct):
     num_free_pages: _i64
     num_steps: _u64
     num_tokens: _u64
+    kv_cache_bytes: _i64
 
 
 def _fields(name: str, fields: str) -> Any:
@@ -387,7 +388,7 @@ ModelRandomArgs = _fields(
 SessionOptions = _fields(
     "SessionOptions",
     "u32 struct_size flags; i32 max_sequences max_tokens max_context page_size; i64 "
-    "num_pages; i32 max_logit_rows num_threads",
+    "num_pages; i32 max_logit_rows num_threads; i64 kv_cache_bytes",
 )
 _StepRow = _fields(
     "_StepRow",
@@ -1871,6 +1872,7 @@ class Session(_Object):
         num_pages: int = 0,
         max_logit_rows: int = 0,
         num_threads: int = 0,
+        kv_cache_bytes: int = 0,
         batch_invariant: bool = False,
         count_experts: bool = False,
     ):
@@ -1884,6 +1886,7 @@ class Session(_Object):
             num_pages=num_pages,
             max_logit_rows=max_logit_rows,
             num_threads=num_threads,
+            kv_cache_bytes=kv_cache_bytes,
         )
         handle = c_uint64()
         _check(

@@ -16,7 +16,7 @@ pub const TENON_DL_FLOAT: u8 = 2;
 pub const TENON_DL_BFLOAT: u8 = 4;
 pub const TENON_DL_FLOAT8_E4M3FN: u8 = 10;
 pub const TENON_ABI_MAJOR: u32 = 1;
-pub const TENON_ABI_MINOR: u32 = 0;
+pub const TENON_ABI_MINOR: u32 = 1;
 pub const TENON_OK: i32 = 0;
 pub const TENON_CANCELLED: i32 = 1;
 pub const TENON_UNKNOWN: i32 = 2;
@@ -671,6 +671,7 @@ pub struct tenon_session_options {
     pub num_pages: i64,
     pub max_logit_rows: i32,
     pub num_threads: i32,
+    pub kv_cache_bytes: i64,
 }
 
 impl Default for tenon_session_options {
@@ -700,6 +701,7 @@ pub struct tenon_session_info {
     pub num_free_pages: i64,
     pub num_steps: u64,
     pub num_tokens: u64,
+    pub kv_cache_bytes: i64,
 }
 
 impl Default for tenon_session_info {
@@ -1326,7 +1328,7 @@ pub fn check_layout() -> Result<(), String> {
         eos_token_ids = 68,
         reserved = 100,
         weight_bytes = 104);
-    expect_layout!(tenon_session_options, 40,
+    expect_layout!(tenon_session_options, 48,
         struct_size = 0,
         flags = 4,
         max_sequences = 8,
@@ -1335,8 +1337,9 @@ pub fn check_layout() -> Result<(), String> {
         page_size = 20,
         num_pages = 24,
         max_logit_rows = 32,
-        num_threads = 36);
-    expect_layout!(tenon_session_info, 64,
+        num_threads = 36,
+        kv_cache_bytes = 40);
+    expect_layout!(tenon_session_info, 72,
         struct_size = 0,
         flags = 4,
         max_sequences = 8,
@@ -1348,7 +1351,8 @@ pub fn check_layout() -> Result<(), String> {
         num_sequences = 36,
         num_free_pages = 40,
         num_steps = 48,
-        num_tokens = 56);
+        num_tokens = 56,
+        kv_cache_bytes = 64);
     expect_layout!(tenon_step_row, 48,
         struct_size = 0,
         num_tokens = 4,

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 #include "ops/core/status.h"
 #include "ops/core/stream.h"
@@ -57,26 +58,73 @@ class DeviceGuard {
 // Launches and returns the launch's own error (cudaGetLastError could report
 // one of the caller's).
 template <class... KernelArgs, class... Args>
-Status Launch(const char* op, Stream stream, dim3 grid, dim3 block,
-              size_t shared_bytes, void (*kernel)(KernelArgs...),
-              Args&&... args) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = Native(stream);
+Status LaunchWithConfig(const char* op, const cudaLaunchConfig_t& config,
+                        void (*kernel)(KernelArgs...), Args&&... args) {
   // Without this the limit is 48 KiB, for static shared memory as well.
   constexpr size_t kRoomForStatic = 16 * 1024;
-  if (shared_bytes > 48 * 1024 - kRoomForStatic) {
+  if (config.dynamicSmemBytes > 48 * 1024 - kRoomForStatic) {
     TENON_RETURN_IF_ERROR(ToStatus(
         cudaFuncSetAttribute(kernel,
                              cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(shared_bytes)),
+                             static_cast<int>(config.dynamicSmemBytes)),
         op));
   }
   return ToStatus(
       cudaLaunchKernelEx(&config, kernel, static_cast<KernelArgs>(args)...),
       op);
+}
+
+inline cudaLaunchConfig_t LaunchConfig(Stream stream, dim3 grid, dim3 block,
+                                       size_t shared_bytes) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = Native(stream);
+  return config;
+}
+
+template <class... KernelArgs, class... Args>
+Status Launch(const char* op, Stream stream, dim3 grid, dim3 block,
+              size_t shared_bytes, void (*kernel)(KernelArgs...),
+              Args&&... args) {
+  return LaunchWithConfig(op, LaunchConfig(stream, grid, block, shared_bytes),
+                          kernel, std::forward<Args>(args)...);
+}
+
+// The same for a kernel that every thread of begins with
+// WaitForPreviousKernels(): where the GPU can (sm_90), its blocks are set up
+// while the kernel before it in the stream still runs (programmatic dependent
+// launch).
+template <class... KernelArgs, class... Args>
+Status LaunchDependent(const char* op, Stream stream, dim3 grid, dim3 block,
+                       size_t shared_bytes, void (*kernel)(KernelArgs...),
+                       Args&&... args) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = LaunchConfig(stream, grid, block, shared_bytes);
+  int device = 0;
+  int major = 0;
+  TENON_RETURN_IF_ERROR(ToStatus(cudaGetDevice(&device), op));
+  TENON_RETURN_IF_ERROR(ToStatus(
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+      op));
+  if (major >= 9) {
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  return LaunchWithConfig(op, config, kernel, std::forward<Args>(args)...);
+}
+
+// Waits until the kernels before this one in the stream are done and their
+// writes can be seen, then lets the next one set up its blocks. Without
+// LaunchDependent it does nothing.
+__device__ __forceinline__ void WaitForPreviousKernels() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 template <class A, class B>

@@ -92,14 +92,18 @@ class GemmTile {
   // all threads for all of the tile, so it has to skip rows and columns that do
   // not exist. depth >= 0.
   //
+  // before_a() is called once, when the first loads of B are under way and A
+  // has not been touched: the place to wait for the kernel that writes A.
+  //
   // All threads of the block take part. To run another tile in the same shared
   // memory, call __syncthreads() first.
-  template <class ARow, class Epilogue>
+  template <class ARow, class Epilogue, class BeforeA>
   static __device__ __forceinline__ void Run(char* shared, const ARow& a_row,
                                              const T* const (&b)[kNumB],
                                              const int64_t (&b_stride)[kNumB],
                                              int64_t b_rows, int depth,
-                                             const Epilogue& epilogue) {
+                                             const Epilogue& epilogue,
+                                             const BeforeA& before_a) {
     const Loader loader(SharedAddress(shared), a_row, b, b_stride, b_rows,
                         depth);
     Accumulators acc = {};
@@ -107,7 +111,13 @@ class GemmTile {
     const int num_steps = CeilDiv(depth, kDepth);
 #pragma unroll
     for (int s = 0; s < kStages - 1; ++s) {
-      if (s < num_steps) loader.Load(s, s);
+      if (s < num_steps) loader.LoadB(s, s);
+    }
+    before_a();
+    // The first group has all of B's stages so far.
+#pragma unroll
+    for (int s = 0; s < kStages - 1; ++s) {
+      if (s < num_steps) loader.LoadA(s, s);
       CommitCopies();
     }
     int stage = 0;
@@ -117,7 +127,8 @@ class GemmTile {
       // Also: every warp is done reading the stage that is loaded next.
       __syncthreads();
       if (step + kStages - 1 < num_steps) {
-        loader.Load(step + kStages - 1, load_stage);
+        loader.LoadA(step + kStages - 1, load_stage);
+        loader.LoadB(step + kStages - 1, load_stage);
       }
       CommitCopies();
       reader.MultiplyAdd(stage, acc);
@@ -127,7 +138,7 @@ class GemmTile {
     reader.Finish(acc, epilogue);
   }
 
-  // The same with one stride for all matrices.
+  // The same with one stride for all matrices, and nothing to wait for.
   template <class ARow, class Epilogue>
   static __device__ __forceinline__ void Run(char* shared, const ARow& a_row,
                                              const T* const (&b)[kNumB],
@@ -137,7 +148,7 @@ class GemmTile {
     int64_t b_strides[kNumB];
 #pragma unroll
     for (int i = 0; i < kNumB; ++i) b_strides[i] = b_stride;
-    Run(shared, a_row, b, b_strides, b_rows, depth, epilogue);
+    Run(shared, a_row, b, b_strides, b_rows, depth, epilogue, [] {});
   }
 
  private:
@@ -202,23 +213,25 @@ class GemmTile {
     }
 
     // Depth step `step` into stage `stage`.
-    __device__ __forceinline__ void Load(int step, int stage) const {
+    __device__ __forceinline__ void LoadA(int step, int stage) const {
       const int k = step * kDepth + chunk_ * kPerChunk;
-      const int row = threadIdx.x / 8;
-      const uint32_t offset = stage * kStageBytes;
+      const uint32_t to = a_to_ + stage * kStageBytes;
 #pragma unroll
       for (int i = 0; i < kRoundsA; ++i) {
-        if (kM >= kLoadRows || row < kM) {
-          // kLoadRows is a multiple of 8: the swizzle stays.
-          LoadChunk(a_to_ + offset + i * kLoadRows * kRowBytes, a_[i], k);
-        }
+        if (kM < kLoadRows && threadIdx.x / 8 >= kM) continue;
+        // kLoadRows is a multiple of 8 or all of kM: the swizzle stays.
+        LoadChunk(to + i * kLoadRows * kRowBytes, a_[i], k);
       }
+    }
+    __device__ __forceinline__ void LoadB(int step, int stage) const {
+      const int k = step * kDepth + chunk_ * kPerChunk;
+      const uint32_t to_stage = b_to_ + stage * kStageBytes;
 #pragma unroll
       for (int i = 0; i < kRoundsB; ++i) {
-        const int n = row + i * kLoadRows;
+        const int n = threadIdx.x / 8 + i * kLoadRows;
         if (kN < kLoadRows && n >= kN) continue;
-        const uint32_t to = b_to_ + offset + i * kLoadRows * kRowBytes +
-                            (chunk_ ^ SwizzleB(n)) * 16;
+        const uint32_t to =
+            to_stage + i * kLoadRows * kRowBytes + (chunk_ ^ SwizzleB(n)) * 16;
 #pragma unroll
         for (int q = 0; q < kNumB; ++q) {
           LoadChunk(to + q * kN * kRowBytes, b_[q][i], k);

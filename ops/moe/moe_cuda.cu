@@ -4,7 +4,9 @@
 #include "ops/moe/moe_tile_rows.h"
 
 // Launches: align, unless there are few slots; gate and up projection with
-// SwiGLU; down projection with the routing weight; sum.
+// SwiGLU; down projection with the routing weight; sum. The last three overlap
+// (LaunchDependent): each has its blocks set up, and the down projection its
+// first weights under way, while the one before it ends.
 
 namespace tenon {
 namespace {
@@ -35,6 +37,7 @@ __global__ void __launch_bounds__(GemmTile<T, Shape, kAligned>::kThreads)
   using Tile = GemmTile<T, Shape, kAligned>;
   extern __shared__ __align__(128) char shared[];
   __shared__ MoeTile<Shape::kM> tile;
+  cuda::WaitForPreviousKernels();
   const int64_t cols = g.gate.rows;
   const int col_tiles = static_cast<int>(CeilDiv(cols, int64_t{Shape::kN}));
   FindTile(g.source, blockIdx.x / col_tiles, &tile);
@@ -65,7 +68,8 @@ __global__ void __launch_bounds__(GemmTile<T, Shape, kAligned>::kThreads)
         }
         cuda::StoreColumns(static_cast<T*>(g.hidden) + slot * cols, col + n,
                            cols, v, kAligned);
-      });
+      },
+      [] {});
 }
 
 template <class T, class Shape, bool kAligned>
@@ -74,8 +78,9 @@ Status LaunchShape(const GateUp& g, Stream stream) {
   dim3 grid;
   TENON_RETURN_IF_ERROR(
       MoeGrid(kOp, g.source.num_tiles, g.gate.rows, Shape::kN, &grid));
-  return cuda::Launch(kOp, stream, grid, dim3(Tile::kThreads),
-                      Tile::kSharedBytes, GateUpKernel<T, Shape, kAligned>, g);
+  return cuda::LaunchDependent(kOp, stream, grid, dim3(Tile::kThreads),
+                               Tile::kSharedBytes,
+                               GateUpKernel<T, Shape, kAligned>, g);
 }
 
 // The shapes of the grouped matrix product, with half the columns of two
@@ -111,6 +116,7 @@ template <class T, int kVec>
 __global__ void __launch_bounds__(kSumThreads)
     SumKernel(TensorView ids, int num_experts, const T* weighted,
               TensorView out) {
+  cuda::WaitForPreviousKernels();
   const int64_t hidden = out.shape[1];
   const int64_t per_row = hidden / kVec;
   const int64_t i = blockIdx.x * int64_t{kSumThreads} + threadIdx.x;
@@ -145,10 +151,10 @@ Status LaunchSum(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
   const int64_t threads = NumElements(p.out) / (wide ? kWide : 1);
   const int64_t blocks = CeilDiv(threads, int64_t{kSumThreads});
   auto* const kernel = wide ? SumKernel<T, kWide> : SumKernel<T, 1>;
-  return cuda::Launch(kOp, stream, dim3(static_cast<unsigned>(blocks)),
-                      dim3(kSumThreads), 0, kernel, p.topk_ids,
-                      static_cast<int>(p.gate.num_experts),
-                      static_cast<const T*>(scratch.weighted), p.out);
+  return cuda::LaunchDependent(kOp, stream, dim3(static_cast<unsigned>(blocks)),
+                               dim3(kSumThreads), 0, kernel, p.topk_ids,
+                               static_cast<int>(p.gate.num_experts),
+                               static_cast<const T*>(scratch.weighted), p.out);
 }
 
 // ---------------------------------------------------------------------------
@@ -200,6 +206,7 @@ Status Compute(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
                   top_k};
   down.out = MakeTensor(scratch.weighted, p.x.dtype, device,
                         {num_slots, p.x.shape[1]});
+  down.dependent = true;
   TENON_RETURN_IF_ERROR(
       LaunchMoeGroupedGemm(kOp, down, tile_rows, aligned, stream));
   return LaunchSum<T>(p, scratch, stream);

@@ -139,6 +139,9 @@ struct MoeGroupedGemm {
   TensorView bias;  // optional
   MoeRoutingWeights routing;
   TensorView out;
+  // The kernel before this one in the stream writes x and nothing else that is
+  // read here, and lets this one start early; see LaunchDependent.
+  bool dependent = false;
 };
 
 // tile_rows and aligned: see MoeTileRows.

@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(GemmTile<T, Shape, kAligned>::kThreads)
   const ExpertMatrices& w = g.weights;
   const int col_tiles = static_cast<int>(CeilDiv(w.rows, int64_t{Shape::kN}));
   FindTile(g.source, blockIdx.x / col_tiles, &tile);
-  if (tile.expert < 0) return;
+  if (tile.expert < 0) return cuda::WaitForPreviousKernels();
 
   const int64_t col = blockIdx.x % col_tiles * int64_t{Shape::kN};
   const T* const b[1] = {static_cast<const T*>(w.data) +
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(GemmTile<T, Shape, kAligned>::kThreads)
                    ? nullptr
                    : g.x.As<const T>() + slot / g.slots_per_row * g.x.stride[0];
       },
-      b, w.row_stride, w.rows - col, static_cast<int>(w.cols),
+      b, {w.row_stride}, w.rows - col, static_cast<int>(w.cols),
       [&](int m, int n, const float(&c)[1][Tile::kCols]) {
         const int slot = tile.slots[m];
         if (slot < 0) return;
@@ -156,7 +156,8 @@ __global__ void __launch_bounds__(GemmTile<T, Shape, kAligned>::kThreads)
         }
         cuda::StoreColumns(g.out.As<T>() + slot * g.out.stride[0], col + n,
                            w.rows, v, out_aligned);
-      });
+      },
+      [] { cuda::WaitForPreviousKernels(); });
 }
 
 template <class T, class Shape, bool kAligned>
@@ -165,9 +166,14 @@ Status LaunchShape(const char* op, const MoeGroupedGemm& g, Stream stream) {
   dim3 grid;
   TENON_RETURN_IF_ERROR(
       MoeGrid(op, g.source.num_tiles, g.weights.rows, Shape::kN, &grid));
-  return cuda::Launch(op, stream, grid, dim3(Tile::kThreads),
-                      Tile::kSharedBytes, GroupedGemmKernel<T, Shape, kAligned>,
-                      g, cuda::RowsAreAligned(g.out, 16));
+  const bool out_aligned = cuda::RowsAreAligned(g.out, 16);
+  auto* const kernel = GroupedGemmKernel<T, Shape, kAligned>;
+  const dim3 block(Tile::kThreads);
+  return g.dependent
+             ? cuda::LaunchDependent(op, stream, grid, block,
+                                     Tile::kSharedBytes, kernel, g, out_aligned)
+             : cuda::Launch(op, stream, grid, block, Tile::kSharedBytes, kernel,
+                            g, out_aligned);
 }
 
 // The rows of a shape are those of MoeTileRows. Few rows: small blocks with

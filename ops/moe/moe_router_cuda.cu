@@ -144,6 +144,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const int64_t token = blockIdx.x * int64_t{kWarps} + warp;
+  cuda::WaitForPreviousKernels();
   if (token >= p.logits.shape[0]) return;
   const int num_experts = static_cast<int>(p.logits.shape[1]);
   const T* row = p.logits.As<const T>() + token * p.logits.stride[0];
@@ -212,7 +213,8 @@ Status LaunchMoeRouter(const MoeRouterParams& p, Stream stream) {
   if (num_experts <= 128) kernel = MoeRouterKernel<T, 4>;
   const dim3 grid(
       static_cast<unsigned>(cuda::CeilDiv(p.logits.shape[0], int64_t{kWarps})));
-  return cuda::Launch("MoeRouter", stream, grid, kWarps * 32, 0, kernel, p);
+  return cuda::LaunchDependent("MoeRouter", stream, grid, kWarps * 32, 0,
+                               kernel, p);
 }
 
 }  // namespace

@@ -10,7 +10,8 @@ namespace {
 using namespace qk_norm;  // NOLINT: this file is the host half of the kernel
 
 HeadArray ToHeadArray(const TensorView& heads) {
-  return {heads.data, heads.stride[0], heads.stride[1]};
+  return {heads.data, heads.stride[0], heads.stride[1],
+          static_cast<int32_t>(heads.shape[1]), 0};
 }
 
 CacheArray ToCacheArray(const TensorView& cache, float scale) {
@@ -23,9 +24,6 @@ KernelParams MakeKernelParams(const QkNormParams& p) {
   kernel.tokens = p.q.shape[0];
   kernel.heads[kQ] = ToHeadArray(p.q);
   kernel.heads[kK] = ToHeadArray(p.k);
-  kernel.first_k = static_cast<int32_t>(p.q.shape[1]);
-  kernel.first_v = kernel.first_k + static_cast<int32_t>(p.k.shape[1]);
-  kernel.num_heads = kernel.first_v;
   while (kPerLane << kernel.log2_lanes < head_dim) ++kernel.log2_lanes;
   const TensorView* const weights[] = {&p.q_weight, &p.k_weight};
   for (Role role : {kQ, kK}) {
@@ -36,10 +34,7 @@ KernelParams MakeKernelParams(const QkNormParams& p) {
   kernel.epsilon = p.epsilon;
   kernel.inv_head_dim = 1.0f / static_cast<float>(head_dim);
   if (p.rotary.cos_sin.present()) {
-    const int64_t vec = 16 / static_cast<int64_t>(DTypeSize(p.q.dtype));
     kernel.rotary_dim = p.rotary.rotary_dim;
-    kernel.vector_rotary = p.rotary.rotary_dim / 2 % vec == 0 &&
-                           cuda::RowsAreAligned(p.rotary.cos_sin, 16);
     kernel.wide_positions = p.rotary.positions.dtype == DType::kInt64;
     kernel.positions = p.rotary.positions.data;
     kernel.cos_sin = p.rotary.cos_sin.As<const float>();
@@ -48,7 +43,6 @@ KernelParams MakeKernelParams(const QkNormParams& p) {
   }
   if (p.cache.k_cache.present()) {
     kernel.heads[kV] = ToHeadArray(p.v);
-    kernel.num_heads += static_cast<int32_t>(p.v.shape[1]);
     kernel.slots = p.cache.slot_mapping.As<const int64_t>();
     kernel.page_size = p.cache.k_cache.shape[1];
     kernel.num_slots = p.cache.k_cache.shape[0] * kernel.page_size;
@@ -59,54 +53,72 @@ KernelParams MakeKernelParams(const QkNormParams& p) {
   return kernel;
 }
 
-// Whether all views allow 16-byte accesses (of fp8 caches, as many elements).
-bool IsAligned(const QkNormParams& p) {
-  for (const TensorView* view : {&p.q, &p.k, &p.v, &p.q_weight, &p.k_weight}) {
+// Whether everything can be moved 16 bytes at a time (fp8 caches: as many
+// elements), and rotation partners come in whole vectors too.
+bool IsVectorizable(const QkNormParams& p) {
+  for (const TensorView* view :
+       {&p.q, &p.k, &p.v, &p.q_weight, &p.k_weight, &p.rotary.cos_sin}) {
     if (view->present() && !cuda::RowsAreAligned(*view, 16)) return false;
   }
-  const size_t cache_bytes =
-      16 / DTypeSize(p.q.dtype) * DTypeSize(p.cache.k_cache.dtype);
+  const size_t vec = 16 / DTypeSize(p.q.dtype);
   for (const TensorView* view : {&p.cache.k_cache, &p.cache.v_cache}) {
-    if (view->present() && !cuda::RowsAreAligned(*view, cache_bytes)) {
+    if (view->present() &&
+        !cuda::RowsAreAligned(*view, vec * DTypeSize(view->dtype))) {
       return false;
     }
   }
-  return true;
+  return !p.rotary.cos_sin.present() || p.rotary.rotary_dim / 2 % vec == 0;
 }
 
-// Registers allow about this many.
-constexpr int kWarpsPerSm = 24;
+// Gives each warp of a token heads of one role, `num_steps` steps of them.
+void AssignWarps(int num_steps, KernelParams* kernel) {
+  kernel->num_steps = num_steps;
+  for (HeadArray& heads : kernel->heads) {
+    heads.first_warp = kernel->num_warps;
+    kernel->num_warps +=
+        cuda::CeilDiv(heads.count, (32 >> kernel->log2_lanes) * num_steps);
+  }
+}
 
-// Few steps: one to a warp, for the shortest way through. Many: several, so
-// that a warp has more bytes under way and reads the angles of a token less
-// often.
-int StepsPerWarp(int64_t total_steps) {
-  return total_steps <= 8192 ? 1 : kMaxSteps;
+// Few heads in all: a step to a warp, for the shortest way through. Many:
+// several, so that a warp has more bytes under way and reads weights and angles
+// less often.
+int StepsPerWarp(const KernelParams& kernel) {
+  int heads = 0;
+  for (const HeadArray& array : kernel.heads) heads += array.count;
+  return kernel.tokens * heads <= 8192 ? 1 : kMaxSteps;
+}
+
+template <class T, bool kRotary>
+auto* SelectKernel(bool vectorizable, int log2_lanes) {
+  if (!vectorizable) return QkNormKernel<T, 0, true>;
+  switch (log2_lanes) {
+    case 3:
+      return QkNormKernel<T, 3, kRotary>;
+    case 4:
+      return QkNormKernel<T, 4, kRotary>;
+    default:
+      return QkNormKernel<T, 5, kRotary>;
+  }
 }
 
 template <class T>
 Status LaunchQkNorm(const QkNormParams& p, Stream stream) {
   KernelParams kernel = MakeKernelParams(p);
-  const int steps = cuda::CeilDiv(kernel.num_heads, 32 >> kernel.log2_lanes);
-  const int warps = cuda::CeilDiv(steps, StepsPerWarp(kernel.tokens * steps));
-  const int blocks = cuda::CeilDiv(warps, kMaxWarps);
-  const int warps_per_block = cuda::CeilDiv(warps, blocks);
-  kernel.num_steps = cuda::CeilDiv(steps, blocks * warps_per_block);
-  // As many blocks as run at once, each with many tokens: starting a block
-  // takes about as long as a token.
-  int num_sms = 0;
-  TENON_RETURN_IF_ERROR(cuda::ToStatus(
-      cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount,
-                             p.q.device.index),
-      "QkNorm"));
-  const int blocks_per_sm = std::max(1, kWarpsPerSm / warps_per_block);
-  const int64_t grid_tokens = std::min<int64_t>(
-      kernel.tokens,
-      std::max(1, cuda::CeilDiv(num_sms * blocks_per_sm, blocks)));
-  const dim3 grid(static_cast<unsigned>(grid_tokens), blocks);
-  return cuda::Launch(
-      "QkNorm", stream, grid, dim3(32, warps_per_block), 0,
-      IsAligned(p) ? QkNormKernel<T, true> : QkNormKernel<T, false>, kernel);
+  AssignWarps(StepsPerWarp(kernel), &kernel);
+  const int blocks = cuda::CeilDiv(kernel.num_warps, kMaxWarps);  // of a token
+  const int block_warps = cuda::CeilDiv(kernel.num_warps, blocks);
+  const int block_tokens = kMaxWarps / block_warps;
+  const dim3 grid(
+      static_cast<unsigned>(cuda::CeilDiv(kernel.tokens, block_tokens)),
+      blocks);
+  const bool vectorizable = IsVectorizable(p);
+  return cuda::LaunchDependent(
+      "QkNorm", stream, grid, dim3(32, block_warps, block_tokens), 0,
+      kernel.rotary_dim > 0
+          ? SelectKernel<T, true>(vectorizable, kernel.log2_lanes)
+          : SelectKernel<T, false>(vectorizable, kernel.log2_lanes),
+      kernel);
 }
 
 }  // namespace

@@ -143,6 +143,24 @@ TEST_P(SessionTest, TellsItsOptionsAndWhatItDid) {
   EXPECT_EQ(info.num_tokens, 13u + 3u);
 }
 
+TEST_P(SessionTest, TheCacheCanBeGivenInBytes) {
+  const int64_t bytes = Info().kv_cache_bytes;
+  ASSERT_GT(bytes, 0);
+  auto options = Make<tenon_session_options>();
+  options.max_context = 64;
+  options.page_size = 8;
+  options.kv_cache_bytes = bytes / 2;
+  tenon_session handle = 0;
+  ExpectOk([&](tenon_error* e) {
+    return tenon_session_create(model_, &options, &handle, e);
+  });
+  const Owned session(handle, tenon_session_destroy);
+  auto info = Make<tenon_session_info>();
+  ASSERT_EQ(tenon_session_query(session, &info, nullptr), TENON_OK);
+  EXPECT_EQ(info.num_pages, 16);
+  EXPECT_EQ(info.kv_cache_bytes, bytes / 2);
+}
+
 TEST_P(SessionTest, DefaultsFitTheModel) {
   tenon_session session = 0;
   ExpectOk([&](tenon_error* e) {

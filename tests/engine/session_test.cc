@@ -419,6 +419,24 @@ TEST_P(SessionTest, StatsCountRowsTokensAndExperts) {
   EXPECT_GT(stats.distinct_experts[0], 2);
 }
 
+TEST_P(SessionTest, FillsAGivenNumberOfBytesWithPages) {
+  SessionOptions options;
+  options.max_context = kMaxContext;
+  options.page_size = kPageSize;
+  options.num_pages = 5;
+  StatusOr<std::unique_ptr<Session>> session = Session::Create(model_, options);
+  ASSERT_TRUE(session.ok()) << session.status().message();
+  const int64_t bytes = (*session)->kv_cache_bytes();
+  options.num_pages = 0;
+  for (int64_t change : {-1, 0, 1}) {
+    options.kv_cache_bytes = bytes + change;
+    session = Session::Create(model_, options);
+    ASSERT_TRUE(session.ok()) << session.status().message();
+    EXPECT_EQ((*session)->options().num_pages, change < 0 ? 4 : 5);
+    EXPECT_LE((*session)->kv_cache_bytes(), options.kv_cache_bytes);
+  }
+}
+
 TEST_P(SessionTest, RejectsBadOptions) {
   const auto expect = [&](std::vector<std::string> parts, auto change) {
     SessionOptions options;
@@ -432,6 +450,12 @@ TEST_P(SessionTest, RejectsBadOptions) {
   expect({"max_context"}, [](Options& o) { o.max_context = 1 << 30; });
   expect({"page_size"}, [](Options& o) { o.page_size = 0; });
   expect({"num_pages"}, [](Options& o) { o.num_pages = -5; });
+  expect({"kv_cache_bytes", "-1"}, [](Options& o) { o.kv_cache_bytes = -1; });
+  expect({"kv_cache_bytes", "100"}, [](Options& o) { o.kv_cache_bytes = 100; });
+  expect({"num_pages", "kv_cache_bytes"}, [](Options& o) {
+    o.num_pages = 4;
+    o.kv_cache_bytes = 1 << 20;
+  });
   expect({"max_logit_rows"}, [](Options& o) { o.max_logit_rows = -2; });
   expect({"num_threads"}, [](Options& o) { o.num_threads = -1; });
   testing::ExpectInvalid(Session::Create(nullptr, SessionOptions()).status(),

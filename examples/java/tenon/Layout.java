@@ -18,7 +18,7 @@ public final class Layout {
   public static final int DL_BFLOAT = 4;
   public static final int DL_FLOAT8_E4M3FN = 10;
   public static final int ABI_MAJOR = 1;
-  public static final int ABI_MINOR = 0;
+  public static final int ABI_MINOR = 1;
   public static final int OK = 0;
   public static final int CANCELLED = 1;
   public static final int UNKNOWN = 2;
@@ -339,7 +339,7 @@ public final class Layout {
           .field("weight_bytes", Kind.INT64, 104);
 
   static final Struct.Type SESSION_OPTIONS =
-      new Struct.Type("tenon_session_options", 40)
+      new Struct.Type("tenon_session_options", 48)
           .field("struct_size", Kind.UINT32, 0)
           .field("flags", Kind.UINT32, 4)
           .field("max_sequences", Kind.INT32, 8)
@@ -348,10 +348,11 @@ public final class Layout {
           .field("page_size", Kind.INT32, 20)
           .field("num_pages", Kind.INT64, 24)
           .field("max_logit_rows", Kind.INT32, 32)
-          .field("num_threads", Kind.INT32, 36);
+          .field("num_threads", Kind.INT32, 36)
+          .field("kv_cache_bytes", Kind.INT64, 40);
 
   static final Struct.Type SESSION_INFO =
-      new Struct.Type("tenon_session_info", 64)
+      new Struct.Type("tenon_session_info", 72)
           .field("struct_size", Kind.UINT32, 0)
           .field("flags", Kind.UINT32, 4)
           .field("max_sequences", Kind.INT32, 8)
@@ -363,7 +364,8 @@ public final class Layout {
           .field("num_sequences", Kind.INT32, 36)
           .field("num_free_pages", Kind.INT64, 40)
           .field("num_steps", Kind.UINT64, 48)
-          .field("num_tokens", Kind.UINT64, 56);
+          .field("num_tokens", Kind.UINT64, 56)
+          .field("kv_cache_bytes", Kind.INT64, 64);
 
   static final Struct.Type STEP_ROW =
       new Struct.Type("tenon_step_row", 48)

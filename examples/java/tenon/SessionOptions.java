@@ -47,4 +47,9 @@ public final class SessionOptions extends Struct {
     set("num_threads", value);
     return this;
   }
+
+  public SessionOptions kvCacheBytes(long value) {
+    set("kv_cache_bytes", value);
+    return this;
+  }
 }
