@@ -581,7 +581,7 @@ typedef struct tenon_sampling_params {
   float temperature;    /* logits are divided by it; 0: greedy */
   int32_t top_k;        /* keep the k best; 0, -1 or >= vocab_size: off */
   float top_p;          /* keep the smallest set of the best with at least this
-                           probability; >= 1: off, 0: the best alone */
+                           probability; 1: off, 0: the best alone */
   float min_p;          /* keep tokens of at least min_p times the best's
                            probability; 0: off */
   int32_t filter_order; /* TENON_FILTER_* */

@@ -193,7 +193,7 @@ TEST_P(AttentionRobustnessTest, RejectsBadArguments) {
          [](P& p) { p.k_cache.shape[1] = p.v_cache.shape[1] = 65537; });
   expect({"num_kv_heads", "0"},
          [](P& p) { p.k_cache.shape[2] = p.v_cache.shape[2] = 0; });
-  expect({"num_heads 7", "num_kv_heads 2"},
+  expect({"num_heads (dimension 1 of q) is 7", "num_kv_heads", "k_cache) 2"},
          [](P& p) { p.q.shape[1] = p.out.shape[1] = 7; });
   expect({"num_heads", "0"}, [](P& p) { p.q.shape[1] = p.out.shape[1] = 0; });
   expect({"v_cache", "dtype"},

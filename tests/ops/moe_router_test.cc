@@ -448,9 +448,9 @@ TEST_P(MoeRouterTest, RejectsBadArguments) {
   });
   expect({"topk_ids overlaps topk_weights"},
          [](P& p) { p.topk_ids.data = p.topk_weights.data; });
-  expect({"output overlaps an input"},
+  expect({"topk_weights overlaps logits"},
          [](P& p) { p.topk_weights.data = p.logits.data; });
-  expect({"output overlaps an input"},
+  expect({"topk_ids overlaps correction_bias"},
          [](P& p) { p.topk_ids.data = p.correction_bias.data; });
   EXPECT_EQ(weights.Bytes(), weights.InitialBytes());
   EXPECT_EQ(ids.Bytes(), ids.InitialBytes());
