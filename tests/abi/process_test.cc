@@ -75,11 +75,9 @@ constexpr bool kOwnAllocator = false;
 #else
 constexpr bool kOwnAllocator = true;
 
-// Small requests succeed: where there is nothing left for a thread's first
-// thread-local data, as a runtime's exception state, glibc ends the process.
 extern "C" void* __libc_malloc(size_t size);
 IN_FRONT void* malloc(size_t size) noexcept {
-  return starved && size > 128 ? nullptr : __libc_malloc(size);
+  return starved ? nullptr : __libc_malloc(size);
 }
 
 void* operator new(size_t size) {
