@@ -470,7 +470,9 @@ TENON_API int32_t tenon_moe_align(tenon_context context,
  *            * routing_weights[s]
  * slots_per_row is top_k for the up projection (a row of x for each token) and
  * 1 for the down projection (one for each slot). Rows of skipped slots become
- * zeros. out overlaps no other tensor.
+ * zeros. Offsets are cut to the slots and made ascending; entries of
+ * sorted_slots that are no slot are skipped; the row of a slot that stands
+ * there twice, or not at all, is unspecified. out overlaps no other tensor.
  * Numerics: products and sums in float32, then bias, then the routing weight;
  * one rounding. */
 typedef struct tenon_moe_grouped_matmul_args {

@@ -1,3 +1,5 @@
+#include <limits>
+
 #include "ops/moe/moe_tile_rows.h"
 #include "tests/ops/moe_grouped_matmul_fixture.h"
 
@@ -21,6 +23,40 @@ TEST_P(MoeGroupedMatmulRobustnessTest, SkippedSlotsAreZero) {
   Run(call);
   EXPECT_EQ(call.out().Values(), std::vector<double>(70 * 40, 0.0));
   EXPECT_EQ(call.out().NumStrayWrites(), 0);
+}
+
+// Nothing outside the tensors is read or written, whatever the schedule says.
+TEST_P(MoeGroupedMatmulRobustnessTest, AnyScheduleStaysInside) {
+  constexpr int64_t kMin = std::numeric_limits<int32_t>::min();
+  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+  const std::vector<std::vector<int64_t>> all_offsets = {
+      {0, 20, 35, 50},    {0, 51, 1000, 70},   {50, 20, 10, 0},
+      {kMax, 0, kMax, 0}, {kMin, 10, 5, kMax}, {-100, -7, -3, 60}};
+  const std::vector<std::vector<int64_t>> all_slots = {
+      {0, 1, 2, 3}, {-1, 50, 51, kMax}, {kMin, -2, 49, 1 << 20}};
+  Problem problem;
+  problem.num_experts = 3;
+  problem.rows = 40;
+  problem.cols = 64;
+  problem.bias = problem.routing = true;
+  problem.slots_per_row = 4;
+  problem.ids = RandomIds(50, 3);
+  for (const auto& offsets : all_offsets) {
+    for (const auto& slots : all_slots) {
+      std::vector<int64_t> repeated;
+      for (size_t i = 0; i < 50; ++i) repeated.push_back(slots[i % 4]);
+      Call call(device(), dtype(), problem);
+      const auto hostile_offsets = testing::TestTensor::FromIntegers(
+          device(), DType::kInt32, {4}, offsets);
+      const auto hostile_slots = testing::TestTensor::FromIntegers(
+          device(), DType::kInt32, {50}, repeated);
+      call.params().expert_offsets = hostile_offsets.view();
+      call.params().sorted_slots = hostile_slots.view();
+      Run(call);
+      EXPECT_EQ(call.out().NumStrayWrites(), 0);
+      EXPECT_EQ(call.workspace().NumStrayWrites(), 0);
+    }
+  }
 }
 
 TEST_P(MoeGroupedMatmulRobustnessTest, StridedTensors) {
