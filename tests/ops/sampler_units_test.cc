@@ -105,12 +105,16 @@ void ExpectLoadsEveryValue(CpuIsa isa) {
       const float expected = id < row.vocab ? ToFloat(all[id]) : -kInf;
       has_nan = has_nan || std::isnan(expected);
       max = std::max(max, expected);
-      if (!std::isnan(expected)) ASSERT_EQ(x[i], expected) << id;
+      if (!std::isnan(expected)) {
+        ASSERT_EQ(x[i], expected) << id;
+      }
     }
     SubTile summary;
     kernels.summarize(row, tile, tile + 1, 1.0f, false, &summary);
     ASSERT_EQ(std::isnan(summary.max), has_nan) << tile;
-    if (!has_nan) ASSERT_EQ(summary.max, max) << tile;
+    if (!has_nan) {
+      ASSERT_EQ(summary.max, max) << tile;
+    }
   }
 }
 
