@@ -37,9 +37,13 @@ Status CheckStructSize(const char* name, const void* pointer,
   TENON_RETURN_IF_ERROR(CheckPresent(name, pointer));
   uint32_t size;
   std::memcpy(&size, pointer, sizeof(size));
-  if (size >= first_size && size <= kMaxStructSize) return Status();
-  return InvalidArgumentError(name, ".struct_size is ", size, ", expected ",
-                              first_size, " to ", kMaxStructSize);
+  // A multiple of their alignment, as the size of all is: no field is cut.
+  if (size >= first_size && size <= kMaxStructSize && size % 8 == 0) {
+    return Status();
+  }
+  return InvalidArgumentError(name, ".struct_size is ", size,
+                              ", expected a multiple of 8 from ", first_size,
+                              " to ", kMaxStructSize);
 }
 
 }  // namespace

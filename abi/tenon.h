@@ -16,6 +16,7 @@
  * Structs. Every struct that is passed begins with struct_size, which the
  * caller sets to sizeof of the struct as it was compiled, after zeroing the
  * whole: tenon_rms_norm_args args = {0}; args.struct_size = sizeof(args);
+ * (A size that is no multiple of 8, as no version's is, is refused.)
  * Fields are only ever appended. What a caller's struct is too short to hold
  * reads as zero, and zero means the behaviour before the field existed. A
  * struct longer than the library knows is accepted as long as the part that it

@@ -143,17 +143,25 @@ TEST(ReadStructTest, ReadsEveryVersion) {
 TEST(ReadStructTest, RefusesSizesThatNoVersionHas) {
   Grown from = {0, 1, 2, 3};
   Grown to;
-  ExpectStatus(Read(&from, &to), TENON_INVALID_ARGUMENT,
-               "args.struct_size is 0, expected 8 to 4096");
+  ExpectStatus(
+      Read(&from, &to), TENON_INVALID_ARGUMENT,
+      "args.struct_size is 0, expected a multiple of 8 from 8 to 4096");
   from.struct_size = kFirst - 1;
-  ExpectStatus(Read(&from, &to), TENON_INVALID_ARGUMENT,
-               "args.struct_size is 7, expected 8 to 4096");
+  ExpectStatus(
+      Read(&from, &to), TENON_INVALID_ARGUMENT,
+      "args.struct_size is 7, expected a multiple of 8 from 8 to 4096");
+  from.struct_size = 20;  // half of c
+  ExpectStatus(
+      Read(&from, &to), TENON_INVALID_ARGUMENT,
+      "args.struct_size is 20, expected a multiple of 8 from 8 to 4096");
   from.struct_size = 4097;
-  ExpectStatus(Read(&from, &to), TENON_INVALID_ARGUMENT,
-               "args.struct_size is 4097, expected 8 to 4096");
+  ExpectStatus(
+      Read(&from, &to), TENON_INVALID_ARGUMENT,
+      "args.struct_size is 4097, expected a multiple of 8 from 8 to 4096");
   from.struct_size = ~0u;
   ExpectStatus(Read(&from, &to), TENON_INVALID_ARGUMENT,
-               "args.struct_size is 4294967295, expected 8 to 4096");
+               "args.struct_size is 4294967295, expected a multiple of 8 from "
+               "8 to 4096");
   ExpectStatus(Read(nullptr, &to), TENON_INVALID_ARGUMENT, "args is null");
 }
 
@@ -185,7 +193,7 @@ TEST(ReadStructTest, ReadsNoByteThatIsNotTheCallers) {
   ASSERT_NE(pages, MAP_FAILED);
   ASSERT_EQ(mprotect(static_cast<char*>(pages) + page, page, PROT_NONE), 0);
   Grown to;
-  for (uint32_t size : {8u, 16u, 24u, 25u, 40u, 4096u}) {
+  for (uint32_t size : {8u, 16u, 24u, 32u, 40u, 4096u}) {
     char* from = static_cast<char*>(pages) + page - size;
     std::memset(from, 0, size);
     std::memcpy(from, &size, sizeof(size));
@@ -219,7 +227,7 @@ TEST(WriteStructTest, WritesEveryVersion) {
 
 TEST(WriteStructTest, RefusesSizesThatNoVersionHas) {
   const Grown from = {0, 1, 2, 3};
-  for (uint32_t size : {0u, 7u, 4097u, ~0u}) {
+  for (uint32_t size : {0u, 7u, 20u, 4097u, ~0u}) {
     Grown to = {size, -1, -1, -1};
     const Status status =
         WriteStruct("info", &from, kFirst, sizeof(Grown), &to);

@@ -9,7 +9,7 @@ namespace {
 
 bool ArgsMustFail(const OpCase& c) {
   const uint32_t size = c.struct_size();
-  if (size < 8 || size > 4096) return true;
+  if (size < 8 || size > 4096 || size % 8 != 0) return true;
   for (size_t i = c.op.args_size; i < size && i < c.args->size(); ++i) {
     if (c.args->data()[i] != 0) return true;
   }
