@@ -92,10 +92,10 @@ Status Launch(const char* op, Stream stream, dim3 grid, dim3 block,
                           kernel, std::forward<Args>(args)...);
 }
 
-// The same for a kernel that every thread of begins with
-// WaitForPreviousKernels(): where the GPU can (sm_90), its blocks are set up
-// while the kernel before it in the stream still runs (programmatic dependent
-// launch).
+// The same for a kernel whose threads all call WaitForPreviousKernels() before
+// they touch what a kernel ahead of it in the stream may still write or read:
+// where the GPU can (sm_90), its blocks are set up while the one before it
+// still runs (programmatic dependent launch).
 template <class... KernelArgs, class... Args>
 Status LaunchDependent(const char* op, Stream stream, dim3 grid, dim3 block,
                        size_t shared_bytes, void (*kernel)(KernelArgs...),
