@@ -8,6 +8,19 @@
 
 namespace tenon {
 
+// The scales of float8_e4m3 matrices: element (r, c) of expert e's matrix
+// stands for element * data[e * expert_stride + r / block_rows * row_stride + c
+// / block_cols]. Blocks of 128 x 128, the last ones of rows and columns partial
+// where 128 does not divide; or one scale per row (per-channel weights), which
+// is block_rows 1, block_cols 0 and no column term.
+struct ExpertScales {
+  const float* data = nullptr;
+  int64_t expert_stride = 0;  // in floats
+  int64_t row_stride = 0;     // in floats, between rows of blocks
+  int32_t block_rows = 0;
+  int32_t block_cols = 0;
+};
+
 // One matrix [rows, cols] per expert, all of one dtype and row stride. Either a
 // base pointer and a distance between experts, as in a tensor [num_experts,
 // rows, cols], or (on the CPU only) a table with one pointer per expert, as in
@@ -22,6 +35,7 @@ struct ExpertMatrices {
   int64_t row_stride = 0;  // in elements, >= cols
   DType dtype = DType::kInvalid;
   Device device;
+  ExpertScales scales;  // of float8_e4m3 matrices, which must have them
 };
 
 // Row `row` of one expert's matrix, in host memory or as a device address.

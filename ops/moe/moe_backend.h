@@ -24,6 +24,9 @@ struct MoeScratch {
   // silu(gate) * up. CUDA: rows by slot, in x's dtype. CPU: by position in
   // sorted_slots, rounded to x's dtype but held as float32.
   void* hidden = nullptr;
+  void* x_fp8 = nullptr;  // fp8 experts on CUDA: x quantised, [tokens, hidden]
+  float* x_scales = nullptr;       // its scales, [tokens, ceil(hidden / 128)]
+  float* hidden_scales = nullptr;  // of hidden, then fp8 too
   void* weighted = nullptr;  // rows of the down projection by slot, x's dtype
   size_t bytes = 0;
 };
