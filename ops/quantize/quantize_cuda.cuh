@@ -1,0 +1,59 @@
+#ifndef TENON_OPS_QUANTIZE_QUANTIZE_CUDA_CUH_
+#define TENON_OPS_QUANTIZE_QUANTIZE_CUDA_CUH_
+
+#include <cstdint>
+
+#include "ops/core/core_cuda.cuh"
+#include "ops/quantize/fp8_scale.h"
+
+// Quantisation to fp8 inside a kernel, with the bits of QuantizeFp8: the lanes
+// that hold a group find its largest magnitude, make the scale, and round.
+//
+//   float x[8];                            // of 16 lanes: a group of 128
+//   const Fp8Scale s = Fp8ScaleOf(cuda::LanesMax<16>(cuda::MaxMagnitude(x)));
+//   const uint2 q = cuda::ToFp8x8(x, s.inverse);
+//   // one lane stores s.scale
+
+namespace tenon::cuda {
+
+// The largest magnitude, not counting NaN.
+template <int kCount>
+__device__ __forceinline__ float MaxMagnitude(const float (&x)[kCount]) {
+  float amax = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) amax = fmaxf(amax, fabsf(x[i]));
+  return amax;
+}
+
+// The maximum over each kLanes consecutive lanes, a power of two, the same on
+// all of them. All lanes of the warp take part.
+template <int kLanes>
+__device__ __forceinline__ float LanesMax(float value) {
+#pragma unroll
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) {
+    value = fmaxf(value, __shfl_xor_sync(~0u, value, mask));
+  }
+  return value;
+}
+
+// Rounds four floats to e4m3, the first in the lowest byte: to nearest even,
+// saturating; NaN becomes 0x7f.
+__device__ __forceinline__ uint32_t ToFp8x4(float a, float b, float c,
+                                            float d) {
+  const uint32_t low =
+      __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
+  const uint32_t high =
+      __nv_cvt_float2_to_fp8x2(make_float2(c, d), __NV_SATFINITE, __NV_E4M3);
+  return low | high << 16;
+}
+
+// The same of eight elements times `inverse`.
+__device__ __forceinline__ uint2 ToFp8x8(const float (&x)[8], float inverse) {
+  return {
+      ToFp8x4(x[0] * inverse, x[1] * inverse, x[2] * inverse, x[3] * inverse),
+      ToFp8x4(x[4] * inverse, x[5] * inverse, x[6] * inverse, x[7] * inverse)};
+}
+
+}  // namespace tenon::cuda
+
+#endif  // TENON_OPS_QUANTIZE_QUANTIZE_CUDA_CUH_
