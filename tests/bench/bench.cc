@@ -13,7 +13,6 @@
 namespace tenon::bench {
 namespace {
 
-constexpr int kGraphReplays = 21;
 constexpr int kHotCalls = 48;
 constexpr int kMinCalls = 8;  // of a graph
 
@@ -27,26 +26,40 @@ double Median(const StatusOr<std::vector<double>>& values) {
   return bench::Median(*values);
 }
 
-DType ParseDType(const std::string& name) {
-  for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
-    if (name == DTypeName(dtype)) return dtype;
+std::vector<std::string> Split(const std::string& text) {
+  std::vector<std::string> items;
+  size_t begin = 0;
+  while (begin <= text.size()) {
+    const size_t end = std::min(text.find(',', begin), text.size());
+    items.push_back(text.substr(begin, end - begin));
+    begin = end + 1;
   }
-  ExitUsage("--dtype: not float32, float16 or bfloat16: " + name);
+  return items;
+}
+
+DType ParseDType(const std::string& name, bool fp8) {
+  const std::pair<const char*, DType> short_names[] = {
+      {"fp32", DType::kFloat32},
+      {"fp16", DType::kFloat16},
+      {"bf16", DType::kBFloat16},
+      {"fp8", DType::kFloat8E4M3}};
+  for (const auto& [short_name, dtype] : short_names) {
+    if (dtype == DType::kFloat8E4M3 && !fp8) continue;
+    if (name == short_name || name == DTypeName(dtype)) return dtype;
+  }
+  ExitUsage(std::string("--dtype: not fp32, fp16") +
+            (fp8 ? ", bf16 or fp8: " : " or bf16: ") + name);
 }
 
 std::vector<int64_t> ParseList(const std::string& flag,
                                const std::string& text) {
   std::vector<int64_t> values;
-  size_t begin = 0;
-  while (begin <= text.size()) {
-    const size_t end = std::min(text.find(',', begin), text.size());
+  for (const std::string& item : Split(text)) {
     char* rest = nullptr;
-    const std::string item = text.substr(begin, end - begin);
     values.push_back(std::strtoll(item.c_str(), &rest, 10));
     if (item.empty() || *rest != '\0' || values.back() < 1) {
       ExitUsage(flag + ": not a list of counts: " + text);
     }
-    begin = end + 1;
   }
   return values;
 }
@@ -84,7 +97,9 @@ void CheckOk(const Status& status) {
   std::exit(1);
 }
 
-Bench::Bench(int argc, char** argv, const std::string& name) : name_(name) {
+Bench::Bench(int argc, char** argv, const std::string& name,
+             const Options& options)
+    : name_(name), options_(options) {
   if (NumCudaDevices() > 0) info_.device.type = DeviceType::kCuda;
   ParseFlags(argc, argv);
   const StatusOr<DeviceInfo> info = GetDeviceInfo(device());
@@ -111,25 +126,39 @@ void Bench::ParseFlags(int argc, char** argv) {
       continue;
     }
     if (i + 1 == argc) ExitUsage(flag + ": unknown flag or value missing");
-    const std::string value = argv[++i];
-    if (flag == "--device" && (value == "cpu" || value == "cuda")) {
-      info_.device.type = value == "cpu" ? DeviceType::kCpu : DeviceType::kCuda;
-    } else if (flag == "--op") {
-      op_ = value;
-    } else if (flag == "--shape") {
-      shape_ = value;
-    } else if (flag == "--dtype") {
-      dtype_ = ParseDType(value);
-    } else if (flag == "--tokens") {
-      tokens_ = ParseList(flag, value);
-    } else if (flag == "--threads") {
-      num_threads_ = static_cast<int>(ParseList(flag, value)[0]);
-    } else {
-      ExitUsage(flag + " " + value +
-                ": unknown; flags are --device cpu|cuda, --op TEXT, "
-                "--shape TEXT, --dtype NAME, --tokens N[,N], --threads N, "
-                "--hot, --json");
+    ParseFlag(flag, argv[++i]);
+  }
+}
+
+void Bench::ParseFlag(const std::string& flag, const std::string& value) {
+  for (const auto& [name, destination] : options_.flags) {
+    if (flag != name) continue;
+    *destination = value;
+    return;
+  }
+  if (flag == "--device" && (value == "cpu" || value == "cuda")) {
+    info_.device.type = value == "cpu" ? DeviceType::kCpu : DeviceType::kCuda;
+  } else if (flag == "--op") {
+    op_ = value;
+  } else if (flag == "--shape") {
+    shape_ = value;
+  } else if (flag == "--dtype") {
+    dtypes_.clear();
+    for (const std::string& item : Split(value)) {
+      dtypes_.push_back(ParseDType(item, options_.fp8));
     }
+  } else if (flag == "--tokens") {
+    tokens_ = ParseList(flag, value);
+  } else if (flag == "--threads") {
+    num_threads_ = static_cast<int>(ParseList(flag, value)[0]);
+  } else if (flag == "--replays") {
+    replays_ = static_cast<int>(ParseList(flag, value)[0]);
+  } else {
+    std::string own;
+    for (const auto& [name, destination] : options_.flags) own += name + ", ";
+    ExitUsage(flag + " " + value + ": unknown; flags are " + own +
+              "--device cpu|cuda, --op TEXT, --shape TEXT, --dtype NAME[,NAME]"
+              ", --tokens N[,N], --threads N, --replays N, --hot, --json");
   }
 }
 
@@ -144,7 +173,7 @@ std::vector<testing::ModelShape> Bench::Shapes() const {
 }
 
 std::vector<DType> Bench::DTypes(std::initializer_list<DType> own) const {
-  if (dtype_ != DType::kInvalid) return {dtype_};
+  if (!dtypes_.empty()) return dtypes_;
   return own;
 }
 
@@ -168,13 +197,18 @@ int Bench::NumSets(double bytes) const {
 void Bench::Run(const Case& what, int num_sets,
                 const std::function<Status(int)>& call) {
   if (!Wants(what.op)) return;
-  const double seconds =
-      cuda() ? TimeCuda(what.bytes, num_sets, call) : TimeCpu(num_sets, call);
-  Add(what, seconds * 1e6);
+  Add(what, Time(what.bytes, num_sets, call));
+}
+
+double Bench::Time(double bytes, int num_sets,
+                   const std::function<Status(int)>& call) {
+  return 1e6 *
+         (cuda() ? TimeCuda(bytes, num_sets, call) : TimeCpu(num_sets, call));
 }
 
 void Bench::Add(const Case& what, double microseconds) {
-  results_.push_back({what, microseconds});
+  const double copy = what.copy_bytes > 0.0 ? TimeCopy(what.copy_bytes) : 0.0;
+  results_.push_back({what, microseconds, copy});
   if (!json_) PrintRow(results_.back());
 }
 
@@ -218,7 +252,7 @@ double Bench::TimeCuda(double bytes, int num_sets,
                        const std::function<Status(int)>& call) {
   if constexpr (kCudaBuilt) {
     if (hot_) {
-      return Median(TimeGraphCuda(device(), stream(), kHotCalls, kGraphReplays,
+      return Median(TimeGraphCuda(device(), stream(), kHotCalls, replays_,
                                   nullptr, [&](int) { return call(0); })) /
              kHotCalls;
     }
@@ -229,12 +263,39 @@ double Bench::TimeCuda(double bytes, int num_sets,
     const int calls =
         short_calls ? (kMinCalls / num_sets + 1) * num_sets : num_sets;
     return Median(TimeGraphCuda(
-               device(), stream(), calls, kGraphReplays,
+               device(), stream(), calls, replays_,
                [&] { return EmptyCache(); },
                [&](int i) { return call(i % num_sets); })) /
            calls;
   }
   return 0.0;
+}
+
+// From one place to another, with as many sets as a case of these bytes.
+double Bench::TimeCopy(double bytes) {
+  const auto known = copy_microseconds_.find(bytes);
+  if (known != copy_microseconds_.end()) return known->second;
+  constexpr int64_t kGranule = 256;
+  const int64_t size =
+      (static_cast<int64_t>(bytes / 2.0) + kGranule - 1) / kGranule * kGranule;
+  const int sets = NumSets(bytes);
+  Tensors tensors(device());
+  std::vector<char*> data(static_cast<size_t>(sets));
+  for (char*& d : data) {
+    d = tensors.Random(DType::kBFloat16, {size}).As<char>();
+  }
+  return copy_microseconds_[bytes] = Time(bytes, sets, [&](int i) {
+           if constexpr (kCudaBuilt) {
+             if (cuda()) {
+               return CopyAllCuda(
+                   data[i], data[i] + size,
+                   (static_cast<int64_t>(bytes / 2.0) + 15) / 16 * 16, device(),
+                   stream());
+             }
+           }
+           CopyAllCpu(data[i], data[i] + size, size, stream());
+           return Status();
+         });
 }
 
 void Bench::MeasureCpuCeilings() {
@@ -281,6 +342,16 @@ void Bench::MeasureCudaCeilings() {
                              stream());
         });
 
+    MeasureCudaMatmuls(time);
+  }
+}
+
+void Bench::MeasureCudaMatmuls(
+    const std::function<double(const std::function<Status()>& call)>& time) {
+  if constexpr (kCudaBuilt) {
+    constexpr int64_t kSize = 8192;
+    constexpr double kTera = 2e-12 * kSize * kSize * kSize;
+    Tensors tensors(device());
     StatusOr<std::unique_ptr<CublasLt>> lt = CublasLt::Create(device());
     if (lt.ok()) {
       cublas_lt_ = *std::move(lt);
@@ -289,7 +360,6 @@ void Bench::MeasureCudaCeilings() {
                    "the matrix rate is that of the built-in kernels: %s\n",
                    lt.status().message());
     }
-    constexpr int64_t kSize = 8192;
     LinearParams p;
     p.x = tensors.Random(DType::kBFloat16, {kSize, kSize});
     p.weight = tensors.Random(DType::kBFloat16, {kSize, kSize});
@@ -297,70 +367,21 @@ void Bench::MeasureCudaCeilings() {
     p.cublas_lt = cublas_lt();
     p.workspace_size = LinearWorkspaceBytes(p);
     p.workspace = tensors.Bytes(p.workspace_size);
-    ceilings_.matmul_tflops = 2e-12 * kSize * kSize * kSize /
-                              time([&] { return Linear(p, stream()); });
-  }
-}
+    ceilings_.matmul_tflops = kTera / time([&] { return Linear(p, stream()); });
 
-void Bench::PrintHeader() const {
-  std::printf("%s on %s", name_.c_str(), info_.name.c_str());
-  if constexpr (kCudaBuilt) {
-    if (cuda()) std::printf(", up to %d MHz", ClockMhzCuda(device()));
+    if (!options_.fp8) return;
+    StatusOr<std::unique_ptr<Fp8MatmulCuda>> fp8 =
+        Fp8MatmulCuda::Create(kSize, device());
+    if (!fp8.ok()) {
+      std::fprintf(stderr, "no fp8 matrix rate: %s\n", fp8.status().message());
+      return;
+    }
+    const TensorView x = tensors.Random(DType::kFloat8E4M3, {kSize, kSize});
+    const TensorView w = tensors.Random(DType::kFloat8E4M3, {kSize, kSize});
+    ceilings_.fp8_matmul_tflops =
+        kTera /
+        time([&] { return (*fp8)->Run(x.data, w.data, p.out.data, stream()); });
   }
-  std::printf("; %s inputs; medians\n", hot_ ? "hot" : "cold");
-  std::printf("measured: read %.1f GB/s, copy %.1f GB/s, matrix %.2f TFLOP/s\n",
-              ceilings_.read_gb_per_s, ceilings_.copy_gb_per_s,
-              ceilings_.matmul_tflops);
-  std::printf("%-26s %-28s %6s %-8s %10s %8s %6s %6s %8s %6s  %s\n", "op",
-              "shape", "tokens", "dtype", "us", "GB/s", "%read", "%copy",
-              "TFLOP/s", "%mm", "note");
-}
-
-void Bench::PrintRow(const Measurement& m) const {
-  std::printf("%-26s %-28s %6lld %-8s %10.2f ", m.what.op.c_str(),
-              m.what.shape.c_str(), static_cast<long long>(m.what.tokens),
-              DTypeName(m.what.dtype), m.microseconds);
-  const double gb_per_s = m.what.bytes / m.microseconds * 1e-3;
-  if (gb_per_s > 0.0) {
-    std::printf("%8.1f %6.1f %6.1f ", gb_per_s,
-                100.0 * gb_per_s / ceilings_.read_gb_per_s,
-                100.0 * gb_per_s / ceilings_.copy_gb_per_s);
-  } else {
-    std::printf("%8s %6s %6s ", "-", "-", "-");
-  }
-  const double tflops = m.what.flops / m.microseconds * 1e-6;
-  if (tflops > 0.0) {
-    std::printf("%8.2f %6.1f", tflops,
-                100.0 * tflops / ceilings_.matmul_tflops);
-  } else {
-    std::printf("%8s %6s", "-", "-");
-  }
-  std::printf("  %s\n", m.what.note.c_str());
-  std::fflush(stdout);
-}
-
-// Names and notes come from the programs and hold nothing to be escaped.
-void Bench::PrintJson() const {
-  std::printf("{\"bench\": \"%s\", \"device\": \"%s\", \"cache\": \"%s\",\n",
-              name_.c_str(), info_.name.c_str(), hot_ ? "hot" : "cold");
-  std::printf(
-      " \"read_gb_per_s\": %.1f, \"copy_gb_per_s\": %.1f, "
-      "\"matmul_tflops\": %.3f,\n",
-      ceilings_.read_gb_per_s, ceilings_.copy_gb_per_s,
-      ceilings_.matmul_tflops);
-  std::printf(" \"results\": [");
-  const char* separator = "\n";
-  for (const Measurement& m : results_) {
-    std::printf(
-        "%s  {\"op\": \"%s\", \"shape\": \"%s\", \"tokens\": %lld, "
-        "\"dtype\": \"%s\", \"us\": %.3f, \"bytes\": %.0f, \"flops\": %.0f, "
-        "\"note\": \"%s\"}",
-        separator, m.what.op.c_str(), m.what.shape.c_str(),
-        static_cast<long long>(m.what.tokens), DTypeName(m.what.dtype),
-        m.microseconds, m.what.bytes, m.what.flops, m.what.note.c_str());
-    separator = ",\n";
-  }
-  std::printf("\n ]}\n");
 }
 
 int Bench::Finish() {

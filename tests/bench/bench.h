@@ -4,8 +4,10 @@
 #include <cstdint>
 #include <functional>
 #include <initializer_list>
+#include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "ops/core/device_info.h"
@@ -30,11 +32,15 @@ struct Case {
   double bytes = 0.0;
   double flops = 0.0;
   std::string note{};
+  double experts = 0.0;  // distinct ones that the tokens hit
+  // Bytes that a copy in comparison reads and writes, timed in the same way.
+  double copy_bytes = 0.0;
 };
 
 struct Measurement {
   Case what;
-  double microseconds = 0.0;  // median of one call
+  double microseconds = 0.0;       // median of one call
+  double copy_microseconds = 0.0;  // of a copy of what.copy_bytes
 };
 
 // The machine's own ceilings, measured in the same run.
@@ -43,6 +49,26 @@ struct Ceilings {
   double copy_gb_per_s = 0.0;  // bytes read plus bytes written
   double matmul_tflops = 0.0;  // CPU: float32 fused multiply-adds; CUDA: an
                                // 8192^3 bfloat16 product by cuBLASLt
+  // CUDA: the same in float8_e4m3 with one scale per tensor; 0: not measured.
+  double fp8_matmul_tflops = 0.0;
+
+  // 0 where none was measured.
+  double MatmulTflops(DType dtype) const {
+    return dtype == DType::kFloat8E4M3 ? fp8_matmul_tflops : matmul_tflops;
+  }
+  // Microseconds that the bytes take to read or the flops to compute,
+  // whichever is more.
+  double LimitMicroseconds(const Case& what) const;
+};
+
+// What distinguishes a program from others.
+struct Options {
+  bool experts = false;  // columns: distinct experts hit
+  bool limit = false;    // the ceilings' least time, and its share of ours
+  bool copy = false;     // a copy of the same bytes, and our time over its
+  bool fp8 = false;      // --dtype fp8 is one of its dtypes
+  // Flags with a value beside the common ones, and where the value goes.
+  std::vector<std::pair<std::string, std::string*>> flags{};
 };
 
 // One benchmark program: parses the flags, measures the ceilings, times cases,
@@ -50,15 +76,18 @@ struct Ceilings {
 //   --device cpu|cuda   default: cuda where there is one
 //   --op TEXT           only ops whose name contains TEXT
 //   --shape TEXT        only shapes whose name contains TEXT
-//   --dtype NAME        this dtype instead of the program's own
+//   --dtype NAME[,NAME] these dtypes instead of the program's own: fp32, fp16,
+//                       bf16, where there is a meaning fp8
 //   --tokens N[,N...]   these token counts instead of the program's own
 //   --threads N         CPU threads; default: all
+//   --replays N         CUDA: timed runs of a graph; default: 21
 //   --hot               one set of inputs, left in the cache
 //   --json              JSON instead of the table
 class Bench {
  public:
   // Exits with code 2 and one line on a wrong flag or a missing device.
-  Bench(int argc, char** argv, const std::string& name);
+  Bench(int argc, char** argv, const std::string& name,
+        const Options& options = Options());
   ~Bench();
 
   Device device() const { return info_.device; }
@@ -102,29 +131,38 @@ class Bench {
   void ParseFlags(int argc, char** argv);
   void MeasureCpuCeilings();
   void MeasureCudaCeilings();
+  void MeasureCudaMatmuls(
+      const std::function<double(const std::function<Status()>& call)>& time);
+  double Time(double bytes, int num_sets,
+              const std::function<Status(int)>& call);
+  double TimeCopy(double bytes);
   double CacheBytes() const;
   Status EmptyCache();
   double TimeCpu(int num_sets, const std::function<Status(int)>& call);
   double TimeCuda(double bytes, int num_sets,
                   const std::function<Status(int)>& call);
+  void ParseFlag(const std::string& flag, const std::string& value);
   void PrintHeader() const;
   void PrintRow(const Measurement& measurement) const;
   void PrintJson() const;
 
   std::string name_;
+  Options options_;
   DeviceInfo info_;
   OwnedStream stream_;
   std::unique_ptr<CublasLt> cublas_lt_;
   Ceilings ceilings_;
   Buffer cache_filler_;
   std::vector<Measurement> results_;
+  std::map<double, double> copy_microseconds_;  // by bytes
 
   // Flags.
   std::string op_;
   std::string shape_;
-  DType dtype_ = DType::kInvalid;
+  std::vector<DType> dtypes_;
   std::vector<int64_t> tokens_;
   int num_threads_ = 0;
+  int replays_ = 21;
   bool hot_ = false;
   bool json_ = false;
 };

@@ -1,9 +1,12 @@
 #ifndef TENON_TESTS_BENCH_BENCH_BACKEND_H_
 #define TENON_TESTS_BENCH_BENCH_BACKEND_H_
 
+#include <cstdint>
 #include <functional>
+#include <memory>
 #include <vector>
 
+#include "ops/core/dtype.h"
 #include "ops/core/memory.h"
 
 // Private to tests/bench.
@@ -26,6 +29,23 @@ Status ReadAllCuda(const void* data, int64_t bytes, void* result, Device device,
 // Enqueues a kernel that copies `bytes` bytes (a multiple of 16), 16 at a time.
 Status CopyAllCuda(const void* from, void* to, int64_t bytes, Device device,
                    Stream stream);
+
+// Enqueues a kernel that fills `count` elements (float32, float16, bfloat16 or
+// float8_e4m3) with normal values, other ones for each seed.
+Status FillNormalCuda(void* data, DType dtype, int64_t count, float stddev,
+                      uint64_t seed, Device device, Stream stream);
+
+// An fp8 matrix product of cuBLASLt with one scale per tensor, its fastest:
+// out [size, size] bfloat16 = x * weight^T, both [size, size] float8_e4m3.
+class Fp8MatmulCuda {
+ public:
+  // Unavailable where there is no library or the device does not do it.
+  static StatusOr<std::unique_ptr<Fp8MatmulCuda>> Create(int64_t size,
+                                                         Device device);
+  virtual ~Fp8MatmulCuda() = default;
+  virtual Status Run(const void* x, const void* weight, void* out,
+                     Stream stream) = 0;
+};
 
 // The highest clock of the device's multiprocessors; 0: unknown.
 int ClockMhzCuda(Device device);

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "ops/core/core_cuda.cuh"
 #include "tests/bench/bench_backend.h"
 
@@ -7,6 +9,7 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kReadersPerCore = 4;  // blocks
 constexpr int kCopiesPerThread = 4;
+constexpr int64_t kMaxFillBlocks = 4096;
 
 __global__ void __launch_bounds__(kThreads, kReadersPerCore)
     ReadAllKernel(const uint4* data, int64_t count, unsigned* result) {
@@ -40,6 +43,38 @@ __global__ void CopyAllKernel(const uint4* __restrict__ from,
   for (int j = 0; j < kCopiesPerThread; ++j) {
     const int64_t i = first + j * kThreads;
     if (i < count) to[i] = v[j];
+  }
+}
+
+// Spreads the bits of a counter (splitmix64).
+__device__ __forceinline__ uint64_t Hash(uint64_t v) {
+  v += 0x9e3779b97f4a7c15u;
+  v = (v ^ (v >> 30)) * 0xbf58476d1ce4e5b9u;
+  v = (v ^ (v >> 27)) * 0x94d049bb133111ebu;
+  return v ^ (v >> 31);
+}
+
+template <class T>
+__device__ __forceinline__ T Convert(float value) {
+  if constexpr (sizeof(T) == 1) {
+    return T(value);  // saturates
+  } else {
+    return cuda::FromFloat<T>(value);
+  }
+}
+
+template <class T>
+__global__ void FillNormalKernel(T* data, int64_t count, float stddev,
+                                 uint64_t seed) {
+  constexpr float kUnit = 1.0f / 4294967296.0f;
+  const int64_t stride = int64_t{gridDim.x} * kThreads;
+  for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < count;
+       i += stride) {
+    const uint64_t bits = Hash(Hash(seed) + i);
+    const float radius = sqrtf(
+        -2.0f * __logf((static_cast<uint32_t>(bits >> 32) + 0.5f) * kUnit));
+    const float turn = 6.2831853f * kUnit * static_cast<uint32_t>(bits);
+    data[i] = Convert<T>(stddev * radius * __cosf(turn));
   }
 }
 
@@ -125,6 +160,23 @@ Status CopyAllCuda(const void* from, void* to, int64_t bytes, Device device,
                       dim3(kThreads), 0, CopyAllKernel,
                       static_cast<const uint4*>(from), static_cast<uint4*>(to),
                       count);
+}
+
+Status FillNormalCuda(void* data, DType dtype, int64_t count, float stddev,
+                      uint64_t seed, Device device, Stream stream) {
+  const cuda::DeviceGuard guard(device);
+  const auto fill = [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t blocks =
+        std::min(cuda::CeilDiv(count, int64_t{kThreads}), kMaxFillBlocks);
+    if (blocks == 0) return Status();
+    return cuda::Launch("FillNormal", stream,
+                        dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0,
+                        FillNormalKernel<T>, static_cast<T*>(data), count,
+                        stddev, seed);
+  };
+  if (dtype == DType::kFloat8E4M3) return fill(__nv_fp8_e4m3());
+  return cuda::WithFloatType(dtype, fill);
 }
 
 int ClockMhzCuda(Device device) {

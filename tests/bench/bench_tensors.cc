@@ -1,7 +1,9 @@
 #include <algorithm>
 #include <random>
 
+#include "ops/core/build_config.h"
 #include "tests/bench/bench.h"
+#include "tests/bench/bench_backend.h"
 
 namespace tenon::bench {
 namespace {
@@ -41,6 +43,15 @@ TensorView Tensors::Random(DType dtype, std::initializer_list<int64_t> shape,
                            float stddev) {
   const TensorView view = MakeTensor(nullptr, dtype, device_, shape);
   const size_t size = static_cast<size_t>(NumElements(view)) * DTypeSize(dtype);
+  if constexpr (kCudaBuilt) {
+    if (device_.type == DeviceType::kCuda) {
+      void* data = Bytes(size);
+      CheckOk(FillNormalCuda(data, dtype, NumElements(view), stddev,
+                             num_random_++, device_, Stream()));
+      CheckOk(Synchronize(device_, Stream()));
+      return MakeTensor(data, dtype, device_, shape);
+    }
+  }
   std::vector<char> block(
       std::min(size, NormalBlock().size() * DTypeSize(dtype)));
   const int64_t offset = 7919 * num_random_++;
@@ -53,6 +64,9 @@ TensorView Tensors::Random(DType dtype, std::initializer_list<int64_t> shape,
       break;
     case DType::kBFloat16:
       FillNormal<BFloat16>(offset, stddev, &block);
+      break;
+    case DType::kFloat8E4M3:
+      FillNormal<Float8E4M3>(offset, stddev, &block);
       break;
     default:
       CheckOk(InvalidArgumentError("Random: dtype is ", DTypeName(dtype)));

@@ -54,6 +54,7 @@ double Bytes(const testing::ModelShape& shape, int64_t tokens, DType dtype,
 
 void RunCase(bench::Bench& b, const testing::ModelShape& shape, int64_t tokens,
              DType dtype, Variant variant, const TensorView& cos_sin) {
+  if (!b.Wants(VariantName(variant))) return;
   const double bytes = Bytes(shape, tokens, dtype, variant);
   const int64_t pages = (tokens + kPageSize - 1) / kPageSize;
   bench::Tensors tensors(b.device());
@@ -86,8 +87,9 @@ void RunCase(bench::Bench& b, const testing::ModelShape& shape, int64_t tokens,
     }
     p.cache.slot_mapping = tensors.Of(slots, {tokens});
   }
-  b.Run({VariantName(variant), shape.name, tokens, dtype, bytes},
-        static_cast<int>(params.size()),
+  bench::Case what = {VariantName(variant), shape.name, tokens, dtype, bytes};
+  what.copy_bytes = bytes;
+  b.Run(what, static_cast<int>(params.size()),
         [&](int i) { return QkNorm(params[i], b.stream()); });
 }
 
@@ -97,7 +99,9 @@ void RunCase(bench::Bench& b, const testing::ModelShape& shape, int64_t tokens,
 int main(int argc, char** argv) {
   using tenon::DType;
   using tenon::Variant;
-  tenon::bench::Bench b(argc, argv, "qk_norm_bench");
+  tenon::bench::Options options;
+  options.copy = true;
+  tenon::bench::Bench b(argc, argv, "qk_norm_bench", options);
   for (const auto& shape : b.Shapes()) {
     tenon::bench::Tensors tensors(b.device());
     const tenon::TensorView cos_sin =
