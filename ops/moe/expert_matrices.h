@@ -8,11 +8,14 @@
 
 namespace tenon {
 
+// Side of a block of weights with one scale.
+inline constexpr int32_t kFp8Block = 128;
+
 // The scales of float8_e4m3 matrices: element (r, c) of expert e's matrix
 // stands for element * data[e * expert_stride + r / block_rows * row_stride + c
 // / block_cols]. Blocks of 128 x 128, the last ones of rows and columns partial
 // where 128 does not divide; or one scale per row (per-channel weights), which
-// is block_rows 1, block_cols 0 and no column term.
+// is block_rows 1, block_cols 0 and no column term. On the matrices' device.
 struct ExpertScales {
   const float* data = nullptr;
   int64_t expert_stride = 0;  // in floats
@@ -71,16 +74,42 @@ inline ExpertMatrices MakeExpertMatrices(const TensorView& weights) {
   return MakeExpertMatrices(weights, 0, weights.shape[1]);
 }
 
+// Scales in a tensor: [num_experts, ceil(rows / 128), ceil(cols / 128)] of
+// blocks, [num_experts, rows] of rows.
+inline ExpertScales MakeExpertScales(const TensorView& scales) {
+  ExpertScales s;
+  s.data = scales.As<const float>();
+  s.expert_stride = scales.stride[0];
+  s.row_stride = scales.stride[1];
+  s.block_rows = scales.rank == 3 ? kFp8Block : 1;
+  s.block_cols = scales.rank == 3 ? kFp8Block : 0;
+  return s;
+}
+
+inline bool IsFp8(const ExpertMatrices& matrices) {
+  return matrices.dtype == DType::kFloat8E4M3;
+}
+
 // The matrices as one tensor [num_experts, rows, cols]; not present for a
 // table.
 TensorView ViewOf(const ExpertMatrices& matrices);
 
-// Requires `matrices` to have the given shape, dtype and device, and pointers
-// and strides that can be used. InvalidArgument names op, field and value.
+// Their scales as one tensor; not present where there are none.
+TensorView ScalesViewOf(const ExpertMatrices& matrices);
+
+// Requires `matrices` to have the given shape, dtype and device, pointers and
+// strides that can be used, and scales exactly where the dtype is float8_e4m3.
+// InvalidArgument names op, field and value.
 Status CheckExpertMatrices(const char* op, const char* field,
                            const ExpertMatrices& matrices, int64_t num_experts,
                            int64_t rows, int64_t cols, DType dtype,
                            Device device);
+
+// The dtype that matrices beside a tensor `x` have to have: x's, unless they
+// are float8_e4m3.
+inline DType ExpertDType(const ExpertMatrices& matrices, const TensorView& x) {
+  return IsFp8(matrices) ? matrices.dtype : x.dtype;
+}
 
 }  // namespace tenon
 

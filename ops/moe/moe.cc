@@ -6,6 +6,7 @@
 #include "ops/core/validate.h"
 #include "ops/moe/moe_backend.h"
 #include "ops/moe/moe_tile_rows.h"
+#include "ops/quantize/fp8_scale.h"
 
 namespace tenon {
 namespace {
@@ -15,11 +16,21 @@ constexpr int64_t kMaxExperts = 1024;
 constexpr int64_t kMaxTopK = 32;
 constexpr int64_t kMaxDim = int64_t{1} << 30;
 
+Status CheckSameScaling(const char* field, const ExpertMatrices& m,
+                        const ExpertMatrices& gate) {
+  if (m.scales.block_rows == gate.scales.block_rows || !IsFp8(m)) {
+    return Status();
+  }
+  return InvalidArgumentError(kOp, ": ", field, ".scales has block_rows ",
+                              m.scales.block_rows, ", expected gate's ",
+                              gate.scales.block_rows);
+}
+
 }  // namespace
 
 Status ValidateMoeShapes(const MoeParams& p) {
   const Device device = p.x.device;
-  const DType dtype = p.x.dtype;
+  const DType dtype = ExpertDType(p.gate, p.x);
   TENON_RETURN_IF_ERROR(
       CheckTensor(kOp, "x", p.x, {kAnySize, kAnySize}, kFloatDTypes, device));
   const int64_t tokens = p.x.shape[0];
@@ -38,6 +49,8 @@ Status ValidateMoeShapes(const MoeParams& p) {
       kOp, "up", p.up, num_experts, intermediate, hidden, dtype, device));
   TENON_RETURN_IF_ERROR(CheckExpertMatrices(
       kOp, "down", p.down, num_experts, hidden, intermediate, dtype, device));
+  TENON_RETURN_IF_ERROR(CheckSameScaling("up", p.up, p.gate));
+  TENON_RETURN_IF_ERROR(CheckSameScaling("down", p.down, p.gate));
   TENON_RETURN_IF_ERROR(CheckTensor(kOp, "topk_ids", p.topk_ids,
                                     {tokens, kAnySize}, DTypes({DType::kInt32}),
                                     device));
@@ -47,14 +60,77 @@ Status ValidateMoeShapes(const MoeParams& p) {
   TENON_RETURN_IF_ERROR(CheckTensor(kOp, "topk_weights", p.topk_weights,
                                     {tokens, top_k}, DTypes({DType::kFloat32}),
                                     device));
-  return CheckOutput(kOp, "out", p.out, {tokens, hidden}, DTypes({dtype}),
+  return CheckOutput(kOp, "out", p.out, {tokens, hidden}, DTypes({p.x.dtype}),
                      device);
 }
 
 namespace {
 
+bool IsSameMatrix(const TensorView& a, const TensorView& b) {
+  return a.data == b.data && a.dtype == b.dtype && a.device == b.device &&
+         a.rank == b.rank && std::equal(a.shape, a.shape + 2, b.shape) &&
+         (a.shape[0] <= 1 || a.stride[0] == b.stride[0]);
+}
+
+// What a call reads besides x and the router's choice.
+struct Inputs {
+  TensorView gate, up, down;
+  TensorView gate_scales, up_scales, down_scales;
+  TensorView logits, correction_bias;
+};
+
+Inputs InputsOf(const MoeParams& p) {
+  Inputs in = {ViewOf(p.gate),       ViewOf(p.up),       ViewOf(p.down),
+               ScalesViewOf(p.gate), ScalesViewOf(p.up), ScalesViewOf(p.down),
+               TensorView(),         TensorView()};
+  if (p.router != nullptr) {
+    in.logits = p.router->logits;
+    in.correction_bias = p.router->correction_bias;
+  }
+  return in;
+}
+
+Status CheckApartFromInputs(const NamedView& written, const Inputs& in) {
+  return CheckSeparate(kOp, written,
+                       {{"gate", in.gate},
+                        {"up", in.up},
+                        {"down", in.down},
+                        {"gate.scales", in.gate_scales},
+                        {"up.scales", in.up_scales},
+                        {"down.scales", in.down_scales},
+                        {"router.logits", in.logits},
+                        {"router.correction_bias", in.correction_bias}});
+}
+
+Status ValidateRouter(const MoeParams& p, const Inputs& in) {
+  const MoeRouterParams& r = *p.router;
+  TENON_RETURN_IF_ERROR(ValidateMoeRouter(r));
+  if (!IsSameMatrix(r.topk_weights, p.topk_weights)) {
+    return InvalidArgumentError(kOp,
+                                ": router.topk_weights is not topk_weights");
+  }
+  if (!IsSameMatrix(r.topk_ids, p.topk_ids)) {
+    return InvalidArgumentError(kOp, ": router.topk_ids is not topk_ids");
+  }
+  const int64_t num_experts = r.logits.shape[1] + r.num_fused_shared_experts;
+  if (num_experts != p.gate.num_experts) {
+    return InvalidArgumentError(
+        kOp, ": router chooses among ", r.logits.shape[1], " experts and ",
+        r.num_fused_shared_experts, " shared ones, expected ",
+        p.gate.num_experts, " as in gate");
+  }
+  for (const NamedView& written : {NamedView{"topk_weights", p.topk_weights},
+                                   NamedView{"topk_ids", p.topk_ids}}) {
+    TENON_RETURN_IF_ERROR(CheckSeparate(kOp, written, {{"x", p.x}}));
+    TENON_RETURN_IF_ERROR(CheckApartFromInputs(written, in));
+  }
+  return Status();
+}
+
 Status Validate(const MoeParams& p) {
   TENON_RETURN_IF_ERROR(ValidateMoeShapes(p));
+  const Inputs in = InputsOf(p);
+  if (p.router != nullptr) TENON_RETURN_IF_ERROR(ValidateRouter(p, in));
   if (p.out.data != p.x.data && MemoryOverlaps(p.out, p.x)) {
     return InvalidArgumentError(kOp, ": out overlaps x without being x");
   }
@@ -62,24 +138,20 @@ Status Validate(const MoeParams& p) {
       p.out.stride[0] != p.x.stride[0]) {
     return InvalidArgumentError(kOp, ": out is x with another row stride");
   }
-  const TensorView gate = ViewOf(p.gate);
-  const TensorView up = ViewOf(p.up);
-  const TensorView down = ViewOf(p.down);
-  TENON_RETURN_IF_ERROR(CheckSeparate(kOp, {"out", p.out},
-                                      {{"topk_weights", p.topk_weights},
-                                       {"topk_ids", p.topk_ids},
-                                       {"gate", gate},
-                                       {"up", up},
-                                       {"down", down}}));
-  return CheckWorkspace(kOp, p.workspace, p.workspace_size,
-                        LayOutScratch(p).bytes, p.x.device,
-                        {{"x", p.x},
-                         {"topk_weights", p.topk_weights},
-                         {"topk_ids", p.topk_ids},
-                         {"gate", gate},
-                         {"up", up},
-                         {"down", down},
-                         {"out", p.out}});
+  TENON_RETURN_IF_ERROR(CheckSeparate(
+      kOp, {"out", p.out},
+      {{"topk_weights", p.topk_weights}, {"topk_ids", p.topk_ids}}));
+  TENON_RETURN_IF_ERROR(CheckApartFromInputs({"out", p.out}, in));
+  const size_t bytes = LayOutScratch(p).bytes;
+  TENON_RETURN_IF_ERROR(CheckWorkspace(kOp, p.workspace, p.workspace_size,
+                                       bytes, p.x.device,
+                                       {{"x", p.x},
+                                        {"topk_weights", p.topk_weights},
+                                        {"topk_ids", p.topk_ids},
+                                        {"out", p.out}}));
+  const TensorView workspace = MakeTensor(
+      p.workspace, DType::kUInt8, p.x.device, {static_cast<int64_t>(bytes)});
+  return CheckApartFromInputs({"workspace", workspace}, in);
 }
 
 int64_t ChunkTokens(Device device) {
@@ -101,12 +173,21 @@ MoeAlignParams AlignParams(const MoeParams& chunk, const MoeScratch& scratch) {
   return p;
 }
 
-MoeParams Chunk(const MoeParams& p, int64_t first, int64_t count) {
+// `router` becomes the chunk's, if there is one.
+MoeParams Chunk(const MoeParams& p, int64_t first, int64_t count,
+                MoeRouterParams* router) {
   MoeParams chunk = p;
   chunk.x = Rows(p.x, first, count);
   chunk.topk_ids = Rows(p.topk_ids, first, count);
   chunk.topk_weights = Rows(p.topk_weights, first, count);
   chunk.out = Rows(p.out, first, count);
+  if (p.router != nullptr) {
+    *router = *p.router;
+    router->logits = Rows(p.router->logits, first, count);
+    router->topk_weights = chunk.topk_weights;
+    router->topk_ids = chunk.topk_ids;
+    chunk.router = router;
+  }
   return chunk;
 }
 
@@ -120,6 +201,7 @@ MoeScratch LayOutScratch(const MoeParams& p) {
   const int64_t hidden = p.x.shape[1];
   const int64_t intermediate = p.gate.rows;
   const int64_t element = static_cast<int64_t>(DTypeSize(p.x.dtype));
+  const bool fp8 = IsFp8(p.gate);
 
   WorkspaceCutter cutter(p.workspace);
   MoeScratch s;
@@ -131,11 +213,19 @@ MoeScratch LayOutScratch(const MoeParams& p) {
     s.tiles = cutter.Take<int32_t>(
         3 *
         MoeMaxTiles(slots, static_cast<int32_t>(num_experts), kMoeMinTileRows));
-    s.hidden = cutter.TakeBytes(slots * intermediate * element);
+    s.hidden = cutter.TakeBytes(slots * intermediate * (fp8 ? 1 : element));
   } else {
     s.active_experts = cutter.Take<int32_t>(num_experts);
     s.gathered = cutter.Take<float>(slots * hidden);
     s.hidden = cutter.Take<float>(slots * intermediate);
+  }
+  if (fp8) {
+    s.x_fp8 = cutter.TakeBytes(tokens * hidden);
+    s.x_scales = cutter.Take<float>(tokens * NumFp8Groups(hidden));
+    s.hidden_scales = cutter.Take<float>(slots * NumFp8Groups(intermediate));
+    if (!cuda) {
+      s.gathered_scales = cutter.Take<float>(slots * NumFp8Groups(hidden));
+    }
   }
   s.weighted = cutter.TakeBytes(slots * hidden * element);
   s.bytes = cutter.size();
@@ -159,6 +249,9 @@ size_t MoeWorkspaceBytes(const MoeParams& params) {
 
 Status Moe(const MoeParams& params, Stream stream) {
   TENON_RETURN_IF_ERROR(Validate(params));
+  if (IsFp8(params.gate)) {
+    return UnimplementedError(kOp, ": no kernels for float8_e4m3 yet");
+  }
   const Device device = params.x.device;
   if (device.type == DeviceType::kCuda && !kCudaBuilt) {
     return NoBackendError(kOp, device);
@@ -167,8 +260,12 @@ Status Moe(const MoeParams& params, Stream stream) {
   const int64_t tokens = params.x.shape[0];
   const int64_t step = ChunkTokens(device);
   for (int64_t first = 0; first < tokens; first += step) {
+    MoeRouterParams router;
     const MoeParams chunk =
-        Chunk(params, first, std::min(step, tokens - first));
+        Chunk(params, first, std::min(step, tokens - first), &router);
+    if (chunk.router != nullptr) {
+      TENON_RETURN_IF_ERROR(MoeRouter(*chunk.router, stream));
+    }
     if (device.type == DeviceType::kCpu) {
       TENON_RETURN_IF_ERROR(MoeCpu(chunk, scratch, stream));
     } else if constexpr (kCudaBuilt) {

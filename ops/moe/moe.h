@@ -8,11 +8,12 @@
 #include "ops/core/stream.h"
 #include "ops/core/tensor_view.h"
 #include "ops/moe/moe_grouped_matmul.h"
+#include "ops/moe/moe_router.h"
 
 namespace tenon {
 
-// The expert part of a mixture-of-experts layer, from the router's choice to
-// the summed output, in one call:
+// The expert part of a mixture-of-experts layer, from the router's choice (or,
+// with `router`, from its logits) to the summed output, in one call:
 //   h[t, j]  = silu(x[t] * gate[e]^T) * (x[t] * up[e]^T),  e = topk_ids[t, j]
 //   out[t]   = sum over j of topk_weights[t, j] * (h[t, j] * down[e]^T)
 //
@@ -23,6 +24,13 @@ namespace tenon {
 // topk_weights float32, both [tokens, top_k], rows may be strided, top_k is 1
 // to 32. An id below 0 or >= num_experts contributes nothing.
 //
+// fp8: gate, up and down may be float8_e4m3, all three, with scales of one kind
+// (ExpertScales: blocks of 128 x 128 or rows), whatever the dtype of x.
+//
+// Router: with `router`, MoeRouter(*router) is part of the call: topk_weights
+// and topk_ids have to be its outputs, and it has to choose among as many
+// experts as there are matrices, num_fused_shared_experts included.
+//
 // Numerics: x * gate^T and x * up^T accumulate in float32 and go into
 // silu(g) * u in float32; one rounding to the dtype gives h. The down
 // projection accumulates in float32, is multiplied by the routing weight and
@@ -32,10 +40,19 @@ namespace tenon {
 // on their number, with batch_invariant or without. (The option promises it;
 // without it a later version may choose otherwise.)
 //
+// Numerics in fp8: x is quantised as QuantizeFp8 does with blocks of 1 x 128.
+// Of every 128 of the depth, products and sum are in float32 (on tensor cores:
+// in what their fp8 instructions accumulate in), times activation scale and
+// weight scale, added in float32 in ascending order (a scale per row multiplies
+// the end result instead). silu(g) * u is in float32 and quantised from there,
+// again a scale per 128, without a rounding to x's dtype. The down projection
+// sums alike, then goes on as above. A NaN stays in its row.
+//
 // Any number of tokens: more than kMoeChunkTokens are processed in chunks of
 // that size (smaller ones on the CPU), so the workspace is bounded.
 //
-// Aliasing: out may be x (in place), and overlaps nothing else. Does not
+// Aliasing: out may be x (in place), and overlaps nothing else. What the router
+// writes overlaps nothing. Does not
 // allocate or synchronise; can be captured in a CUDA graph. Needs `workspace`
 // of MoeWorkspaceBytes(params). Zero tokens is OK.
 struct MoeParams {
@@ -46,6 +63,7 @@ struct MoeParams {
   ExpertMatrices up;
   ExpertMatrices down;
   TensorView out;
+  const MoeRouterParams* router = nullptr;  // optional
   bool batch_invariant = false;
   void* workspace = nullptr;
   size_t workspace_size = 0;
@@ -53,7 +71,8 @@ struct MoeParams {
 
 inline constexpr int64_t kMoeChunkTokens = 32768;
 
-// What Moe checks of everything but where memory lies and overlaps.
+// What Moe checks of everything but the router and where memory lies and
+// overlaps.
 Status ValidateMoeShapes(const MoeParams& params);
 
 // An upper bound that grows with tokens; depends on shapes, dtypes and device

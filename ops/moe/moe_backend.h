@@ -21,12 +21,15 @@ struct MoeScratch {
   size_t align_bytes = 0;
   int32_t* active_experts = nullptr;  // CPU
   float* gathered = nullptr;          // CPU: x by position in sorted_slots
-  // silu(gate) * up. CUDA: rows by slot, in x's dtype. CPU: by position in
-  // sorted_slots, rounded to x's dtype but held as float32.
+  // silu(gate) * up. CUDA: rows by slot, in x's dtype, or quantised to fp8
+  // where the experts are. CPU: by position in sorted_slots, rounded to x's
+  // dtype (quantised) but held as float32.
   void* hidden = nullptr;
-  void* x_fp8 = nullptr;  // fp8 experts on CUDA: x quantised, [tokens, hidden]
-  float* x_scales = nullptr;       // its scales, [tokens, ceil(hidden / 128)]
-  float* hidden_scales = nullptr;  // of hidden, then fp8 too
+  // With fp8 experts; groups of 128 columns.
+  void* x_fp8 = nullptr;             // [tokens, hidden]
+  float* x_scales = nullptr;         // [tokens, groups of hidden]
+  float* hidden_scales = nullptr;    // of `hidden`: [slots, groups]
+  float* gathered_scales = nullptr;  // CPU: of `gathered`
   void* weighted = nullptr;  // rows of the down projection by slot, x's dtype
   size_t bytes = 0;
 };

@@ -7,6 +7,7 @@
 #include "ops/moe/moe_align.h"
 #include "ops/moe/moe_grouped_matmul_backend.h"
 #include "ops/moe/moe_tile_rows.h"
+#include "ops/quantize/fp8_scale.h"
 
 namespace tenon {
 namespace {
@@ -29,7 +30,8 @@ Status ValidateMoeGroupedMatmulShapes(const MoeGroupedMatmulParams& p) {
   TENON_RETURN_IF_ERROR(
       CheckRange(kOp, "num_experts of weights", w.num_experts, 1, kMaxExperts));
   TENON_RETURN_IF_ERROR(CheckExpertMatrices(kOp, "weights", w, w.num_experts,
-                                            w.rows, w.cols, p.x.dtype, device));
+                                            w.rows, w.cols, ExpertDType(w, p.x),
+                                            device));
   TENON_RETURN_IF_ERROR(CheckTensor(kOp, "expert_offsets", p.expert_offsets,
                                     {w.num_experts + 1}, int32, device));
   TENON_RETURN_IF_ERROR(CheckTensor(kOp, "sorted_slots", p.sorted_slots,
@@ -60,10 +62,12 @@ namespace {
 Status Validate(const MoeGroupedMatmulParams& p) {
   TENON_RETURN_IF_ERROR(ValidateMoeGroupedMatmulShapes(p));
   const TensorView weights = ViewOf(p.weights);
+  const TensorView scales = ScalesViewOf(p.weights);
   TENON_RETURN_IF_ERROR(
       CheckSeparate(kOp, {"out", p.out},
                     {{"x", p.x},
                      {"weights", weights},
+                     {"weights.scales", scales},
                      {"expert_offsets", p.expert_offsets},
                      {"sorted_slots", p.sorted_slots},
                      {"bias", p.bias},
@@ -72,6 +76,7 @@ Status Validate(const MoeGroupedMatmulParams& p) {
                         LayOutScratch(p).bytes, p.x.device,
                         {{"x", p.x},
                          {"weights", weights},
+                         {"weights.scales", scales},
                          {"expert_offsets", p.expert_offsets},
                          {"sorted_slots", p.sorted_slots},
                          {"bias", p.bias},
@@ -95,6 +100,15 @@ MoeGroupedMatmulScratch LayOutScratch(const MoeGroupedMatmulParams& p) {
     scratch.expert_offsets = cutter.Take<int32_t>(num_experts + 1);
     scratch.gathered = cutter.Take<float>(num_slots * p.weights.cols);
   }
+  if (IsFp8(p.weights)) {
+    const int64_t x_rows = p.x.shape[0];
+    const int64_t groups = NumFp8Groups(p.weights.cols);
+    scratch.x_fp8 = cutter.TakeBytes(x_rows * p.weights.cols);
+    scratch.x_scales = cutter.Take<float>(x_rows * groups);
+    if (p.x.device.type == DeviceType::kCpu) {
+      scratch.gathered_scales = cutter.Take<float>(num_slots * groups);
+    }
+  }
   scratch.bytes = cutter.size();
   return scratch;
 }
@@ -107,6 +121,9 @@ size_t MoeGroupedMatmulWorkspaceBytes(const MoeGroupedMatmulParams& params) {
 
 Status MoeGroupedMatmul(const MoeGroupedMatmulParams& params, Stream stream) {
   TENON_RETURN_IF_ERROR(Validate(params));
+  if (IsFp8(params.weights)) {
+    return UnimplementedError(kOp, ": no kernels for float8_e4m3 yet");
+  }
   if (params.sorted_slots.shape[0] == 0) return Status();
   const MoeGroupedMatmulScratch scratch = LayOutScratch(params);
   switch (params.x.device.type) {

@@ -21,7 +21,8 @@ namespace tenon {
 // and sorted_slots from MoeAlign; bias [num_experts, rows of weights] of x's
 // dtype, optional; routing_weights [num_slots] float32, optional; out
 // [num_slots, rows of weights]. x, weights and out have one dtype (float32,
-// float16 or bfloat16). Rows of x and out may be strided.
+// float16 or bfloat16). Rows of x and out may be strided. Weights may be
+// float8_e4m3 with scales (ExpertScales) whatever the dtype of the others.
 //
 // Contents out of range: offsets are cut to the slots and made ascending;
 // entries of sorted_slots that are no slot are skipped; the row of a slot that

@@ -12,6 +12,10 @@ struct MoeGroupedMatmulScratch {
   int32_t* expert_offsets = nullptr;  // CPU: cut to what there is
   float* gathered = nullptr;          // CPU: rows of x, as in sorted_slots
   int32_t* active_experts = nullptr;  // CPU: [num_experts]
+  // With fp8 weights; groups of 128 columns.
+  void* x_fp8 = nullptr;             // x quantised, contiguous
+  float* x_scales = nullptr;         // [rows of x, groups]
+  float* gathered_scales = nullptr;  // CPU: of `gathered`
   size_t bytes = 0;
 };
 MoeGroupedMatmulScratch LayOutScratch(const MoeGroupedMatmulParams& params);

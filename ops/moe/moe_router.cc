@@ -36,7 +36,9 @@ Status ValidateGroups(const MoeRouterParams& p, int64_t num_experts) {
                     p.top_k, 1, group_size * p.num_selected_groups);
 }
 
-Status Validate(const MoeRouterParams& p) {
+}  // namespace
+
+Status ValidateMoeRouter(const MoeRouterParams& p) {
   const Device device = p.logits.device;
   TENON_RETURN_IF_ERROR(CheckTensor(
       kOp, "logits", p.logits, {kAnySize, kAnySize}, kFloatDTypes, device));
@@ -75,10 +77,8 @@ Status Validate(const MoeRouterParams& p) {
                         {"topk_weights", p.topk_weights}});
 }
 
-}  // namespace
-
 Status MoeRouter(const MoeRouterParams& params, Stream stream) {
-  TENON_RETURN_IF_ERROR(Validate(params));
+  TENON_RETURN_IF_ERROR(ValidateMoeRouter(params));
   if (params.logits.shape[0] == 0) return Status();
   switch (params.logits.device.type) {
     case DeviceType::kCpu:

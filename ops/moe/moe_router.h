@@ -59,6 +59,9 @@ struct MoeRouterParams {
   int32_t num_fused_shared_experts = 0;
 };
 
+// All that MoeRouter checks.
+Status ValidateMoeRouter(const MoeRouterParams& params);
+
 Status MoeRouter(const MoeRouterParams& params, Stream stream);
 
 }  // namespace tenon
