@@ -17,6 +17,16 @@ enum class Architecture : int32_t {
 
 const char* ArchitectureName(Architecture architecture);
 
+// How a checkpoint scales its float8_e4m3 matrices: an element stands for
+// element * scale. Attention projections, experts and dense MLPs may be such;
+// embedding, norms, router and LM head never are.
+enum class Fp8Scaling : int32_t {
+  kNone = 0,      // no matrix is float8_e4m3
+  kBlocks = 1,    // a scale for each 128 x 128 elements; at the edges fewer
+  kChannels = 2,  // a scale for each row
+};
+inline constexpr int32_t kFp8Block = 128;
+
 // Shapes and flags of a model, under the names of Hugging Face's config.json.
 struct ModelConfig {
   Architecture architecture = Architecture::kQwen3Moe;
@@ -41,6 +51,10 @@ struct ModelConfig {
   double rope_theta = 0.0;
   bool tie_word_embeddings = false;  // lm_head is the embedding
 
+  Fp8Scaling fp8_scaling = Fp8Scaling::kNone;
+  std::string fp8_scale_suffix;  // "_scale_inv": <name>.weight_scale_inv has
+                                 // the scales of <name>.weight
+
   int32_t bos_token_id = -1;  // -1: none
   std::vector<int32_t> eos_token_ids;
 
@@ -57,9 +71,9 @@ struct ModelConfig {
 // Reads the text of a config.json and validates it. Accepts rope_theta at the
 // top and, as transformers 5 writes it, in rope_parameters; and num_experts as
 // well as num_local_experts. What would change the results and is not
-// implemented (sliding windows, scaled rope, attention biases, quantised
-// weights, other architectures) is Unimplemented, never ignored. Errors begin
-// with source_name and name the field.
+// implemented (sliding windows, scaled rope, attention biases, quantisation
+// other than fp8, other architectures) is Unimplemented, never ignored. Errors
+// begin with source_name and name the field.
 StatusOr<ModelConfig> ParseModelConfig(std::string_view json,
                                        const std::string& source_name);
 

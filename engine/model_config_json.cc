@@ -1,98 +1,15 @@
-#include <limits>
-
 #include "engine/file.h"
 #include "engine/json.h"
+#include "engine/json_fields.h"
 #include "engine/model_config.h"
+#include "engine/quantization_config.h"
 
 namespace tenon {
 namespace {
 
 constexpr size_t kMaxConfigBytes = size_t{16} << 20;
 
-// The fields of one object of the file. A reader stores the value where the key
-// is there and not null, and leaves the default otherwise.
-class Fields {
- public:
-  Fields(const JsonValue& object, const std::string& source)
-      : object_(object), source_(source) {}
-
-  const JsonValue* Find(const char* key) const {
-    const JsonValue* value = object_.Find(key);
-    return value == nullptr || value->is_null() ? nullptr : value;
-  }
-
-  Status Require(const char* key) const {
-    if (Find(key) != nullptr) return Status();
-    return InvalidArgumentError(source_, ": ", key, " is missing");
-  }
-
-  Status Get(const char* key, int32_t* out) const {
-    const JsonValue* value = Find(key);
-    return value == nullptr ? Status() : ToInt32(key, *value, out);
-  }
-  Status Get(const char* key, bool* out) const {
-    const JsonValue* value = Find(key);
-    if (value == nullptr) return Status();
-    const bool* boolean = value->boolean();
-    if (boolean == nullptr) return WrongType(key, "true or false");
-    *out = *boolean;
-    return Status();
-  }
-  Status Get(const char* key, double* out) const {
-    const JsonValue* value = Find(key);
-    if (value == nullptr || value->ToDouble(out)) return Status();
-    return WrongType(key, "a number");
-  }
-  Status Get(const char* key, std::string* out) const {
-    const JsonValue* value = Find(key);
-    if (value == nullptr) return Status();
-    const std::string* text = value->string();
-    if (text == nullptr) return WrongType(key, "a string");
-    *out = *text;
-    return Status();
-  }
-  // One integer, or an array of them.
-  Status Get(const char* key, std::vector<int32_t>* out) const {
-    const JsonValue* value = Find(key);
-    if (value == nullptr) return Status();
-    out->clear();
-    const JsonValue::Array* items = value->array();
-    if (items == nullptr) {
-      return ToInt32(key, *value, &out->emplace_back());
-    }
-    for (const JsonValue& item : *items) {
-      TENON_RETURN_IF_ERROR(ToInt32(key, item, &out->emplace_back()));
-    }
-    return Status();
-  }
-  Status GetRequired(const char* key, int32_t* out) const {
-    TENON_RETURN_IF_ERROR(Require(key));
-    return Get(key, out);
-  }
-
-  Status WrongType(const char* key, const char* expected) const {
-    return InvalidArgumentError(source_, ": ", key, " is not ", expected);
-  }
-  const std::string& source() const { return source_; }
-
- private:
-  Status ToInt32(const char* key, const JsonValue& value, int32_t* out) const {
-    const int64_t* wide = value.integer();
-    if (wide == nullptr) return WrongType(key, "an integer");
-    if (*wide < std::numeric_limits<int32_t>::min() ||
-        *wide > std::numeric_limits<int32_t>::max()) {
-      return InvalidArgumentError(source_, ": ", key, " is ", *wide,
-                                  ", which does not fit 32 bits");
-    }
-    *out = static_cast<int32_t>(*wide);
-    return Status();
-  }
-
-  const JsonValue& object_;
-  const std::string& source_;
-};
-
-Status ReadArchitecture(const Fields& fields, ModelConfig* config) {
+Status ReadArchitecture(const JsonFields& fields, ModelConfig* config) {
   TENON_RETURN_IF_ERROR(fields.Require("architectures"));
   const JsonValue::Array* list = fields.Find("architectures")->array();
   if (list == nullptr || list->empty() || list->front().string() == nullptr) {
@@ -112,7 +29,7 @@ Status ReadArchitecture(const Fields& fields, ModelConfig* config) {
 }
 
 // What would change the results, and has no implementation.
-Status RejectUnsupported(const Fields& fields) {
+Status RejectUnsupported(const JsonFields& fields) {
   const std::string& source = fields.source();
   for (const char* key : {"attention_bias", "use_sliding_window", "mlp_bias"}) {
     bool value = false;
@@ -126,11 +43,6 @@ Status RejectUnsupported(const Fields& fields) {
   if (activation != "silu") {
     return UnimplementedError(source, ": hidden_act ", activation,
                               " is not supported, expected silu");
-  }
-  if (fields.Find("quantization_config") != nullptr) {
-    return UnimplementedError(source,
-                              ": quantization_config is not supported: the "
-                              "weights must be bfloat16, float16 or float32");
   }
   if (const JsonValue* types = fields.Find("layer_types"); types != nullptr) {
     if (types->array() == nullptr) {
@@ -148,11 +60,11 @@ Status RejectUnsupported(const Fields& fields) {
 }
 
 // One of the objects that say how positions are encoded.
-Status CheckRopeType(const Fields& fields, const char* key,
+Status CheckRopeType(const JsonFields& fields, const char* key,
                      const JsonValue& object) {
   if (object.object() == nullptr) return fields.WrongType(key, "an object");
   const std::string source = StrCat(fields.source(), ": ", key);
-  const Fields rope(object, source);
+  const JsonFields rope(object, source);
   for (const char* type_key : {"rope_type", "type"}) {
     std::string type = "default";
     TENON_RETURN_IF_ERROR(rope.Get(type_key, &type));
@@ -170,7 +82,7 @@ Status CheckRopeType(const Fields& fields, const char* key,
   return Status();
 }
 
-Status ReadRope(const Fields& fields, ModelConfig* config) {
+Status ReadRope(const JsonFields& fields, ModelConfig* config) {
   if (const JsonValue* scaling = fields.Find("rope_scaling");
       scaling != nullptr) {
     TENON_RETURN_IF_ERROR(CheckRopeType(fields, "rope_scaling", *scaling));
@@ -181,7 +93,8 @@ Status ReadRope(const Fields& fields, ModelConfig* config) {
     TENON_RETURN_IF_ERROR(CheckRopeType(fields, "rope_parameters", *object));
     const std::string source = StrCat(fields.source(), ": rope_parameters");
     double theta = config->rope_theta;
-    TENON_RETURN_IF_ERROR(Fields(*object, source).Get("rope_theta", &theta));
+    TENON_RETURN_IF_ERROR(
+        JsonFields(*object, source).Get("rope_theta", &theta));
     if (fields.Find("rope_theta") != nullptr && theta != config->rope_theta) {
       return InvalidArgumentError(source, ": rope_theta is ", theta, ", but ",
                                   config->rope_theta, " at the top");
@@ -192,7 +105,7 @@ Status ReadRope(const Fields& fields, ModelConfig* config) {
   return fields.Require("rope_theta");
 }
 
-Status ReadMoe(const Fields& fields, ModelConfig* config) {
+Status ReadMoe(const JsonFields& fields, ModelConfig* config) {
   const char* experts = fields.Find("num_experts") != nullptr
                             ? "num_experts"
                             : "num_local_experts";
@@ -208,9 +121,10 @@ Status ReadMoe(const Fields& fields, ModelConfig* config) {
   return fields.Get("mlp_only_layers", &config->mlp_only_layers);
 }
 
-Status ReadConfig(const Fields& fields, ModelConfig* config) {
+Status ReadConfig(const JsonFields& fields, ModelConfig* config) {
   TENON_RETURN_IF_ERROR(ReadArchitecture(fields, config));
   TENON_RETURN_IF_ERROR(RejectUnsupported(fields));
+  TENON_RETURN_IF_ERROR(ReadQuantization(fields, config));
   TENON_RETURN_IF_ERROR(
       fields.GetRequired("hidden_size", &config->hidden_size));
   TENON_RETURN_IF_ERROR(
@@ -263,7 +177,7 @@ StatusOr<ModelConfig> ParseModelConfig(std::string_view text,
   const StatusOr<JsonValue> root = ParseObject(text, source_name);
   if (!root.ok()) return root.status();
   ModelConfig config;
-  TENON_RETURN_IF_ERROR(ReadConfig(Fields(*root, source_name), &config));
+  TENON_RETURN_IF_ERROR(ReadConfig(JsonFields(*root, source_name), &config));
   TENON_RETURN_IF_ERROR(ValidateFile(config, source_name));
   return config;
 }
@@ -283,7 +197,7 @@ StatusOr<ModelConfig> LoadModelConfig(const std::string& directory) {
   const StatusOr<JsonValue> root =
       ParseObject(*generation_text, generation_path);
   if (!root.ok()) return root.status();
-  TENON_RETURN_IF_ERROR(Fields(*root, generation_path)
+  TENON_RETURN_IF_ERROR(JsonFields(*root, generation_path)
                             .Get("eos_token_id", &config->eos_token_ids));
   TENON_RETURN_IF_ERROR(ValidateFile(*config, generation_path));
   return config;

@@ -191,9 +191,6 @@ TEST(ModelConfigTest, RejectsWhatWouldChangeTheResults) {
                           "\"partial_rotary_factor\": 0.5}"),
                       {"partial_rotary_factor", "0.5"});
   ExpectUnimplemented(With("silu", "gelu"), {"hidden_act", "gelu"});
-  ExpectUnimplemented(Add("\"quantization_config\": {\"quant_method\": "
-                          "\"fp8\"}"),
-                      {"quantization_config"});
   ExpectUnimplemented(
       Add("\"layer_types\": [\"full_attention\", \"sliding_attention\"]"),
       {"layer_types"});
