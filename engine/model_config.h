@@ -25,7 +25,7 @@ enum class Fp8Scaling : int32_t {
   kBlocks = 1,    // a scale for each 128 x 128 elements; at the edges fewer
   kChannels = 2,  // a scale for each row
 };
-inline constexpr int32_t kFp8Block = 128;
+inline constexpr int32_t kFp8BlockSize = 128;
 
 // Shapes and flags of a model, under the names of Hugging Face's config.json.
 struct ModelConfig {

@@ -43,7 +43,8 @@ Status ExpectBlocks(const JsonFields& fields, const char* key) {
   }
   std::vector<int32_t> size;
   TENON_RETURN_IF_ERROR(fields.Get(key, &size));
-  if (size == std::vector<int32_t>{kFp8Block, kFp8Block}) return Status();
+  if (size == std::vector<int32_t>{kFp8BlockSize, kFp8BlockSize})
+    return Status();
   std::string text = "[";
   for (size_t i = 0; i < size.size(); ++i) {
     text += StrCat(i > 0 ? ", " : "", size[i]);
