@@ -4,46 +4,8 @@
 namespace tenon {
 namespace {
 
-using cuda::Vec;
-
-constexpr int kVec = 8;  // elements that a thread takes at once
+constexpr int kVec = cuda::kFp8Vec;  // elements that a thread takes at once
 constexpr int kGroupLanes = kFp8GroupSize / kVec;
-
-// Elements [col, col + kVec) of a row as floats, zeros past its end.
-template <bool kAligned, class T>
-__device__ __forceinline__ void Load(const T* row, int64_t col, int64_t cols,
-                                     float (&to)[kVec]) {
-  constexpr int kPart = 16 / sizeof(T);
-#pragma unroll
-  for (int begin = 0; begin < kVec; begin += kPart) {
-    Vec<T, kPart> part;
-    if (kAligned && col < cols) {  // rows are whole vectors
-      part = *reinterpret_cast<const Vec<T, kPart>*>(row + col + begin);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kPart; ++i) {
-        part.v[i] = col + begin + i < cols ? row[col + begin + i]
-                                           : cuda::FromFloat<T>(0.0f);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kPart; ++i) to[begin + i] = cuda::ToFloat(part.v[i]);
-  }
-}
-
-template <bool kAligned>
-__device__ __forceinline__ void Store(uint2 q, uint8_t* row, int64_t col,
-                                      int64_t cols) {
-  if constexpr (kAligned) {
-    if (col < cols) *reinterpret_cast<uint2*>(row + col) = q;
-  } else {
-    const uint64_t bytes = uint64_t{q.y} << 32 | q.x;
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      if (col + i < cols) row[col + i] = static_cast<uint8_t>(bytes >> 8 * i);
-    }
-  }
-}
 
 // Blocks of one row and 128 columns, one for every 16 threads: activations,
 // quantised in every step. Small thread blocks, so that a single row is already
@@ -64,11 +26,13 @@ __global__ void __launch_bounds__(kGroupThreads)
   const int64_t cols = exists ? p.x.shape[1] : 0;
   cuda::WaitForPreviousKernels();
   float x[kVec];
-  Load<kAligned>(p.x.As<const T>() + row * p.x.stride[0], col, cols, x);
+  cuda::LoadForFp8<kAligned>(p.x.As<const T>() + row * p.x.stride[0], col, cols,
+                             x);
   const Fp8Scale scale =
       Fp8ScaleOf(cuda::LanesMax<kGroupLanes>(cuda::MaxMagnitude(x)));
-  Store<kAligned>(cuda::ToFp8x8(x, scale.inverse),
-                  p.out.As<uint8_t>() + row * p.out.stride[0], col, cols);
+  cuda::StoreFp8<kAligned>(cuda::ToFp8x8(x, scale.inverse),
+                           p.out.As<uint8_t>() + row * p.out.stride[0], col,
+                           cols);
   if (exists && lane == 0) {
     p.scales.As<float>()[row * p.scales.stride[0] + of_row] = scale.scale;
   }
@@ -95,7 +59,8 @@ __global__ void __launch_bounds__(kBlockThreads)
       const int64_t row = first_row + i / row_vecs;
       const int64_t col = first_col + i % row_vecs * kVec;
       float x[kVec];
-      Load<kAligned>(p.x.As<const T>() + row * p.x.stride[0], col, cols, x);
+      cuda::LoadForFp8<kAligned>(p.x.As<const T>() + row * p.x.stride[0], col,
+                                 cols, x);
       f(row, col, x);
     }
   };
@@ -109,8 +74,9 @@ __global__ void __launch_bounds__(kBlockThreads)
   amax = cuda::MaxMagnitude(shared);
   const Fp8Scale scale = Fp8ScaleOf(amax);
   for_each_vec([&](int64_t row, int64_t col, const float(&x)[kVec]) {
-    Store<kAligned>(cuda::ToFp8x8(x, scale.inverse),
-                    p.out.As<uint8_t>() + row * p.out.stride[0], col, cols);
+    cuda::StoreFp8<kAligned>(cuda::ToFp8x8(x, scale.inverse),
+                             p.out.As<uint8_t>() + row * p.out.stride[0], col,
+                             cols);
   });
   if (threadIdx.x == 0) {
     p.scales.As<float>()[r * p.scales.stride[0] + c] = scale.scale;

@@ -54,6 +54,48 @@ __device__ __forceinline__ uint2 ToFp8x8(const float (&x)[8], float inverse) {
       ToFp8x4(x[4] * inverse, x[5] * inverse, x[6] * inverse, x[7] * inverse)};
 }
 
+inline constexpr int kFp8Vec = 8;  // elements that a thread takes at once
+
+// Elements [col, col + kFp8Vec) of a row as floats, zeros past its end.
+// kAligned: rows are whole chunks of kFp8Vec elements and start at multiples of
+// 16 bytes.
+template <bool kAligned, class T>
+__device__ __forceinline__ void LoadForFp8(const T* row, int64_t col,
+                                           int64_t cols, float (&to)[kFp8Vec]) {
+  constexpr int kPart = 16 / sizeof(T);
+#pragma unroll
+  for (int begin = 0; begin < kFp8Vec; begin += kPart) {
+    Vec<T, kPart> part;
+    if (kAligned && col < cols) {  // rows are whole vectors
+      part = *reinterpret_cast<const Vec<T, kPart>*>(row + col + begin);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPart; ++i) {
+        part.v[i] =
+            col + begin + i < cols ? row[col + begin + i] : FromFloat<T>(0.0f);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) to[begin + i] = ToFloat(part.v[i]);
+  }
+}
+
+// Stores what ToFp8x8 made of them. kAligned: rows start at multiples of 8
+// bytes.
+template <bool kAligned>
+__device__ __forceinline__ void StoreFp8(uint2 q, uint8_t* row, int64_t col,
+                                         int64_t cols) {
+  if constexpr (kAligned) {
+    if (col < cols) *reinterpret_cast<uint2*>(row + col) = q;
+  } else {
+    const uint64_t bytes = uint64_t{q.y} << 32 | q.x;
+#pragma unroll
+    for (int i = 0; i < kFp8Vec; ++i) {
+      if (col + i < cols) row[col + i] = static_cast<uint8_t>(bytes >> 8 * i);
+    }
+  }
+}
+
 }  // namespace tenon::cuda
 
 #endif  // TENON_OPS_QUANTIZE_QUANTIZE_CUDA_CUH_
