@@ -4,6 +4,8 @@
 namespace tenon {
 namespace {
 
+using cuda::Fp8Groups;
+
 constexpr int kVec = cuda::kFp8Vec;  // elements that a thread takes at once
 constexpr int kGroupLanes = kFp8GroupSize / kVec;
 
@@ -14,27 +16,27 @@ constexpr int kGroupThreads = 128;
 
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kGroupThreads)
-    QuantizeGroupsKernel(QuantizeFp8Params p, int64_t groups_per_row) {
-  const int64_t group = int64_t{blockIdx.x} * (kGroupThreads / kGroupLanes) +
+    QuantizeGroupsKernel(TensorView x, Fp8Groups to, int64_t groups_per_row) {
+  const int64_t index = int64_t{blockIdx.x} * (kGroupThreads / kGroupLanes) +
                         threadIdx.x / kGroupLanes;
-  const int64_t row = group / groups_per_row;
-  const int64_t of_row = group % groups_per_row;
+  const int64_t row = index / groups_per_row;
+  const int64_t group = index % groups_per_row;
   const int lane = threadIdx.x % kGroupLanes;
-  const int64_t col = of_row * kFp8GroupSize + lane * kVec;
+  const int64_t col = group * kFp8GroupSize + lane * kVec;
   // Lanes without a group stay for the shuffles of their warp.
-  const bool exists = row < p.x.shape[0];
-  const int64_t cols = exists ? p.x.shape[1] : 0;
+  const bool exists = row < x.shape[0];
+  const int64_t cols = exists ? x.shape[1] : 0;
   cuda::WaitForPreviousKernels();
-  float x[kVec];
-  cuda::LoadForFp8<kAligned>(p.x.As<const T>() + row * p.x.stride[0], col, cols,
-                             x);
+  float values[kVec];
+  cuda::LoadForFp8<kAligned>(x.As<const T>() + row * x.stride[0], col, cols,
+                             values);
   const Fp8Scale scale =
-      Fp8ScaleOf(cuda::LanesMax<kGroupLanes>(cuda::MaxMagnitude(x)));
-  cuda::StoreFp8<kAligned>(cuda::ToFp8x8(x, scale.inverse),
-                           p.out.As<uint8_t>() + row * p.out.stride[0], col,
-                           cols);
+      Fp8ScaleOf(cuda::LanesMax<kGroupLanes>(cuda::MaxMagnitude(values)));
+  cuda::StoreFp8<kAligned>(cuda::ToFp8x8(values, scale.inverse),
+                           to.q + row * to.row_stride, col, cols);
   if (exists && lane == 0) {
-    p.scales.As<float>()[row * p.scales.stride[0] + of_row] = scale.scale;
+    to.scales[row * to.scale_row_stride + group * to.scale_group_stride] =
+        scale.scale;
   }
 }
 
@@ -83,35 +85,55 @@ __global__ void __launch_bounds__(kBlockThreads)
   }
 }
 
-template <class T, bool kAligned>
-Status Launch(const QuantizeFp8Params& p, Stream stream) {
-  constexpr char kOp[] = "QuantizeFp8";
+bool IsAligned(const TensorView& x, const void* out, int64_t out_stride) {
+  return x.shape[1] % kVec == 0 && cuda::RowsAreAligned(x, 16) &&
+         reinterpret_cast<uintptr_t>(out) % kVec == 0 &&
+         (x.shape[0] == 1 || out_stride % kVec == 0);
+}
+
+Status LaunchBlocks(const QuantizeFp8Params& p, Stream stream) {
   const Fp8Blocks blocks = Fp8BlocksOf(p);
-  const int64_t count = blocks.count_r * blocks.count_c;
-  if (p.block_rows == 1 && p.block_cols == kFp8GroupSize) {
-    const int64_t grid =
-        cuda::CeilDiv(count, int64_t{kGroupThreads / kGroupLanes});
-    return cuda::LaunchDependent(
-        kOp, stream, dim3(static_cast<unsigned>(grid)), dim3(kGroupThreads), 0,
-        QuantizeGroupsKernel<T, kAligned>, p, blocks.count_c);
-  }
-  return cuda::LaunchDependent(kOp, stream, dim3(static_cast<unsigned>(count)),
-                               dim3(kBlockThreads), 0,
-                               QuantizeBlocksKernel<T, kAligned>, p, blocks);
+  const dim3 grid(static_cast<unsigned>(blocks.count_r * blocks.count_c));
+  const bool aligned = IsAligned(p.x, p.out.data, p.out.stride[0]);
+  return cuda::WithFloatType(p.x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    return cuda::LaunchDependent("QuantizeFp8", stream, grid,
+                                 dim3(kBlockThreads), 0,
+                                 aligned ? QuantizeBlocksKernel<T, true>
+                                         : QuantizeBlocksKernel<T, false>,
+                                 p, blocks);
+  });
 }
 
 }  // namespace
 
+Status cuda::LaunchQuantizeFp8Groups(const char* op, const TensorView& x,
+                                     const Fp8Groups& to, Stream stream) {
+  const int64_t per_row = NumFp8Groups(x.shape[1]);
+  const dim3 grid(static_cast<unsigned>(
+      CeilDiv(x.shape[0] * per_row, int64_t{kGroupThreads / kGroupLanes})));
+  const bool aligned = IsAligned(x, to.q, to.row_stride);
+  return WithFloatType(x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    return LaunchDependent(op, stream, grid, dim3(kGroupThreads), 0,
+                           aligned ? QuantizeGroupsKernel<T, true>
+                                   : QuantizeGroupsKernel<T, false>,
+                           x, to, per_row);
+  });
+}
+
 Status QuantizeFp8Cuda(const QuantizeFp8Params& p, Stream stream) {
   const cuda::DeviceGuard guard(p.x.device);
   TENON_RETURN_IF_ERROR(guard.status());
-  const bool aligned = p.x.shape[1] % kVec == 0 &&
-                       cuda::RowsAreAligned(p.x, 16) &&
-                       cuda::RowsAreAligned(p.out, kVec);
-  return cuda::WithFloatType(p.x.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    return aligned ? Launch<T, true>(p, stream) : Launch<T, false>(p, stream);
-  });
+  if (p.block_rows != 1 || p.block_cols != kFp8GroupSize) {
+    return LaunchBlocks(p, stream);
+  }
+  Fp8Groups to;
+  to.q = p.out.As<uint8_t>();
+  to.row_stride = p.out.stride[0];
+  to.scales = p.scales.As<float>();
+  to.scale_row_stride = p.scales.stride[0];
+  return cuda::LaunchQuantizeFp8Groups("QuantizeFp8", p.x, to, stream);
 }
 
 }  // namespace tenon
