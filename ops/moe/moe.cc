@@ -5,6 +5,7 @@
 #include "ops/core/build_config.h"
 #include "ops/core/validate.h"
 #include "ops/moe/moe_backend.h"
+#include "ops/moe/moe_prepare.h"
 #include "ops/moe/moe_tile_rows.h"
 #include "ops/quantize/fp8_scale.h"
 
@@ -208,6 +209,10 @@ MoeScratch LayOutScratch(const MoeParams& p) {
   s.expert_offsets = cutter.Take<int32_t>(num_experts + 1);
   s.sorted_slots = cutter.Take<int32_t>(slots);
   s.align_bytes = MoeAlignWorkspaceBytes(slots, num_experts, p.x.device.type);
+  if (cuda) {
+    s.align_bytes = std::max(s.align_bytes,
+                             MoePrepareWorkspaceBytes(tokens, num_experts));
+  }
   s.align = cutter.TakeBytes(s.align_bytes);
   if (cuda) {
     s.tiles = cutter.Take<int32_t>(

@@ -17,7 +17,7 @@ struct MoeScratch {
   int32_t* expert_offsets = nullptr;  // these as in MoeAlign
   int32_t* sorted_slots = nullptr;
   int32_t* tiles = nullptr;  // CUDA
-  void* align = nullptr;
+  void* align = nullptr;  // for AlignChunk and MoePrepareCuda
   size_t align_bytes = 0;
   int32_t* active_experts = nullptr;  // CPU
   float* gathered = nullptr;          // CPU: x by position in sorted_slots
@@ -38,6 +38,13 @@ MoeScratch LayOutScratch(const MoeParams& params);
 // Aligns the chunk's topk_ids into the scratch. tile_rows 0: no tiles.
 Status AlignChunk(const MoeParams& chunk, const MoeScratch& scratch,
                   int32_t tile_rows, int64_t num_tiles, Stream stream);
+
+// CUDA: all that goes before the matrix products, in one launch at decode sizes.
+// Routes, if there is chunk.router, into topk_weights and topk_ids; fills
+// expert_offsets and sorted_slots as AlignChunk does, and, where the experts are
+// fp8, x_fp8 and x_scales as QuantizeFp8 does.
+Status MoePrepareCuda(const MoeParams& chunk, const MoeScratch& scratch,
+                      Stream stream);
 
 // Backends trust `chunk`: Moe() has validated it. It has at most
 // kMoeChunkTokens (kMoeCpuChunkTokens) tokens, and at least one.
