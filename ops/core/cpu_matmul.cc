@@ -43,6 +43,8 @@ void ConvertToFloat(DType dtype, const void* from, int64_t count, float* to) {
       return Convert(static_cast<const Float16*>(from), count, to);
     case DType::kBFloat16:
       return Convert(static_cast<const BFloat16*>(from), count, to);
+    case DType::kFloat8E4M3:
+      return Convert(static_cast<const Float8E4M3*>(from), count, to);
     default:
       std::copy_n(static_cast<const float*>(from), count, to);
   }
@@ -98,6 +100,31 @@ HWY_INLINE void AddProducts(const float* const (&x)[kRows],
   }
 }
 
+// Weights of fp8 have scales, one for 128 of the depth.
+template <class W>
+constexpr bool kScaled = false;
+template <>
+constexpr bool kScaled<Float8E4M3> = true;
+constexpr int64_t kScaleBlock = 128;
+
+// Adds the sums of block `block` of the depth, times its scales, to those of
+// the blocks before it. All columns of the tile are in one row of weight
+// blocks, the first of p.scales.
+template <int kRows>
+HWY_INLINE void AddScaled(const CpuMatmulParams& p, int64_t row, int64_t block,
+                          const Tile<kRows>& tile, Tile<kRows>& total) {
+  const CpuMatmulScales& s = p.scales;
+  const float of_weight = s.block_rows == 1 ? 1.0f : s.weight[block];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    const Floats scale = Fill(s.x[(row + r) * s.x_stride + block] * of_weight);
+#pragma GCC unroll 8
+    for (int c = 0; c < kTileCols; ++c) {
+      total.sum[r][c] = MultiplyAdd(tile.sum[r][c], scale, total.sum[r][c]);
+    }
+  }
+}
+
 // Writes the first `cols` columns of the tile.
 template <int kRows>
 HWY_INLINE void StoreTile(const Tile<kRows>& tile, float* out,
@@ -119,6 +146,36 @@ HWY_INLINE void StoreTile(const Tile<kRows>& tile, float* out,
   }
 }
 
+// Adds the products of the next `count` of the depth and moves x and w past
+// whole blocks of lanes; a partial one ends the depth.
+template <int kRows, class W>
+HWY_INLINE void AddDepth(int64_t count, int64_t ahead, const float* (&x)[kRows],
+                         const W* (&w)[kTileCols], Tile<kRows>& tile) {
+  const int64_t whole = count / kLanes * kLanes;
+  for (int64_t k = 0; k < whole; k += kLanes) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kTileCols; ++c) {
+      __builtin_prefetch(w[c] + ahead, 0, kL2);
+    }
+    AddProducts(x, w, tile);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) x[r] += kLanes;
+#pragma GCC unroll 8
+    for (int c = 0; c < kTileCols; ++c) w[c] += kLanes;
+  }
+  if (whole < count) {
+    float x_block[kRows][kLanes];
+    W w_block[kTileCols][kLanes];
+    for (int r = 0; r < kRows; ++r) {
+      x[r] = PadBlock(x[r], count - whole, x_block[r]);
+    }
+    for (int c = 0; c < kTileCols; ++c) {
+      w[c] = PadBlock(w[c], count - whole, w_block[c]);
+    }
+    AddProducts(x, w, tile);
+  }
+}
+
 // Few rows: weights go from memory to registers, converted on the way, while
 // the next tile's are fetched into L2, so that this runs at the speed of
 // memory.
@@ -136,33 +193,23 @@ void StreamTile(const CpuMatmulParams& p, int64_t row, int64_t col) {
       col + 2 * kTileCols <= p.cols ? kTileCols * p.weight_stride : 0;
   Tile<kRows> tile;
   Clear(tile);
-  const int64_t whole = p.depth / kLanes * kLanes;
-  for (int64_t k = 0; k < whole; k += kLanes) {
-#pragma GCC unroll 8
-    for (int c = 0; c < kTileCols; ++c) {
-      __builtin_prefetch(w[c] + ahead, 0, kL2);
+  if constexpr (kScaled<W>) {
+    for (int64_t begin = 0; begin < p.depth; begin += kScaleBlock) {
+      Tile<kRows> block;
+      Clear(block);
+      AddDepth(std::min(p.depth - begin, kScaleBlock), ahead, x, w, block);
+      AddScaled(p, row, begin / kScaleBlock, block, tile);
     }
-    AddProducts(x, w, tile);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) x[r] += kLanes;
-#pragma GCC unroll 8
-    for (int c = 0; c < kTileCols; ++c) w[c] += kLanes;
-  }
-  if (whole < p.depth) {
-    float x_block[kRows][kLanes];
-    W w_block[kTileCols][kLanes];
-    for (int r = 0; r < kRows; ++r) {
-      x[r] = PadBlock(x[r], p.depth - whole, x_block[r]);
-    }
-    for (int c = 0; c < kTileCols; ++c) {
-      w[c] = PadBlock(w[c], p.depth - whole, w_block[c]);
-    }
-    AddProducts(x, w, tile);
+  } else {
+    AddDepth(p.depth, ahead, x, w, tile);
   }
   StoreTile(tile, p.out + row * p.out_stride + col, p.out_stride, cols);
 }
 
-constexpr int kStreamRows = 9;
+// Most rows for that. Weights are converted once per tile of rows here, which
+// takes longer than their way from memory for fp8.
+template <class W>
+constexpr int kStreamRows = kScaled<W> ? kTileRows : 9;
 
 template <class W>
 void StreamRows(const CpuMatmulParams& p) {
@@ -192,7 +239,7 @@ struct Chunk {
 
 // Rows [row, row + kRows) of the block that starts at p.x, over depth
 // [begin, begin + count).
-template <int kRows>
+template <int kRows, bool kWithScales>
 void ChunkTile(const CpuMatmulParams& p, int64_t row, int64_t col,
                int64_t begin, int64_t count, Chunk& chunk) {
   Tile<kRows> tile;
@@ -209,23 +256,37 @@ void ChunkTile(const CpuMatmulParams& p, int64_t row, int64_t col,
   }
   const float* x[kRows];
   for (int r = 0; r < kRows; ++r) x[r] = p.x + (row + r) * p.x_stride + begin;
-  const int64_t blocks = count / kLanes;
   // The next tile's x comes from L2 while this one's is used.
   const int64_t ahead = row + 2 * kRows <= p.rows ? kRows * p.x_stride : 0;
-  const auto add_block = [&](int64_t block) HWY_ATTR {
+  const auto add_block = [&](int64_t block, Tile<kRows>& to) HWY_ATTR {
     const float* w[kTileCols];
 #pragma GCC unroll 8
     for (int c = 0; c < kTileCols; ++c) w[c] = chunk.weight[block][c];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) __builtin_prefetch(x[r] + ahead);
-    AddProducts(x, w, tile);
+    AddProducts(x, w, to);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) x[r] += kLanes;
   };
-  for (int64_t block = 0; block < blocks; ++block) add_block(block);
-  if (blocks * kLanes < count) {
-    for (int r = 0; r < kRows; ++r) x[r] = chunk.x_end[row + r];
-    add_block(blocks);
+  // Elements [from, to) of the chunk.
+  const auto add_elements = [&](int64_t from, int64_t to,
+                                Tile<kRows>& sums) HWY_ATTR {
+    const int64_t whole = to / kLanes;
+    for (int64_t i = from / kLanes; i < whole; ++i) add_block(i, sums);
+    if (whole * kLanes < to) {
+      for (int r = 0; r < kRows; ++r) x[r] = chunk.x_end[row + r];
+      add_block(whole, sums);
+    }
+  };
+  if constexpr (kWithScales) {
+    for (int64_t from = 0; from < count; from += kScaleBlock) {
+      Tile<kRows> sums;
+      Clear(sums);
+      add_elements(from, std::min(from + kScaleBlock, count), sums);
+      AddScaled(p, row, (begin + from) / kScaleBlock, sums, tile);
+    }
+  } else {
+    add_elements(0, count, tile);
   }
   if (begin + count < p.depth) {
 #pragma GCC unroll 8
@@ -309,17 +370,21 @@ void MultiplyBlock(const CpuMatmulParams& p, Chunk& chunk) {
       int64_t row = 0;
       for (; row + kTileRows <= p.rows; row += kTileRows) {
         next.Fetch(lines);
-        ChunkTile<kTileRows>(p, row, col, begin, count, chunk);
+        ChunkTile<kTileRows, kScaled<W>>(p, row, col, begin, count, chunk);
       }
-      if (p.rows - row == 1) ChunkTile<1>(p, row, col, begin, count, chunk);
-      if (p.rows - row == 2) ChunkTile<2>(p, row, col, begin, count, chunk);
+      if (p.rows - row == 1) {
+        ChunkTile<1, kScaled<W>>(p, row, col, begin, count, chunk);
+      }
+      if (p.rows - row == 2) {
+        ChunkTile<2, kScaled<W>>(p, row, col, begin, count, chunk);
+      }
     }
   }
 }
 
 template <class W>
 void Multiply(const CpuMatmulParams& p) {
-  if (p.rows <= kStreamRows) return StreamRows<W>(p);
+  if (p.rows <= kStreamRows<W>) return StreamRows<W>(p);
   // Blocks of about equal size, in whole tiles.
   const int64_t max_rows =
       std::clamp(kBlockElements / p.depth, kMinBlockRows, kMaxBlockRows);
@@ -331,8 +396,36 @@ void Multiply(const CpuMatmulParams& p) {
     CpuMatmulParams block = p;
     block.x += row * p.x_stride;
     block.out += row * p.out_stride;
+    if (kScaled<W>) block.scales.x += row * p.scales.x_stride;
     block.rows = std::min<int64_t>(p.rows - row, block_rows);
     MultiplyBlock<W>(block, chunk);
+  }
+}
+
+// A row of weight blocks at a time, whose scales come first in `scales` then;
+// scales of single rows multiply what was summed without them.
+void MultiplyScaled(const CpuMatmulParams& p) {
+  const CpuMatmulScales& s = p.scales;
+  if (s.block_rows == 1) {
+    Multiply<Float8E4M3>(p);
+    const float* const scales = s.weight + s.first_row * s.weight_stride;
+    for (int64_t r = 0; r < p.rows; ++r) {
+      float* const out = p.out + r * p.out_stride;
+      for (int64_t c = 0; c < p.cols; ++c)
+        out[c] *= scales[c * s.weight_stride];
+    }
+    return;
+  }
+  for (int64_t col = 0; col < p.cols;) {
+    const int64_t row = s.first_row + col;
+    CpuMatmulParams part = p;
+    part.weight =
+        static_cast<const Float8E4M3*>(p.weight) + col * p.weight_stride;
+    part.out += col;
+    part.cols = std::min(p.cols - col, kScaleBlock - row % kScaleBlock);
+    part.scales.weight += row / kScaleBlock * s.weight_stride;
+    Multiply<Float8E4M3>(part);
+    col += part.cols;
   }
 }
 
@@ -348,6 +441,8 @@ void Matmul(const CpuMatmulParams& p) {
       return Multiply<Float16>(p);
     case DType::kBFloat16:
       return Multiply<BFloat16>(p);
+    case DType::kFloat8E4M3:
+      return MultiplyScaled(p);
     default:
       return Multiply<float>(p);
   }

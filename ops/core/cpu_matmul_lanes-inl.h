@@ -1,6 +1,6 @@
-// The vectors of cpu_matmul.cc: Floats, kLanes floats; Zero, Load and Store
-// with conversion, MultiplyAdd, AddLanes and PadBlock. Through Highway where it
-// knows the vectors of the target, in the compiler's own otherwise.
+// The vectors of cpu_matmul.cc: Floats, kLanes floats; Zero, Fill, Load and
+// Store with conversion, MultiplyAdd, AddLanes and PadBlock. Through Highway
+// where it knows the vectors of the target, in the compiler's own otherwise.
 
 #if defined(TENON_OPS_CORE_CPU_MATMUL_LANES_INL_H_) == \
     defined(HWY_TARGET_TOGGLE)  // per-target include guard
@@ -30,6 +30,7 @@ using Floats = hn::Vec<FloatTag>;
 constexpr int kLanes = static_cast<int>(hn::MaxLanes(FloatTag()));
 
 HWY_INLINE Floats Zero() { return hn::Zero(FloatTag()); }
+HWY_INLINE Floats Fill(float value) { return hn::Set(FloatTag(), value); }
 
 HWY_INLINE Floats Load(const float* from) {
   return hn::LoadU(FloatTag(), from);
@@ -47,6 +48,25 @@ HWY_INLINE Floats Load(const Float16* from) {
   return hn::PromoteTo(
       FloatTag(),
       hn::LoadU(d16, reinterpret_cast<const hwy::float16_t*>(from)));
+}
+
+// Through float16, which has e4m3's bits 7 places further left but for the
+// exponent's bias, 8 more. e4m3's one NaN is float16's 1.875: bit 14 is added.
+HWY_INLINE Floats Load(const Float8E4M3* from) {
+  const hn::Rebind<int8_t, FloatTag> d8;
+  const hn::Rebind<int16_t, FloatTag> d16;
+  const hn::Rebind<hwy::float16_t, FloatTag> half;
+  const auto bits =
+      hn::PromoteTo(d16, hn::LoadU(d8, reinterpret_cast<const int8_t*>(from)));
+  const auto placed = hn::And(hn::ShiftLeft<7>(bits),
+                              hn::Set(d16, static_cast<int16_t>(0xbf80)));
+  const auto magnitude = hn::And(bits, hn::Set(d16, int16_t{0x7f}));
+  const auto nan =
+      hn::And(hn::ShiftLeft<7>(hn::Add(magnitude, hn::Set(d16, int16_t{1}))),
+              hn::Set(d16, int16_t{0x4000}));
+  return hn::Mul(
+      hn::PromoteTo(FloatTag(), hn::BitCast(half, hn::Or(placed, nan))),
+      hn::Set(FloatTag(), 256.0f));
 }
 
 HWY_INLINE void Store(Floats v, float* to) { hn::StoreU(v, FloatTag(), to); }
@@ -116,6 +136,7 @@ constexpr int kLanes = 4;
 using Floats = float __attribute__((vector_size(kLanes * sizeof(float))));
 
 inline Floats Zero() { return Floats{}; }
+inline Floats Fill(float value) { return Floats{value, value, value, value}; }
 
 // Shifted into place, the bits of a half are its value times 2^-112, subnormals
 // included; infinity and NaN need the largest exponent.
@@ -139,6 +160,11 @@ inline Floats Load(const BFloat16* from) {
 inline Floats Load(const Float16* from) {
   return Floats{HalfToFloat(from[0]), HalfToFloat(from[1]),
                 HalfToFloat(from[2]), HalfToFloat(from[3])};
+}
+
+inline Floats Load(const Float8E4M3* from) {
+  return Floats{ToFloat(from[0]), ToFloat(from[1]), ToFloat(from[2]),
+                ToFloat(from[3])};
 }
 
 template <class T>

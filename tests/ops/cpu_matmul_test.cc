@@ -133,6 +133,137 @@ TEST_P(CpuMatmulTest, BitsDependOnDepthAlone) {
   }
 }
 
+// An fp8 problem: the matrix that the weight is rows [first_row, first_row +
+// cols) of, the quantised x, and their scales.
+struct Fp8Problem {
+  Fp8Problem(int64_t rows, int64_t cols, int64_t depth, int64_t first_row,
+             int32_t block_rows)
+      : weight(MakeWeightOf<Float8E4M3>((first_row + cols) * depth, 5)) {
+    const int64_t blocks = (depth + 127) / 128;
+    for (float v : Normal(rows * depth, 6, 0.0f, 100.0f)) {
+      x.push_back(ToFloat(FromFloat<Float8E4M3>(v)));
+    }
+    x_scales = Normal(rows * blocks, 7, 0.02f, 0.004f);
+    const int64_t weight_rows = first_row + cols;
+    weight_scales = block_rows == 1 ? Normal(weight_rows, 8, 0.01f, 0.002f)
+                                    : Normal((weight_rows + 127) / 128 * blocks,
+                                             8, 0.01f, 0.002f);
+    p.x = x.data();
+    p.x_stride = p.weight_stride = p.depth = depth;
+    p.weight = weight.bytes.data() + first_row * depth;
+    p.weight_dtype = DType::kFloat8E4M3;
+    p.rows = rows;
+    p.cols = p.out_stride = cols;
+    p.scales = {x_scales.data(),      blocks,
+                weight_scales.data(), block_rows == 1 ? 1 : blocks,
+                block_rows,           first_row};
+  }
+
+  reference::LinearResult Expected() const {
+    const int64_t depth = p.depth, blocks = (depth + 127) / 128;
+    std::vector<double> x_values, w_values;
+    for (int64_t r = 0; r < p.rows; ++r) {
+      for (int64_t k = 0; k < depth; ++k) {
+        x_values.push_back(double{x[r * depth + k]} *
+                           x_scales[r * blocks + k / 128]);
+      }
+    }
+    for (int64_t c = 0; c < p.cols; ++c) {
+      const int64_t row = p.scales.first_row + c;
+      for (int64_t k = 0; k < depth; ++k) {
+        w_values.push_back(weight.values[row * depth + k] *
+                           (p.scales.block_rows == 1
+                                ? weight_scales[row]
+                                : weight_scales[row / 128 * blocks + k / 128]));
+      }
+    }
+    return reference::Linear(x_values, w_values, {}, p.rows, p.cols, depth);
+  }
+
+  Weight weight;
+  std::vector<float> x, x_scales, weight_scales;
+  CpuMatmulParams p;
+};
+
+TEST_P(CpuMatmulTest, Fp8MatchesReference) {
+  for (int32_t block_rows : {128, 1}) {
+    for (int64_t rows : {1, 2, 3, 10, 70}) {
+      for (int64_t cols : {1, 3, 13, 65, 290}) {
+        for (int64_t depth : {1, 17, 127, 128, 129, 192, 515, 640, 1100}) {
+          for (int64_t first_row : {0, 96, 133}) {
+            if (rows * cols * depth > 200000) continue;
+            SCOPED_TRACE(::testing::Message()
+                         << block_rows << " block_rows " << rows << "x" << cols
+                         << "x" << depth << " from row " << first_row);
+            Fp8Problem problem(rows, cols, depth, first_row, block_rows);
+            std::vector<float> out(rows * cols);
+            problem.p.out = out.data();
+            CpuKernelsFor(GetParam()).matmul(problem.p);
+            const auto expected = problem.Expected();
+            for (int64_t i = 0; i < rows * cols; ++i) {
+              ASSERT_NEAR(
+                  out[i], expected.out[i],
+                  expected.magnitude[i] * std::ldexp(10.0 + depth / 8.0, -24));
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(CpuMatmulTest, Fp8BitsDependOnDepthAlone) {
+  for (int32_t block_rows : {128, 1}) {
+    for (int64_t depth : {100, 192, 1100}) {
+      Fp8Problem problem(70, 150, depth, 40, block_rows);
+      std::vector<float> all(70 * 150);
+      problem.p.out = all.data();
+      CpuKernelsFor(GetParam()).matmul(problem.p);
+      for (int64_t rows : {1, 2, 11}) {
+        for (int64_t col : {5, 88}) {
+          constexpr int64_t kRow = 41, kCols = 60;
+          std::vector<float> part(rows * kCols);
+          CpuMatmulParams p = problem.p;
+          p.x += kRow * depth;
+          p.scales.x += kRow * p.scales.x_stride;
+          p.weight = static_cast<const char*>(p.weight) + col * depth;
+          p.scales.first_row += col;
+          p.out = part.data();
+          p.rows = rows;
+          p.cols = p.out_stride = kCols;
+          CpuKernelsFor(GetParam()).matmul(p);
+          for (int64_t r = 0; r < rows; ++r) {
+            ASSERT_EQ(
+                std::memcmp(&part[r * kCols], &all[(kRow + r) * 150 + col],
+                            kCols * sizeof(float)),
+                0)
+                << "depth " << depth << " rows " << rows << " col " << col;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(CpuMatmulTest, ConvertsEveryFp8ValueToFloat) {
+  std::vector<Float8E4M3> all(256 + 5);  // the last ones are a partial vector
+  for (size_t i = 0; i < all.size(); ++i) {
+    all[i].bits = static_cast<uint8_t>(i + 123);
+  }
+  std::vector<float> floats(all.size());
+  CpuKernelsFor(GetParam())
+      .convert_to_float(DType::kFloat8E4M3, all.data(),
+                        static_cast<int64_t>(all.size()), floats.data());
+  for (size_t i = 0; i < all.size(); ++i) {
+    const float expected = ToFloat(all[i]);
+    if (std::isnan(expected)) {
+      ASSERT_TRUE(std::isnan(floats[i])) << i;
+    } else {
+      ASSERT_EQ(FloatBits(floats[i]), FloatBits(expected)) << i;
+    }
+  }
+}
+
 TEST_P(CpuMatmulTest, ZeroDepthGivesZeros) {
   float out[6];
   std::fill_n(out, 6, 1.0f);
