@@ -1,0 +1,117 @@
+#include "service/session_table.h"
+
+#include <cstring>
+
+#include "service/random.h"
+
+namespace tenon::service {
+namespace {
+
+// FNV-1a over 64-bit words, with a rotation so that high bits count as well.
+// It tells a mistaken client from a repeated call; it need not resist an
+// attacker, who could only fool himself.
+class Hash {
+ public:
+  void Add(uint64_t word) {
+    state_ = (state_ ^ word) * 0x100000001b3;
+    state_ = state_ << 27 | state_ >> 37;
+  }
+  void Add(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    Add(uint64_t{bits});
+  }
+  uint64_t state() const { return state_; }
+
+ private:
+  uint64_t state_ = 0xcbf29ce484222325;
+};
+
+}  // namespace
+
+uint64_t Digest(const v1::StepRequest& request) {
+  Hash hash;
+  hash.Add(static_cast<uint64_t>(request.seq_size()));
+  for (uint64_t seq : request.seq()) hash.Add(seq);
+  hash.Add(static_cast<uint64_t>(request.input_token_size()));
+  for (uint32_t token : request.input_token()) hash.Add(uint64_t{token});
+  hash.Add(uint64_t{request.want()});
+  const v1::Sampling& s = request.overrides();
+  const uint64_t present = (request.has_overrides() ? 1 : 0) |
+                           (s.has_temperature() ? 2 : 0) |
+                           (s.has_top_k() ? 4 : 0) | (s.has_top_p() ? 8 : 0) |
+                           (s.has_min_p() ? 16 : 0) | (s.has_seed() ? 32 : 0);
+  hash.Add(present);
+  hash.Add(s.temperature());
+  hash.Add(static_cast<uint64_t>(s.top_k()));
+  hash.Add(s.top_p());
+  hash.Add(s.min_p());
+  hash.Add(s.seed());
+  hash.Add(static_cast<uint64_t>(s.filter_order()));
+  return hash.state();
+}
+
+Failure ClientSession::Look(uint64_t step_id, uint64_t digest,
+                            const v1::StepResponse** reply) const {
+  *reply = nullptr;
+  if (step_id == last_step + 1) return Failure();
+  const std::string name = "step_id " + std::to_string(step_id);
+  if (step_id > last_step) {
+    return {StatusCode::kFailedPrecondition,
+            name + " follows step " + std::to_string(last_step) + ", a gap",
+            "STEP_ID_GAP", name, 0};
+  }
+  for (const Reply& known : replies) {
+    if (known.step_id != step_id) continue;
+    if (known.digest == digest) {
+      *reply = &known.response;
+      return Failure();
+    }
+    return {StatusCode::kAborted,
+            name + " was used already, for a step with another content",
+            "STEP_REPLAY_MISMATCH", name, 0};
+  }
+  return {StatusCode::kFailedPrecondition,
+          name + " is too old to be replayed; the last was " +
+              std::to_string(last_step),
+          "STEP_ID_EXPIRED", name, 0};
+}
+
+void ClientSession::Remember(uint64_t step_id, uint64_t digest,
+                             const v1::StepResponse& response,
+                             int32_t capacity) {
+  last_step = step_id;
+  if (replies.size() >= static_cast<size_t>(capacity)) {
+    replies.push_back(std::move(replies.front()));  // keeps its memory
+    replies.pop_front();
+  } else {
+    replies.emplace_back();
+  }
+  replies.back().step_id = step_id;
+  replies.back().digest = digest;
+  replies.back().response = response;
+}
+
+ClientSession* SessionTable::Add() {
+  if (size() >= capacity_) return nullptr;
+  auto session = std::make_unique<ClientSession>();
+  do {
+    session->id = WithEpoch(epoch_, RandomBits());
+  } while (sessions_.count(session->id) != 0);
+  ClientSession* added = session.get();
+  sessions_[added->id] = std::move(session);
+  return added;
+}
+
+ClientSession* SessionTable::Find(uint64_t id) {
+  const auto found = sessions_.find(id);
+  return found == sessions_.end() ? nullptr : found->second.get();
+}
+
+std::vector<uint64_t> SessionTable::Ids() const {
+  std::vector<uint64_t> ids;
+  for (const auto& entry : sessions_) ids.push_back(entry.first);
+  return ids;
+}
+
+}  // namespace tenon::service

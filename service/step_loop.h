@@ -1,0 +1,192 @@
+#ifndef TENON_SERVICE_STEP_LOOP_H_
+#define TENON_SERVICE_STEP_LOOP_H_
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "engine/session.h"
+#include "service/calls.h"
+#include "service/limits.h"
+#include "service/metrics.h"
+#include "service/page_budget.h"
+#include "service/sequence_table.h"
+#include "service/session_table.h"
+
+namespace tenon::service {
+
+struct StepLoopOptions {
+  Limits limits;
+  // A call that finds the engine idle runs its step itself, which saves the
+  // time that it takes to wake the loop's thread.
+  bool run_inline = true;
+};
+
+// Answers calls by steps of an engine session: every step takes the rows of all
+// clients that wait, the next tokens of Generate calls, and chunks of prompts.
+//
+// All state belongs to whoever runs the loop, one thread at a time: calls are
+// put in a queue, and looked at between engine steps. Nothing else is shared.
+//
+// Units of work (one Step call, one sequence of a Generate call, one prompt)
+// are served in the order in which they became ready, so nobody starves.
+class StepLoop {
+ public:
+  // The session must have limits.sequences + 1 sequences or more, and run
+  // limits.rows_per_step rows with limits.prefill_tokens_per_step tokens more.
+  StepLoop(std::unique_ptr<Session> engine, const StepLoopOptions& options);
+  // Calls that wait still are Unavailable.
+  ~StepLoop();
+
+  // What the engine's session needs for these limits.
+  static void SetEngineLimits(const Limits& limits, SessionOptions* options);
+
+  // Finishes the call at some time, maybe before it returns.
+  void Submit(const AnyCall& call);
+
+  // Whether new sequences are refused.
+  void set_draining(bool draining) { draining_ = draining; }
+  bool draining() const { return draining_; }
+  // Refuses every call from now on; those under way are finished as usual.
+  void RefuseAll() { refusing_ = true; }
+
+  uint64_t epoch() const { return epoch_; }
+  // The last time that the loop went round.
+  Time heartbeat() const { return Time(Clock::duration(heartbeat_.load())); }
+  bool is_broken() const { return is_broken_; }
+  const Metrics& metrics() const { return metrics_; }
+  Metrics* mutable_metrics() { return &metrics_; }
+  void FillLoad(v1::Load* load) const;
+  const Session& engine() const { return *engine_; }
+
+ private:
+  // A CreateSequences or Generate call under way.
+  struct Job {
+    CreateCall* create = nullptr;
+    GenerateCall* generate = nullptr;
+    uint64_t session_id = 0;
+    bool made_session = false;
+    std::vector<Sequence*> sequences;
+    std::vector<float> logprobs;  // of first tokens
+    size_t num_prefilled = 0;
+    bool over = false;   // finished; its sequences may be gone
+    uint64_t batch = 0;  // the last batch that one of its prompts is in
+
+    Call* call() const {
+      return create != nullptr ? static_cast<Call*>(create) : generate;
+    }
+  };
+
+  struct Unit {
+    StepCall* step = nullptr;
+    std::shared_ptr<Job> job;
+    size_t index = 0;  // of the sequence in the job
+  };
+
+  // Of the batch being made.
+  struct Placed {
+    Unit unit;
+    size_t first_row = 0;
+    size_t num_rows = 0;
+    uint64_t digest = 0;
+  };
+
+  enum class Placement { kPlaced, kFinished, kLater, kFull };
+
+  void Thread();
+  void RunAndRelease();  // with the engine's token
+  bool RunOnce();        // true: there is more to do
+  void TakeIncoming();
+  void UpdateGauges();
+
+  // Calls that are answered between steps.
+  void Take(CreateCall* call);
+  void Take(GenerateCall* call);
+  void Take(StepCall* call);
+  void Take(ForkCall* call);
+  void Take(ReleaseCall* call);
+  void Take(AbortCall* call);
+  Failure CheckStart(const Call& call) const;
+  Failure StartJob(const std::shared_ptr<Job>& job);
+  Failure FindSession(uint64_t id, ClientSession** session);
+  Failure FindSequence(const ClientSession& session, uint64_t handle,
+                       Sequence** sequence);
+  StatusOr<Sequence*> AddSequence(const v1::NewSequence& request,
+                                  uint64_t session_id, Failure* failure);
+  Failure ForkInto(const v1::ForkSequencesRequest& request,
+                   ClientSession* session, std::vector<Sequence*>* made);
+  StatusOr<Sequence*> ForkOne(Sequence* origin, Failure* failure);
+  void RemoveSequence(Sequence* sequence);
+  uint32_t EndSession(ClientSession* session);
+  void EndJobsOf(uint64_t session_id, const Failure& failure);
+  void EndJob(const std::shared_ptr<Job>& job, const Failure& failure);
+  void ExpireLeases(Time now);
+  void Touch(Sequence* sequence, Time now);
+
+  // Batches.
+  void MakeBatch();
+  Placement Place(const Unit& unit);
+  Placement PlaceStep(const Unit& unit);
+  Placement PlaceJob(const Unit& unit);
+  Failure CheckStep(const StepCall& call, const ClientSession& session);
+  void RunBatch();
+  bool RunSeparately();
+  void Deliver(const Placed& placed, const StepRowResult* results);
+  void DeliverStep(const Placed& placed, const StepRowResult* results);
+  void DeliverJob(const Placed& placed, const StepRowResult& result);
+  void FinishCreate(const std::shared_ptr<Job>& job);
+  void Fail(const Placed& placed, const Status& status);
+  void Append(Sequence* sequence, int32_t num_tokens,
+              const StepRowResult& result);
+  void FillTiming(const Call& call, v1::Timing* timing) const;
+  void FinishStep(StepCall* call, const Failure& failure);
+
+  const StepLoopOptions options_;
+  const uint64_t epoch_;
+  Metrics metrics_;
+
+  // Shared between threads.
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::vector<AnyCall> incoming_;  // guarded by mutex_
+  bool running_ = false;           // guarded: somebody has the engine's token
+  bool more_to_do_ = false;        // guarded
+  bool stopping_ = false;          // guarded
+  std::atomic<bool> draining_{false};
+  std::atomic<bool> refusing_{false};
+  std::atomic<bool> is_broken_{false};
+  std::atomic<Clock::rep> heartbeat_;
+
+  // Belongs to who has the engine's token.
+  std::unique_ptr<Session> engine_;
+  PageBudget budget_;
+  SequenceTable sequences_;
+  SessionTable sessions_;
+  std::deque<Unit> units_;
+  std::vector<AnyCall> taken_;
+  Time next_expiry_;
+  uint64_t batch_ = 0;
+  uint64_t num_checks_ = 0;
+  std::vector<Unit> later_;
+  std::vector<Placed> placed_;
+  std::vector<StepRow> rows_;
+  std::vector<Sequence*> row_sequences_;
+  std::vector<int32_t> inputs_;  // of decode rows; does not grow
+  int32_t prefill_left_ = 0;
+  Time launch_;
+  Clock::duration last_step_{0};
+  std::vector<StepRowResult> results_;
+  StepStats stats_;
+
+  std::thread thread_;
+};
+
+}  // namespace tenon::service
+
+#endif  // TENON_SERVICE_STEP_LOOP_H_

@@ -1,0 +1,370 @@
+// Batches: which units the next engine step serves, and what comes of it.
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "service/random.h"
+#include "service/step_loop.h"
+#include "service/validator.h"
+
+namespace tenon::service {
+namespace {
+
+uint64_t Nanoseconds(Clock::duration duration) {
+  return static_cast<uint64_t>(
+      std::max<int64_t>(0, std::chrono::nanoseconds(duration).count()));
+}
+
+Failure CheckJob(const Call& call) {
+  if (call.cancelled) {
+    return {StatusCode::kCancelled, "the call was cancelled", "", "", 0};
+  }
+  if (Clock::now() > call.deadline) {
+    return {StatusCode::kDeadlineExceeded,
+            "the deadline passed before the prompt was through", "", "", 0};
+  }
+  return Failure();
+}
+
+bool Contains(const std::vector<int32_t>& ids, int32_t id) {
+  return std::find(ids.begin(), ids.end(), id) != ids.end();
+}
+
+}  // namespace
+
+void StepLoop::MakeBatch() {
+  ++batch_;
+  rows_.clear();
+  row_sequences_.clear();
+  inputs_.clear();
+  placed_.clear();
+  later_.clear();
+  prefill_left_ = options_.limits.prefill_tokens_per_step;
+  while (!units_.empty()) {
+    const Placement placement = Place(units_.front());
+    if (placement == Placement::kFull) break;
+    if (placement == Placement::kLater) {
+      later_.push_back(std::move(units_.front()));
+    }
+    units_.pop_front();
+  }
+  // Those keep their place in the queue.
+  for (size_t i = later_.size(); i-- > 0;) {
+    units_.push_front(std::move(later_[i]));
+  }
+}
+
+StepLoop::Placement StepLoop::Place(const Unit& unit) {
+  return unit.step != nullptr ? PlaceStep(unit) : PlaceJob(unit);
+}
+
+StepLoop::Placement StepLoop::PlaceStep(const Unit& unit) {
+  StepCall* call = unit.step;
+  const size_t count = static_cast<size_t>(call->request->seq_size());
+  if (rows_.size() + count >
+      static_cast<size_t>(options_.limits.rows_per_step)) {
+    return Placement::kFull;
+  }
+  ClientSession* session = nullptr;
+  Failure failure = FindSession(call->request->session_id(), &session);
+  // The step before this one is in the batch: this one needs its outcome.
+  if (failure.ok() && session->batch == batch_) return Placement::kLater;
+  const v1::StepResponse* reply = nullptr;
+  const uint64_t digest = Digest(*call->request);
+  if (failure.ok()) {
+    failure = session->Look(call->request->step_id(), digest, &reply);
+  }
+  if (reply != nullptr) {
+    metrics_.replayed.fetch_add(1, std::memory_order_relaxed);
+    *call->response = *reply;
+    FinishStep(call, Failure());
+    return Placement::kFinished;
+  }
+  if (failure.ok()) failure = CheckStep(*call, *session);
+  if (!failure.ok()) {
+    FinishStep(call, failure);
+    return Placement::kFinished;
+  }
+  session->batch = batch_;
+  placed_.push_back({unit, rows_.size(), count, digest});
+  const v1::StepRequest& request = *call->request;
+  for (size_t i = 0; i < count; ++i) {
+    const int index = static_cast<int>(i);
+    Sequence* sequence = sequences_.Find(request.seq(index));
+    inputs_.push_back(request.input_token_size() == 0
+                          ? sequence->next_input
+                          : static_cast<int32_t>(request.input_token(index)));
+    StepRow row;
+    row.sequence = sequence->engine_id;
+    row.tokens = &inputs_.back();
+    row.num_tokens = 1;
+    row.sampling = request.has_overrides()
+                       ? MergeSampling(sequence->sampling, request.overrides())
+                       : sequence->sampling;
+    rows_.push_back(row);
+    row_sequences_.push_back(sequence);
+  }
+  return Placement::kPlaced;
+}
+
+// What of a new step depends on sequences. Changes nothing.
+Failure StepLoop::CheckStep(const StepCall& call,
+                            const ClientSession& session) {
+  if (call.cancelled) {
+    metrics_.cancelled.fetch_add(1, std::memory_order_relaxed);
+    return {StatusCode::kCancelled, "the step was cancelled before its launch",
+            "", "", 0};
+  }
+  if (Clock::now() + last_step_ / 2 > call.deadline) {
+    return {StatusCode::kDeadlineExceeded,
+            "too little time is left to launch the step", "", "", 0};
+  }
+  if (is_broken_) {
+    return Unavailable("STATE_LOST", "the device failed; sequences are lost");
+  }
+  const uint64_t check = ++num_checks_;
+  for (int i = 0; i < call.request->seq_size(); ++i) {
+    Sequence* sequence = nullptr;
+    const Failure failure =
+        FindSequence(session, call.request->seq(i), &sequence);
+    if (!failure.ok()) return failure;
+    if (sequence->check == check) {
+      return BadField("seq[" + std::to_string(i) + "]",
+                      "the sequence is there twice");
+    }
+    sequence->check = check;
+    if (!sequence->finished()) continue;
+    const std::string name = "seq " + std::to_string(sequence->handle);
+    return {StatusCode::kFailedPrecondition, name + " is finished", "FINISHED",
+            name, 0};
+  }
+  return Failure();
+}
+
+StepLoop::Placement StepLoop::PlaceJob(const Unit& unit) {
+  if (unit.job->over) return Placement::kFinished;
+  // Not with another of its prompts in the batch: that needs its sequence.
+  if (unit.job->batch != batch_) {
+    const Failure failure = CheckJob(*unit.job->call());
+    if (!failure.ok()) {
+      EndJob(unit.job, failure);
+      return Placement::kFinished;
+    }
+  }
+  if (rows_.size() >= static_cast<size_t>(options_.limits.rows_per_step)) {
+    return Placement::kFull;
+  }
+  Sequence* sequence = unit.job->sequences[unit.index];
+  const int32_t prompt = static_cast<int32_t>(sequence->prompt.size());
+  StepRow row;
+  row.sequence = sequence->engine_id;
+  row.sampling = sequence->sampling;
+  if (sequence->prefilled < prompt) {
+    if (prefill_left_ == 0) return Placement::kLater;
+    row.tokens = &sequence->prompt[static_cast<size_t>(sequence->prefilled)];
+    row.num_tokens = std::min(prompt - sequence->prefilled, prefill_left_);
+    row.sample = sequence->prefilled + row.num_tokens == prompt;
+    prefill_left_ -= row.num_tokens;
+  } else {
+    inputs_.push_back(sequence->next_input);
+    row.tokens = &inputs_.back();
+    row.num_tokens = 1;
+  }
+  unit.job->batch = batch_;
+  placed_.push_back({unit, rows_.size(), 1, 0});
+  rows_.push_back(row);
+  row_sequences_.push_back(sequence);
+  return Placement::kPlaced;
+}
+
+void StepLoop::RunBatch() {
+  launch_ = Clock::now();
+  const Status status = engine_->Step(rows_, &results_, &stats_);
+  last_step_ = Clock::now() - launch_;
+  if (!status.ok()) {
+    metrics_.failed_steps.fetch_add(1, std::memory_order_relaxed);
+    is_broken_ = engine_->is_broken();
+    if (!RunSeparately()) {
+      for (const Placed& placed : placed_) Fail(placed, status);
+    }
+    return;
+  }
+  metrics_.steps.fetch_add(1, std::memory_order_relaxed);
+  metrics_.rows.fetch_add(rows_.size(), std::memory_order_relaxed);
+  metrics_.tokens.fetch_add(static_cast<uint64_t>(stats_.tokens),
+                            std::memory_order_relaxed);
+  metrics_.step.Add(std::chrono::nanoseconds(last_step_).count());
+  for (const Placed& placed : placed_) {
+    Deliver(placed, &results_[placed.first_row]);
+  }
+}
+
+// After an error: one unit at a time, so that none fails for another's sake.
+// False if there is nothing to separate.
+bool StepLoop::RunSeparately() {
+  if (is_broken_ || placed_.size() == 1) return false;
+  const std::vector<StepRow> rows = rows_;
+  for (const Placed& placed : placed_) {
+    const auto first = rows.begin() + static_cast<int64_t>(placed.first_row);
+    const std::vector<StepRow> own(
+        first, first + static_cast<int64_t>(placed.num_rows));
+    const Status status = engine_->Step(own, &results_, &stats_);
+    is_broken_ = engine_->is_broken();
+    if (status.ok()) {
+      metrics_.steps.fetch_add(1, std::memory_order_relaxed);
+      metrics_.rows.fetch_add(own.size(), std::memory_order_relaxed);
+      Deliver(placed, results_.data());
+    } else {
+      Fail(placed, status);
+    }
+  }
+  return true;
+}
+
+// The state of every sequence is as before the step.
+void StepLoop::Fail(const Placed& placed, const Status& status) {
+  Failure failure{status.code(), status.message(), "ENGINE", "", 0};
+  if (is_broken_) {
+    failure =
+        Unavailable("STATE_LOST", "the device failed; sequences are lost");
+  } else if (status.code() == StatusCode::kInternal) {
+    failure.message = "internal error " + std::to_string(RandomBits());
+  }
+  if (placed.unit.step == nullptr) return EndJob(placed.unit.job, failure);
+  FinishStep(placed.unit.step, failure);
+}
+
+void StepLoop::Append(Sequence* sequence, int32_t num_tokens,
+                      const StepRowResult& result) {
+  sequence->length += num_tokens;
+  if (result.status != SampleStatus::kOk) {
+    sequence->next_input = 0;
+    sequence->status = v1::ROW_STATUS_NO_TOKEN;
+    return;
+  }
+  metrics_.sampled_tokens.fetch_add(1, std::memory_order_relaxed);
+  sequence->next_input = result.token;
+  ++sequence->num_generated;
+  const std::vector<int32_t>& eos = engine_->model().config.eos_token_ids;
+  if (!sequence->ignore_eos && Contains(eos, result.token)) {
+    sequence->status = v1::ROW_STATUS_FINISHED_EOS;
+  } else if (Contains(sequence->stop_tokens, result.token)) {
+    sequence->status = v1::ROW_STATUS_FINISHED_STOP;
+  } else if (sequence->num_generated >= sequence->max_tokens) {
+    sequence->status = v1::ROW_STATUS_FINISHED_LENGTH;
+  }
+}
+
+void StepLoop::Deliver(const Placed& placed, const StepRowResult* results) {
+  if (placed.unit.step != nullptr) {
+    DeliverStep(placed, results);
+  } else {
+    DeliverJob(placed, results[0]);
+  }
+}
+
+void StepLoop::FillTiming(const Call& call, v1::Timing* timing) const {
+  timing->set_queue_ns(Nanoseconds(launch_ - call.arrival));
+  timing->set_step_ns(Nanoseconds(last_step_));
+  timing->set_total_ns(Nanoseconds(Clock::now() - call.arrival));
+  timing->set_batch_rows(static_cast<uint32_t>(stats_.rows));
+  timing->set_batch_tokens(static_cast<uint32_t>(stats_.tokens));
+}
+
+void StepLoop::DeliverStep(const Placed& placed, const StepRowResult* results) {
+  StepCall* call = placed.unit.step;
+  const v1::StepRequest& request = *call->request;
+  v1::StepResponse* response = call->response;
+  response->set_server_epoch(epoch_);
+  response->set_step_id(request.step_id());
+  const bool want_logprob = (request.want() & v1::WANT_LOGPROB) != 0;
+  const Time now = Clock::now();
+  for (size_t i = 0; i < placed.num_rows; ++i) {
+    Sequence* sequence = row_sequences_[placed.first_row + i];
+    Append(sequence, 1, results[i]);
+    Touch(sequence, now);
+    response->add_token(static_cast<uint32_t>(sequence->next_input));
+    if (want_logprob) response->add_logprob(results[i].logprob);
+    response->add_row_status(sequence->status);
+  }
+  FillTiming(*call, response->mutable_timing());
+  FillLoad(response->mutable_load());
+  ClientSession* session = sessions_.Find(request.session_id());
+  session->Remember(request.step_id(), placed.digest, *response,
+                    options_.limits.replayable_steps);
+  metrics_.queue.Add(static_cast<int64_t>(response->timing().queue_ns()));
+  metrics_.request.Add(static_cast<int64_t>(response->timing().total_ns()));
+  FinishStep(call, Failure());
+}
+
+void StepLoop::FinishStep(StepCall* call, const Failure& failure) {
+  metrics_.queued_requests.fetch_sub(1);
+  metrics_.queued_rows.fetch_sub(call->request->seq_size());
+  call->Finish(failure);
+}
+
+void StepLoop::DeliverJob(const Placed& placed, const StepRowResult& result) {
+  const std::shared_ptr<Job>& job = placed.unit.job;
+  if (job->over) return;  // another of its prompts failed
+  Sequence* sequence = job->sequences[placed.unit.index];
+  const int32_t prompt = static_cast<int32_t>(sequence->prompt.size());
+  if (sequence->prefilled < prompt) {
+    const int32_t chunk = rows_[placed.first_row].num_tokens;
+    sequence->prefilled += chunk;
+    if (sequence->prefilled < prompt) {
+      sequence->length += chunk;
+      units_.push_back(placed.unit);
+      return;
+    }
+    metrics_.first_token.Add(
+        static_cast<int64_t>(Nanoseconds(Clock::now() - job->call()->arrival)));
+    Append(sequence, chunk, result);
+  } else {
+    Append(sequence, 1, result);
+  }
+  if (job->create != nullptr) {
+    job->logprobs[placed.unit.index] = result.logprob;
+    if (++job->num_prefilled == job->sequences.size()) FinishCreate(job);
+    return;
+  }
+  job->generate->Emit(static_cast<uint32_t>(sequence->next_input),
+                      result.logprob, sequence->status);
+  if (sequence->finished()) {
+    EndJob(job, Failure());
+  } else {
+    units_.push_back(placed.unit);
+  }
+}
+
+void StepLoop::FinishCreate(const std::shared_ptr<Job>& job) {
+  CreateCall* call = job->create;
+  if (call->cancelled) {  // nobody would hear of the handles
+    return EndJob(
+        job, {StatusCode::kCancelled, "the call was cancelled", "", "", 0});
+  }
+  const Time now = Clock::now();
+  v1::CreateSequencesResponse* response = call->response;
+  response->set_server_epoch(epoch_);
+  response->set_session_id(job->session_id);
+  for (size_t i = 0; i < job->sequences.size(); ++i) {
+    Sequence* sequence = job->sequences[i];
+    sequence->in_call = false;
+    std::vector<int32_t>().swap(sequence->prompt);
+    sequence->prefilled = 0;
+    Touch(sequence, now);
+    response->add_seq(sequence->handle);
+    response->add_token(static_cast<uint32_t>(sequence->next_input));
+    if ((call->request->want() & v1::WANT_LOGPROB) != 0) {
+      response->add_logprob(job->logprobs[i]);
+    }
+    response->add_row_status(sequence->status);
+    response->set_lease_ms(static_cast<uint32_t>(sequence->lease.count()));
+  }
+  FillTiming(*call, response->mutable_timing());
+  UpdateGauges();
+  FillLoad(response->mutable_load());
+  EndJob(job, Failure());
+}
+
+}  // namespace tenon::service

@@ -1,0 +1,178 @@
+#include "service/validator.h"
+
+#include <string>
+
+namespace tenon::service {
+namespace {
+
+std::string At(const char* field, int index) {
+  return std::string(field) + "[" + std::to_string(index) + "]";
+}
+
+Failure CheckCount(const std::string& field, int count, int least, int most,
+                   const char* limit) {
+  if (count < least) {
+    return BadField(field, "has " + std::to_string(count) +
+                               " entries, expected at least " +
+                               std::to_string(least));
+  }
+  if (count > most) {
+    Failure failure =
+        OverLimit(limit, field + ": has " + std::to_string(count) +
+                             " entries, the limit is " + std::to_string(most));
+    failure.retry_ms = 0;  // it will not fit later either
+    return failure;
+  }
+  return Failure();
+}
+
+Failure CheckToken(const std::string& field, uint32_t token,
+                   int32_t vocab_size) {
+  if (token < static_cast<uint32_t>(vocab_size)) return Failure();
+  return BadField(field, std::to_string(token) + " is not a token: there are " +
+                             std::to_string(vocab_size));
+}
+
+Failure CheckSampling(const std::string& field, const v1::Sampling& sampling) {
+  if (!v1::FilterOrder_IsValid(sampling.filter_order())) {
+    return BadField(field + ".filter_order",
+                    std::to_string(static_cast<int>(sampling.filter_order())) +
+                        " is not one");
+  }
+  const Status status =
+      ValidateSamplingParams(MergeSampling(SamplingParams(), sampling));
+  if (!status.ok()) return BadField(field, status.message());
+  return Failure();
+}
+
+Failure CheckWant(uint32_t want) {
+  if ((want & ~static_cast<uint32_t>(v1::WANT_LOGPROB)) == 0) return Failure();
+  return {StatusCode::kUnimplemented,
+          "want: " + std::to_string(want) + " asks for what this server cannot",
+          "WANT", "want", 0};
+}
+
+}  // namespace
+
+SamplingParams MergeSampling(const SamplingParams& base,
+                             const v1::Sampling& sampling) {
+  SamplingParams merged = base;
+  if (sampling.has_temperature()) merged.temperature = sampling.temperature();
+  if (sampling.has_top_k()) merged.top_k = sampling.top_k();
+  if (sampling.has_top_p()) merged.top_p = sampling.top_p();
+  if (sampling.has_min_p()) merged.min_p = sampling.min_p();
+  if (sampling.has_seed()) merged.seed = sampling.seed();
+  if (sampling.filter_order() != v1::FILTER_ORDER_UNSPECIFIED) {
+    merged.filter_order = sampling.filter_order() == v1::FILTER_ORDER_JOINT
+                              ? FilterOrder::kJoint
+                              : FilterOrder::kSequential;
+  }
+  return merged;
+}
+
+Failure Validator::CheckNew(const std::string& field,
+                            const v1::NewSequence& sequence) const {
+  Failure failure = CheckCount(field + ".prompt", sequence.prompt_size(), 1,
+                               limits_.prompt_tokens, "prompt_tokens");
+  if (!failure.ok()) return failure;
+  failure = CheckCount(field + ".stop_token", sequence.stop_token_size(), 0,
+                       limits_.stop_tokens, "stop_tokens");
+  if (!failure.ok()) return failure;
+  if (sequence.has_max_tokens() && sequence.max_tokens() == 0) {
+    return BadField(field + ".max_tokens", "is 0, expected at least 1");
+  }
+  // The token drawn last is never run, so it needs no place.
+  const int64_t tokens =
+      sequence.prompt_size() +
+      (sequence.has_max_tokens() ? int64_t{sequence.max_tokens()} - 1 : 0);
+  if (tokens > max_context_) {
+    return {StatusCode::kOutOfRange,
+            field + ": prompt and max_tokens need a context of " +
+                std::to_string(tokens) + " tokens, there are " +
+                std::to_string(max_context_),
+            "CONTEXT_LENGTH", field, 0};
+  }
+  for (int i = 0; i < sequence.prompt_size(); ++i) {
+    failure = CheckToken(field + ".prompt", sequence.prompt(i), vocab_size_);
+    if (!failure.ok()) return failure;
+  }
+  for (uint32_t token : sequence.stop_token()) {
+    failure = CheckToken(field + ".stop_token", token, vocab_size_);
+    if (!failure.ok()) return failure;
+  }
+  return CheckSampling(field + ".sampling", sequence.sampling());
+}
+
+Failure Validator::Check(const v1::CreateSequencesRequest& request) const {
+  Failure failure = CheckWant(request.want());
+  if (!failure.ok()) return failure;
+  failure = CheckCount("sequences", request.sequences_size(), 1,
+                       limits_.rows_per_step, "rows_per_step");
+  if (!failure.ok()) return failure;
+  if (request.has_lease_ms() &&
+      (request.lease_ms() == 0 ||
+       request.lease_ms() > limits_.max_lease.count())) {
+    return BadField("lease_ms", std::to_string(request.lease_ms()) +
+                                    " is not from 1 to " +
+                                    std::to_string(limits_.max_lease.count()));
+  }
+  for (int i = 0; i < request.sequences_size(); ++i) {
+    failure = CheckNew(At("sequences", i), request.sequences(i));
+    if (!failure.ok()) return failure;
+  }
+  return Failure();
+}
+
+Failure Validator::Check(const v1::GenerateRequest& request) const {
+  const Failure failure = CheckWant(request.want());
+  if (!failure.ok()) return failure;
+  return CheckNew("sequence", request.sequence());
+}
+
+Failure Validator::Check(const v1::StepRequest& request) const {
+  Failure failure = CheckWant(request.want());
+  if (!failure.ok()) return failure;
+  failure = CheckCount("seq", request.seq_size(), 1, limits_.rows_per_step,
+                       "rows_per_step");
+  if (!failure.ok()) return failure;
+  if (request.step_id() == 0)
+    return BadField("step_id", "is 0; they begin at 1");
+  if (request.input_token_size() != 0 &&
+      request.input_token_size() != request.seq_size()) {
+    return BadField("input_token",
+                    "has " + std::to_string(request.input_token_size()) +
+                        " entries, expected none or one for each of " +
+                        std::to_string(request.seq_size()) + " rows");
+  }
+  for (int i = 0; i < request.input_token_size(); ++i) {
+    failure =
+        CheckToken(At("input_token", i), request.input_token(i), vocab_size_);
+    if (!failure.ok()) return failure;
+  }
+  return CheckSampling("overrides", request.overrides());
+}
+
+Failure Validator::Check(const v1::ForkSequencesRequest& request) const {
+  const Failure failure = CheckCount("seq", request.seq_size(), 1,
+                                     limits_.rows_per_step, "rows_per_step");
+  if (!failure.ok()) return failure;
+  if (request.seed_size() != 0 && request.seed_size() != request.seq_size()) {
+    return BadField("seed", "has " + std::to_string(request.seed_size()) +
+                                " entries, expected none or one for each of " +
+                                std::to_string(request.seq_size()) + " forks");
+  }
+  return Failure();
+}
+
+Failure Validator::Check(const v1::ReleaseSequencesRequest& request) const {
+  return CheckCount("seq", request.seq_size(), 0, limits_.sequences,
+                    "sequences");
+}
+
+Failure Validator::Check(const v1::AbortRequest& request) const {
+  return CheckCount("session_id", request.session_id_size(),
+                    request.all_sessions() ? 0 : 1, limits_.sessions,
+                    "sessions");
+}
+
+}  // namespace tenon::service

@@ -1,0 +1,477 @@
+// The service without gRPC: sessions, exactly-once steps, batches, leases.
+
+#include "service/step_loop.h"
+
+#include <chrono>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "tests/service/loop_fixture.h"
+
+namespace tenon::service {
+namespace {
+
+using std::chrono::milliseconds;
+
+class StepLoopTest : public ::testing::TestWithParam<bool> {
+ protected:
+  void SetUp() override { Start(TestLimits()); }
+
+  void Start(const Limits& limits, int64_t num_pages = 128) {
+    loop_.reset();
+    SessionOptions engine = TestEngineOptions(limits);
+    engine.num_pages = num_pages;
+    StepLoopOptions options;
+    options.limits = limits;
+    options.run_inline = GetParam();
+    loop_ = std::make_unique<StepLoop>(TestEngine(engine), options);
+    pages_ = num_pages;
+  }
+
+  // A session with `count` sequences of different prompts and seeds.
+  struct Client {
+    uint64_t session = 0;
+    uint64_t step = 0;
+    std::vector<uint64_t> seqs;
+    std::vector<std::vector<uint32_t>> tokens;
+  };
+
+  Client MakeClient(int32_t count, int32_t first_seed,
+                    uint32_t max_tokens = 20) {
+    WaitingCreate create;
+    for (int32_t i = 0; i < count; ++i) {
+      v1::NewSequence* sequence = create.own_request.add_sequences();
+      FillNew(PromptSize(first_seed + i), first_seed + i, sequence);
+      sequence->set_max_tokens(max_tokens);
+    }
+    loop_->Submit(&create);
+    const Failure failure = create.Wait();
+    EXPECT_TRUE(failure.ok()) << failure.message;
+    const v1::CreateSequencesResponse& response = create.own_response;
+    Client client{response.session_id(), 0, {}, {}};
+    for (int i = 0; i < response.seq_size(); ++i) {
+      client.seqs.push_back(response.seq(i));
+      client.tokens.push_back({response.token(i)});
+    }
+    return client;
+  }
+
+  static int32_t PromptSize(int32_t seed) { return 3 + seed * 5 % 23; }
+
+  static void FillStep(const Client& client, uint64_t step_id,
+                       v1::StepRequest* request) {
+    request->set_session_id(client.session);
+    request->set_step_id(step_id);
+    for (uint64_t seq : client.seqs) request->add_seq(seq);
+  }
+
+  Failure Step(Client* client) {
+    WaitingStep step;
+    FillStep(*client, client->step + 1, &step.own_request);
+    loop_->Submit(&step);
+    const Failure failure = step.Wait();
+    if (!failure.ok()) return failure;
+    ++client->step;
+    for (int i = 0; i < step.own_response.token_size(); ++i) {
+      client->tokens[static_cast<size_t>(i)].push_back(
+          step.own_response.token(i));
+    }
+    return failure;
+  }
+
+  Failure Send(const v1::StepRequest& request,
+               v1::StepResponse* response = nullptr) {
+    WaitingStep step;
+    step.own_request = request;
+    loop_->Submit(&step);
+    const Failure failure = step.Wait();
+    if (response != nullptr) *response = step.own_response;
+    return failure;
+  }
+
+  uint32_t Release(const Client& client) {
+    WaitingRelease release;
+    release.own_request.set_session_id(client.session);
+    for (uint64_t seq : client.seqs) release.own_request.add_seq(seq);
+    release.own_request.set_end_session(true);
+    loop_->Submit(&release);
+    EXPECT_TRUE(release.Wait().ok());
+    return release.own_response.released();
+  }
+
+  void ExpectAllFree() {
+    const Metrics& metrics = loop_->metrics();
+    EXPECT_EQ(metrics.free_pages, pages_);
+    EXPECT_EQ(metrics.engine_free_pages, pages_);
+    EXPECT_EQ(metrics.active_sequences, 0);
+    EXPECT_EQ(metrics.queued_requests, 0);
+    EXPECT_EQ(metrics.queued_rows, 0);
+  }
+
+  std::unique_ptr<StepLoop> loop_;
+  int64_t pages_ = 0;
+};
+
+TEST_P(StepLoopTest, TokensAreTheEngines) {
+  Client client = MakeClient(5, 1);
+  for (int i = 0; i < 10; ++i) ASSERT_TRUE(Step(&client).ok());
+  for (int32_t i = 0; i < 5; ++i) {
+    EXPECT_EQ(client.tokens[static_cast<size_t>(i)],
+              ExpectedTokens(PromptSize(1 + i), 1 + i, 10));
+  }
+  Release(client);
+  ExpectAllFree();
+}
+
+TEST_P(StepLoopTest, ClientsAreBatchedAndKeepTheirTokens) {
+  std::vector<std::thread> threads;
+  std::vector<Client> clients(8);
+  for (int32_t c = 0; c < 8; ++c) {
+    threads.emplace_back([this, c, &clients] {
+      Client& client = clients[static_cast<size_t>(c)];
+      client = MakeClient(3, 3 * c);
+      for (int i = 0; i < 19; ++i) ASSERT_TRUE(Step(&client).ok());
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (int32_t c = 0; c < 8; ++c) {
+    for (int32_t i = 0; i < 3; ++i) {
+      EXPECT_EQ(clients[static_cast<size_t>(c)].tokens[static_cast<size_t>(i)],
+                ExpectedTokens(PromptSize(3 * c + i), 3 * c + i, 19));
+    }
+    EXPECT_EQ(Release(clients[static_cast<size_t>(c)]), 3u);
+  }
+  ExpectAllFree();
+  EXPECT_GT(loop_->metrics().rows, loop_->metrics().steps);
+}
+
+TEST_P(StepLoopTest, AStepTakesEffectOnce) {
+  Client client = MakeClient(2, 4);
+  v1::StepRequest request;
+  FillStep(client, 1, &request);
+  v1::StepResponse first, again;
+  ASSERT_TRUE(Send(request, &first).ok());
+  ASSERT_TRUE(Send(request, &again).ok());
+  EXPECT_EQ(first.SerializeAsString(), again.SerializeAsString());
+  EXPECT_EQ(loop_->metrics().replayed, 1u);
+
+  v1::StepRequest other = request;
+  other.mutable_overrides()->set_temperature(0.0f);
+  EXPECT_EQ(Send(other).code, StatusCode::kAborted);
+  other = request;
+  other.add_input_token(1);
+  other.add_input_token(2);
+  EXPECT_EQ(Send(other).code, StatusCode::kAborted);
+
+  request.set_step_id(3);
+  const Failure gap = Send(request);
+  EXPECT_EQ(gap.code, StatusCode::kFailedPrecondition);
+  EXPECT_EQ(gap.reason, "STEP_ID_GAP");
+  for (uint64_t id = 2; id < 8; ++id) {
+    request.set_step_id(id);
+    ASSERT_TRUE(Send(request).ok());
+  }
+  request.set_step_id(1);
+  EXPECT_EQ(Send(request).reason, "STEP_ID_EXPIRED");
+}
+
+TEST_P(StepLoopTest, DuplicatesThatWaitTogetherRunOnce) {
+  Client client = MakeClient(1, 4);
+  std::vector<WaitingStep> steps(12);
+  std::vector<std::thread> threads;
+  for (WaitingStep& step : steps) {
+    FillStep(client, 1, &step.own_request);
+    threads.emplace_back([this, &step] { loop_->Submit(&step); });
+  }
+  for (std::thread& thread : threads) thread.join();
+  const uint32_t expected = ExpectedTokens(PromptSize(4), 4, 1)[1];
+  for (WaitingStep& step : steps) {
+    ASSERT_TRUE(step.Wait().ok());
+    EXPECT_EQ(step.own_response.token(0), expected);
+  }
+  EXPECT_EQ(loop_->metrics().replayed, 11u);
+}
+
+TEST_P(StepLoopTest, OneBadRowRefusesTheWholeStepAndChangesNothing) {
+  Client client = MakeClient(2, 6);
+  v1::StepRequest request;
+  FillStep(client, 1, &request);
+  v1::StepRequest bad = request;
+  bad.add_seq(request.seq(0));
+  EXPECT_EQ(Send(bad).code, StatusCode::kInvalidArgument);
+  bad = request;
+  bad.set_seq(1, request.seq(1) ^ 1);
+  EXPECT_EQ(Send(bad).code, StatusCode::kNotFound);
+  bad.set_seq(1, request.seq(1) ^ (uint64_t{1} << 50));
+  EXPECT_EQ(Send(bad).reason, "EPOCH_CHANGED");
+  bad = request;
+  bad.set_session_id(request.session_id() ^ 1);
+  EXPECT_EQ(Send(bad).code, StatusCode::kNotFound);
+  ASSERT_TRUE(Step(&client).ok());
+  EXPECT_EQ(client.tokens[1], ExpectedTokens(PromptSize(7), 7, 1));
+}
+
+TEST_P(StepLoopTest, ASessionCannotStepAnothersSequence) {
+  Client first = MakeClient(1, 1);
+  const Client second = MakeClient(1, 2);
+  first.seqs = second.seqs;
+  EXPECT_EQ(Step(&first).code, StatusCode::kNotFound);
+}
+
+TEST_P(StepLoopTest, HandlesOfReleasedSequencesAreNeverUsedAgain) {
+  Client old = MakeClient(1, 1);
+  Client keeper = MakeClient(1, 2);  // keeps nothing of the first alive
+  for (int i = 0; i < 100; ++i) {
+    WaitingRelease release;
+    release.own_request.set_session_id(old.session);
+    release.own_request.add_seq(old.seqs[0]);
+    loop_->Submit(&release);
+    ASSERT_TRUE(release.Wait().ok());
+    EXPECT_EQ(release.own_response.released(), i == 0 ? 1u : 0u);
+    WaitingCreate create;
+    create.own_request.set_session_id(old.session);
+    FillNew(2, i, create.own_request.add_sequences());
+    loop_->Submit(&create);
+    ASSERT_TRUE(create.Wait().ok());
+    EXPECT_NE(create.own_response.seq(0), old.seqs[0]);
+    EXPECT_EQ(Step(&old).code, StatusCode::kNotFound);
+    WaitingRelease again;
+    again.own_request.set_session_id(old.session);
+    again.own_request.add_seq(create.own_response.seq(0));
+    loop_->Submit(&again);
+    ASSERT_TRUE(again.Wait().ok());
+  }
+}
+
+TEST_P(StepLoopTest, FinishesAtLengthEosAndStop) {
+  const std::vector<uint32_t> expected = ExpectedTokens(PromptSize(3), 3, 4);
+  WaitingGenerate length;
+  FillNew(PromptSize(3), 3, length.own_request.mutable_sequence());
+  length.own_request.mutable_sequence()->set_max_tokens(5);
+  loop_->Submit(&length);
+  ASSERT_TRUE(length.Wait().ok());
+  EXPECT_EQ(length.tokens, expected);
+  EXPECT_EQ(length.status, v1::ROW_STATUS_FINISHED_LENGTH);
+
+  WaitingGenerate stop;
+  FillNew(PromptSize(3), 3, stop.own_request.mutable_sequence());
+  stop.own_request.mutable_sequence()->add_stop_token(expected[2]);
+  loop_->Submit(&stop);
+  ASSERT_TRUE(stop.Wait().ok());
+  EXPECT_EQ(stop.status, v1::ROW_STATUS_FINISHED_STOP);
+  EXPECT_EQ(stop.tokens.back(), expected[2]);
+
+  Client client = MakeClient(1, 3, 2);
+  ASSERT_TRUE(Step(&client).ok());
+  EXPECT_EQ(Step(&client).reason, "FINISHED");
+  Release(client);
+  ExpectAllFree();
+}
+
+TEST_P(StepLoopTest, GenerateRunsToTheEndOfTheContext) {
+  WaitingGenerate call;
+  FillNew(10, 3, call.own_request.mutable_sequence());
+  loop_->Submit(&call);
+  ASSERT_TRUE(call.Wait().ok());
+  EXPECT_EQ(call.tokens.size(), 64u - 10 + 1);
+  ExpectAllFree();
+}
+
+TEST_P(StepLoopTest, CancelledGenerateFreesItsPages) {
+  WaitingGenerate call;
+  FillNew(10, 3, call.own_request.mutable_sequence());
+  call.cancel_after = 4;
+  loop_->Submit(&call);
+  EXPECT_EQ(call.Wait().code, StatusCode::kCancelled);
+  EXPECT_EQ(call.tokens.size(), 4u);
+  ExpectAllFree();
+}
+
+TEST_P(StepLoopTest, ACallCancelledBeforeItsLaunchHasNoEffect) {
+  WaitingCreate create;
+  create.cancelled = true;
+  FillNew(9, 1, create.own_request.add_sequences());
+  loop_->Submit(&create);
+  EXPECT_EQ(create.Wait().code, StatusCode::kCancelled);
+  ExpectAllFree();
+  EXPECT_EQ(loop_->metrics().sessions, 0);
+
+  Client client = MakeClient(1, 5);
+  WaitingStep step;
+  FillStep(client, 1, &step.own_request);
+  step.cancelled = true;
+  loop_->Submit(&step);
+  EXPECT_EQ(step.Wait().code, StatusCode::kCancelled);
+  WaitingStep late;
+  FillStep(client, 1, &late.own_request);
+  late.deadline = Clock::now() - milliseconds(1);
+  loop_->Submit(&late);
+  EXPECT_EQ(late.Wait().code, StatusCode::kDeadlineExceeded);
+  ASSERT_TRUE(Step(&client).ok());
+  EXPECT_EQ(client.tokens[0], ExpectedTokens(PromptSize(5), 5, 1));
+}
+
+TEST_P(StepLoopTest, ForksShareThePastAndGiveAllPagesBack) {
+  Client client = MakeClient(1, 9, 30);
+  for (int i = 0; i < 3; ++i) ASSERT_TRUE(Step(&client).ok());
+  WaitingFork fork;
+  fork.own_request.set_session_id(client.session);
+  for (int i = 0; i < 4; ++i) fork.own_request.add_seq(client.seqs[0]);
+  loop_->Submit(&fork);
+  ASSERT_TRUE(fork.Wait().ok());
+  for (uint64_t seq : fork.own_response.seq()) {
+    client.seqs.push_back(seq);
+    client.tokens.push_back(client.tokens[0]);
+  }
+  for (int i = 0; i < 20; ++i) ASSERT_TRUE(Step(&client).ok());
+  const std::vector<uint32_t> expected = ExpectedTokens(PromptSize(9), 9, 23);
+  for (const std::vector<uint32_t>& tokens : client.tokens) {
+    EXPECT_EQ(tokens, expected);
+  }
+  EXPECT_EQ(Release(client), 5u);
+  ExpectAllFree();
+}
+
+TEST_P(StepLoopTest, PagesAreSetAsideSoThatNoStepRunsOut) {
+  Start(TestLimits(), 10);
+  WaitingCreate create;
+  for (int i = 0; i < 3; ++i) {
+    FillNew(8, i, create.own_request.add_sequences());
+    create.own_request.mutable_sequences(i)->set_max_tokens(17);  // 3 pages
+  }
+  loop_->Submit(&create);
+  ASSERT_TRUE(create.Wait().ok());
+  Client client{create.own_response.session_id(), 0, {}, {}};
+  for (uint64_t seq : create.own_response.seq()) {
+    client.seqs.push_back(seq);
+    client.tokens.emplace_back();
+  }
+  WaitingCreate more;
+  FillNew(8, 1, more.own_request.add_sequences());
+  more.own_request.mutable_sequences(0)->set_max_tokens(2);
+  loop_->Submit(&more);
+  const Failure failure = more.Wait();
+  EXPECT_EQ(failure.code, StatusCode::kResourceExhausted);
+  EXPECT_EQ(failure.subject, "pages");
+  EXPECT_GT(failure.retry_ms, 0);
+  for (int i = 0; i < 16; ++i) ASSERT_TRUE(Step(&client).ok());
+  Release(client);
+  ExpectAllFree();
+}
+
+TEST_P(StepLoopTest, CreateIsAllOrNothing) {
+  WaitingCreate create;
+  for (int i = 0; i < 25; ++i) {  // 24 sequences fit
+    FillNew(2, i, create.own_request.add_sequences());
+    create.own_request.mutable_sequences(i)->set_max_tokens(2);
+  }
+  loop_->Submit(&create);
+  const Failure failure = create.Wait();
+  EXPECT_EQ(failure.code, StatusCode::kResourceExhausted);
+  EXPECT_EQ(failure.subject, "sequences");
+  ExpectAllFree();
+  EXPECT_EQ(loop_->metrics().sessions, 0);
+}
+
+TEST_P(StepLoopTest, LeasesRunOutUnlessUsed) {
+  Client kept = MakeClient(1, 1, 50);
+  WaitingCreate create;
+  create.own_request.set_lease_ms(60);
+  FillNew(5, 2, create.own_request.add_sequences());
+  loop_->Submit(&create);
+  ASSERT_TRUE(create.Wait().ok());
+  EXPECT_EQ(create.own_response.lease_ms(), 60u);
+  Client client{create.own_response.session_id(),
+                0,
+                {create.own_response.seq(0)},
+                {{create.own_response.token(0)}}};
+  for (int i = 0; i < 6; ++i) {
+    std::this_thread::sleep_for(milliseconds(25));
+    ASSERT_TRUE(Step(&client).ok()) << i;
+  }
+  std::this_thread::sleep_for(milliseconds(250));
+  EXPECT_EQ(Step(&client).code, StatusCode::kNotFound);
+  EXPECT_EQ(loop_->metrics().expired_sequences, 1u);
+  ASSERT_TRUE(Step(&kept).ok());
+  Release(kept);
+  ExpectAllFree();
+}
+
+TEST_P(StepLoopTest, TheGateRefusesWhatItCannotQueue) {
+  Limits limits = TestLimits();
+  limits.queued_rows = 3;
+  Start(limits);
+  const Client client = MakeClient(4, 1);
+  WaitingStep step;
+  FillStep(client, 1, &step.own_request);
+  loop_->Submit(&step);
+  const Failure failure = step.Wait();
+  EXPECT_EQ(failure.code, StatusCode::kResourceExhausted);
+  EXPECT_EQ(failure.subject, "queued_rows");
+  EXPECT_GT(failure.retry_ms, 0);
+  EXPECT_EQ(loop_->metrics().rejected, 1u);
+  Release(client);
+  ExpectAllFree();
+}
+
+TEST_P(StepLoopTest, DrainingRefusesNewSequencesAndStepsTheOldOnes) {
+  Client client = MakeClient(1, 1);
+  loop_->set_draining(true);
+  WaitingCreate create;
+  FillNew(5, 2, create.own_request.add_sequences());
+  loop_->Submit(&create);
+  const Failure failure = create.Wait();
+  EXPECT_EQ(failure.code, StatusCode::kUnavailable);
+  EXPECT_EQ(failure.reason, "DRAINING");
+  EXPECT_TRUE(Step(&client).ok());
+  loop_->set_draining(false);
+  MakeClient(1, 3);
+}
+
+TEST_P(StepLoopTest, AbortEndsSessionsAndGenerates) {
+  const Client first = MakeClient(2, 1);
+  Client second = MakeClient(1, 4);
+  WaitingAbort abort;
+  abort.own_request.add_session_id(first.session);
+  loop_->Submit(&abort);
+  ASSERT_TRUE(abort.Wait().ok());
+  EXPECT_EQ(abort.own_response.sessions(), 1u);
+  EXPECT_EQ(abort.own_response.sequences(), 2u);
+  ASSERT_TRUE(Step(&second).ok());
+  WaitingAbort all;
+  all.own_request.set_all_sessions(true);
+  loop_->Submit(&all);
+  ASSERT_TRUE(all.Wait().ok());
+  ExpectAllFree();
+}
+
+TEST_P(StepLoopTest, ALongPromptDoesNotHoldUpDecoding) {
+  Client client = MakeClient(1, 1, 40);
+  WaitingGenerate prompt;  // 60 tokens, 16 a step
+  FillNew(60, 2, prompt.own_request.mutable_sequence());
+  prompt.own_request.mutable_sequence()->set_max_tokens(1);
+  loop_->Submit(&prompt);
+  for (int i = 0; i < 3; ++i) ASSERT_TRUE(Step(&client).ok());
+  ASSERT_TRUE(prompt.Wait().ok());
+  EXPECT_EQ(prompt.tokens, ExpectedTokens(60, 2, 0));
+  EXPECT_EQ(client.tokens[0], ExpectedTokens(PromptSize(1), 1, 3));
+}
+
+TEST_P(StepLoopTest, ShutdownFinishesEveryCall) {
+  std::vector<WaitingGenerate> calls(6);
+  for (WaitingGenerate& call : calls) {
+    FillNew(20, 2, call.own_request.mutable_sequence());
+    loop_->Submit(&call);
+  }
+  loop_.reset();
+  for (WaitingGenerate& call : calls) {
+    const Failure failure = call.Wait();
+    EXPECT_TRUE(failure.ok() || failure.code == StatusCode::kUnavailable);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(RunInline, StepLoopTest, ::testing::Bool());
+
+}  // namespace
+}  // namespace tenon::service

@@ -1,0 +1,180 @@
+// Requests that are refused for what they are.
+
+#include "service/validator.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+
+namespace tenon::service {
+namespace {
+
+class ValidatorTest : public ::testing::Test {
+ protected:
+  ValidatorTest() : validator_(Config(), 64, SmallLimits()) {}
+
+  static ModelConfig Config() {
+    ModelConfig config;
+    config.vocab_size = 100;
+    return config;
+  }
+  static Limits SmallLimits() {
+    Limits limits;
+    limits.rows_per_step = 4;
+    limits.prompt_tokens = 80;
+    limits.stop_tokens = 2;
+    return limits;
+  }
+  static v1::CreateSequencesRequest Create() {
+    v1::CreateSequencesRequest request;
+    request.add_sequences()->add_prompt(7);
+    return request;
+  }
+  static v1::StepRequest Step() {
+    v1::StepRequest request;
+    request.set_step_id(1);
+    request.add_seq(1);
+    request.add_seq(2);
+    return request;
+  }
+  template <class Request>
+  void Expect(const Request& request, StatusCode code, const char* subject) {
+    const Failure failure = validator_.Check(request);
+    EXPECT_EQ(failure.code, code) << failure.message;
+    EXPECT_EQ(failure.subject, subject);
+  }
+
+  Validator validator_;
+};
+
+TEST_F(ValidatorTest, AcceptsWhatIsRight) {
+  EXPECT_TRUE(validator_.Check(Create()).ok());
+  EXPECT_TRUE(validator_.Check(Step()).ok());
+}
+
+TEST_F(ValidatorTest, Prompts) {
+  v1::CreateSequencesRequest request;
+  Expect(request, StatusCode::kInvalidArgument, "sequences");
+  request.add_sequences();
+  Expect(request, StatusCode::kInvalidArgument, "sequences[0].prompt");
+  request = Create();
+  request.mutable_sequences(0)->add_prompt(100);
+  Expect(request, StatusCode::kInvalidArgument, "sequences[0].prompt");
+  request.mutable_sequences(0)->set_prompt(1, 0xffffffff);
+  Expect(request, StatusCode::kInvalidArgument, "sequences[0].prompt");
+  for (int i = 0; i < 79; ++i) request.mutable_sequences(0)->add_prompt(1);
+  Expect(request, StatusCode::kResourceExhausted, "prompt_tokens");
+  request = Create();
+  for (int i = 0; i < 64; ++i) request.mutable_sequences(0)->add_prompt(1);
+  Expect(request, StatusCode::kOutOfRange, "sequences[0]");
+}
+
+TEST_F(ValidatorTest, MaxTokensAndStops) {
+  v1::CreateSequencesRequest request = Create();
+  v1::NewSequence* sequence = request.mutable_sequences(0);
+  sequence->set_max_tokens(0);
+  Expect(request, StatusCode::kInvalidArgument, "sequences[0].max_tokens");
+  sequence->set_max_tokens(64);
+  EXPECT_TRUE(validator_.Check(request).ok());
+  sequence->set_max_tokens(65);
+  Expect(request, StatusCode::kOutOfRange, "sequences[0]");
+  sequence->set_max_tokens(0xffffffff);
+  Expect(request, StatusCode::kOutOfRange, "sequences[0]");
+  sequence->clear_max_tokens();
+  sequence->add_stop_token(100);
+  Expect(request, StatusCode::kInvalidArgument, "sequences[0].stop_token");
+  for (int i = 0; i < 2; ++i) sequence->add_stop_token(1);
+  Expect(request, StatusCode::kResourceExhausted, "stop_tokens");
+}
+
+TEST_F(ValidatorTest, SamplingParameters) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  for (float bad : {-1.0f, nan, std::numeric_limits<float>::infinity()}) {
+    v1::CreateSequencesRequest request = Create();
+    request.mutable_sequences(0)->mutable_sampling()->set_temperature(bad);
+    Expect(request, StatusCode::kInvalidArgument, "sequences[0].sampling");
+  }
+  for (float bad : {-0.1f, 1.5f, nan}) {
+    v1::StepRequest request = Step();
+    request.mutable_overrides()->set_top_p(bad);
+    Expect(request, StatusCode::kInvalidArgument, "overrides");
+    request = Step();
+    request.mutable_overrides()->set_min_p(bad);
+    Expect(request, StatusCode::kInvalidArgument, "overrides");
+  }
+  v1::StepRequest request = Step();
+  request.mutable_overrides()->set_top_k(-2);
+  Expect(request, StatusCode::kInvalidArgument, "overrides");
+  request = Step();
+  request.mutable_overrides()->set_filter_order(
+      static_cast<v1::FilterOrder>(9));
+  Expect(request, StatusCode::kInvalidArgument, "overrides.filter_order");
+}
+
+// Zero is not the default of these, and unset is not zero.
+TEST_F(ValidatorTest, UnsetIsNotZero) {
+  v1::Sampling sampling;
+  SamplingParams base;
+  base.temperature = 0.7f;
+  base.top_p = 0.9f;
+  base.seed = 5;
+  SamplingParams merged = MergeSampling(base, sampling);
+  EXPECT_EQ(merged.temperature, 0.7f);
+  EXPECT_EQ(merged.top_p, 0.9f);
+  EXPECT_EQ(merged.seed, 5u);
+  sampling.set_temperature(0.0f);
+  sampling.set_top_p(0.0f);
+  sampling.set_seed(0);
+  merged = MergeSampling(base, sampling);
+  EXPECT_EQ(merged.temperature, 0.0f);
+  EXPECT_EQ(merged.top_p, 0.0f);
+  EXPECT_EQ(merged.seed, 0u);
+}
+
+TEST_F(ValidatorTest, Steps) {
+  v1::StepRequest request = Step();
+  request.set_step_id(0);
+  Expect(request, StatusCode::kInvalidArgument, "step_id");
+  request = Step();
+  request.add_input_token(1);
+  Expect(request, StatusCode::kInvalidArgument, "input_token");
+  request.add_input_token(100);
+  Expect(request, StatusCode::kInvalidArgument, "input_token[1]");
+  request = Step();
+  for (int i = 0; i < 3; ++i) request.add_seq(3);
+  Expect(request, StatusCode::kResourceExhausted, "rows_per_step");
+  request.clear_seq();
+  Expect(request, StatusCode::kInvalidArgument, "seq");
+}
+
+TEST_F(ValidatorTest, WhatTheServerCannotIsUnimplemented) {
+  v1::StepRequest request = Step();
+  request.set_want(v1::WANT_LOGPROB);
+  EXPECT_TRUE(validator_.Check(request).ok());
+  request.set_want(v1::WANT_LOGPROB | v1::WANT_TOP_N);
+  Expect(request, StatusCode::kUnimplemented, "want");
+  request.set_want(0x80000000);
+  Expect(request, StatusCode::kUnimplemented, "want");
+}
+
+TEST_F(ValidatorTest, LeasesForksAndReleases) {
+  v1::CreateSequencesRequest create = Create();
+  create.set_lease_ms(0);
+  Expect(create, StatusCode::kInvalidArgument, "lease_ms");
+  create.set_lease_ms(600001);
+  Expect(create, StatusCode::kInvalidArgument, "lease_ms");
+  v1::ForkSequencesRequest fork;
+  Expect(fork, StatusCode::kInvalidArgument, "seq");
+  fork.add_seq(1);
+  fork.add_seed(1);
+  fork.add_seed(2);
+  Expect(fork, StatusCode::kInvalidArgument, "seed");
+  v1::ReleaseSequencesRequest release;
+  EXPECT_TRUE(validator_.Check(release).ok());
+  v1::AbortRequest abort;
+  Expect(abort, StatusCode::kInvalidArgument, "session_id");
+}
+
+}  // namespace
+}  // namespace tenon::service
