@@ -1,0 +1,87 @@
+#ifndef TENON_OPS_MOE_MOE_KERNEL_CHOICE_H_
+#define TENON_OPS_MOE_MOE_KERNEL_CHOICE_H_
+
+#include <cstdint>
+
+#include "ops/core/dtype.h"
+#include "ops/core/status.h"
+#include "ops/moe/moe_kernel_config.h"
+#include "ops/moe/moe_kernel_table.h"
+
+// The sizes of the expert kernels of a call: a pure function of its shape, the
+// kind of GPU and, where a caller gives one, a table that tools/tune measured.
+
+namespace tenon {
+
+// GPUs with tables of their own.
+enum class MoeGpu { kOther, kH100, kH200 };
+
+// H200 is the Hopper with the wide memory bus.
+constexpr MoeGpu MoeGpuOf(int compute_capability, int memory_bus_bits) {
+  if (compute_capability != 90) return MoeGpu::kOther;
+  return memory_bus_bits >= 6000 ? MoeGpu::kH200 : MoeGpu::kH100;
+}
+
+constexpr const MoeKernelTable& BuiltInMoeKernels(MoeGpu gpu) {
+  switch (gpu) {
+    case MoeGpu::kH100:
+      return kMoeKernelsH100;
+    case MoeGpu::kH200:
+      return kMoeKernelsH200;
+    case MoeGpu::kOther:
+      break;
+  }
+  return kMoeKernelsOther;
+}
+
+// What the choice depends on, of one chunk of tokens.
+struct MoeKernelQuery {
+  DType weights = DType::kInvalid;
+  int64_t hidden = 0;
+  int64_t intermediate = 0;
+  int64_t num_experts = 0;
+  int64_t num_slots = 0;  // tokens * top_k
+};
+
+// The first row that the call is within; null: none.
+constexpr const MoeKernelRow* FindMoeKernelRow(const MoeKernelTable& table,
+                                               const MoeKernelQuery& query) {
+  const MoeKernelRows& rows = table.For(query.weights);
+  for (int32_t i = 0; i < rows.count; ++i) {
+    const MoeKernelRow& row = rows.rows[i];
+    if (query.hidden <= row.max_hidden &&
+        query.intermediate <= row.max_intermediate &&
+        static_cast<double>(query.num_slots) <=
+            row.max_slots_per_expert * static_cast<double>(query.num_experts)) {
+      return &row;
+    }
+  }
+  return nullptr;
+}
+
+// Looks in `tuned` (may be null), in the GPU's own table, and in that for other
+// GPUs, which has a row for everything.
+constexpr MoeKernelConfig ChooseMoeKernel(MoeGpu gpu,
+                                          const MoeKernelTable* tuned,
+                                          const MoeKernelQuery& query) {
+  const MoeKernelTable* tables[] = {tuned, &BuiltInMoeKernels(gpu),
+                                    &kMoeKernelsOther};
+  for (const MoeKernelTable* table : tables) {
+    if (table == nullptr) continue;
+    const MoeKernelRow* row = FindMoeKernelRow(*table, query);
+    if (row != nullptr) return row->config;
+  }
+  return MoeKernelConfig();
+}
+
+// Whether there are kernels of these sizes.
+bool HasMoeWgmmaTile(const MoeWgmmaTile& tile);
+Status CheckMoeKernelConfig(const char* what, const MoeKernelConfig& config);
+
+// Requires what MoeKernelTable says of the rows, and sizes that exist.
+// InvalidArgument begins with `what`.
+Status CheckMoeKernelTable(const char* what, const MoeKernelTable& table);
+
+}  // namespace tenon
+
+#endif  // TENON_OPS_MOE_MOE_KERNEL_CHOICE_H_
