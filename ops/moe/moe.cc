@@ -5,6 +5,7 @@
 #include "ops/core/build_config.h"
 #include "ops/core/validate.h"
 #include "ops/moe/moe_backend.h"
+#include "ops/moe/moe_kernel_choice.h"
 #include "ops/moe/moe_prepare.h"
 #include "ops/moe/moe_tile_rows.h"
 #include "ops/quantize/fp8_scale.h"
@@ -130,6 +131,9 @@ Status ValidateRouter(const MoeParams& p, const Inputs& in) {
 
 Status Validate(const MoeParams& p) {
   TENON_RETURN_IF_ERROR(ValidateMoeShapes(p));
+  if (p.kernels != nullptr) {
+    TENON_RETURN_IF_ERROR(CheckMoeKernelTable("Moe: kernels", *p.kernels));
+  }
   const Inputs in = InputsOf(p);
   if (p.router != nullptr) TENON_RETURN_IF_ERROR(ValidateRouter(p, in));
   if (p.out.data != p.x.data && MemoryOverlaps(p.out, p.x)) {

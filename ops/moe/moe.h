@@ -12,6 +12,8 @@
 
 namespace tenon {
 
+struct MoeKernelTable;
+
 // The expert part of a mixture-of-experts layer, from the router's choice (or,
 // with `router`, from its logits) to the summed output, in one call:
 //   h[t, j]  = silu(x[t] * gate[e]^T) * (x[t] * up[e]^T),  e = topk_ids[t, j]
@@ -65,6 +67,9 @@ struct MoeParams {
   TensorView out;
   const MoeRouterParams* router = nullptr;  // optional
   bool batch_invariant = false;
+  // CUDA, optional: measured sizes of the kernels, in place of those built in
+  // (moe_kernel_choice.h). No bit of a result depends on them.
+  const MoeKernelTable* kernels = nullptr;
   void* workspace = nullptr;
   size_t workspace_size = 0;
 };

@@ -1,6 +1,6 @@
 #include "ops/moe/moe_kernel_choice.h"
 
-#include <cmath>
+#include <string>
 #include <utility>
 
 namespace tenon {
@@ -12,13 +12,23 @@ SizeBounds Sizes(const MoeKernelRow& row) {
   return {row.max_hidden, row.max_intermediate};
 }
 
-Status CheckTile(const char* what, const char* field,
-                 const MoeWgmmaTile& tile) {
-  if (HasMoeWgmmaTile(tile)) return Status();
-  return InvalidArgumentError(what, ": ", field,
-                              " has no kernel of token_tile ", tile.token_tile,
-                              ", row_warpgroups ", tile.row_warpgroups,
-                              ", blocks_per_sm ", tile.blocks_per_sm);
+bool HasTile(const MoeWgmmaTile& tile) {
+  for (const MoeWgmmaTile& known : kMoeWgmmaTiles) {
+    if (tile == known) return true;
+  }
+  return false;
+}
+
+bool HasMmaTile(int32_t rows) {
+  for (int32_t known : kMoeMmaTileRows) {
+    if (rows == known) return true;
+  }
+  return false;
+}
+
+std::string Describe(const MoeWgmmaTile& tile) {
+  return StrCat("token_tile ", tile.token_tile, ", row_warpgroups ",
+                tile.row_warpgroups, ", blocks_per_sm ", tile.blocks_per_sm);
 }
 
 Status CheckRows(const char* what, const char* dtype,
@@ -29,7 +39,7 @@ Status CheckRows(const char* what, const char* dtype,
   }
   for (int32_t i = 0; i < rows.count; ++i) {
     const MoeKernelRow& row = rows.rows[i];
-    const auto fail = [&](const char* problem) {
+    const auto fail = [&](const std::string& problem) {
       return InvalidArgumentError(what, ": ", dtype, " row ", i, ": ", problem);
     };
     if (row.max_hidden < 1 || row.max_intermediate < 1 ||
@@ -49,30 +59,21 @@ Status CheckRows(const char* what, const char* dtype,
         return fail("max_slots_per_expert does not ascend");
       }
     }
-    const auto source = StrCat(what, ": ", dtype, " row ", i);
-    TENON_RETURN_IF_ERROR(CheckMoeKernelConfig(source.c_str(), row.config));
+    const MoeKernelConfig& config = row.config;
+    if (!HasTile(config.gate_up)) {
+      return fail("gate_up has no kernel of " + Describe(config.gate_up));
+    }
+    if (!HasTile(config.down)) {
+      return fail("down has no kernel of " + Describe(config.down));
+    }
+    if (!HasMmaTile(config.mma_tile_rows)) {
+      return fail(StrCat("no kernel has mma_tile_rows ", config.mma_tile_rows));
+    }
   }
   return Status();
 }
 
 }  // namespace
-
-bool HasMoeWgmmaTile(const MoeWgmmaTile& tile) {
-  for (const MoeWgmmaTile& known : kMoeWgmmaTiles) {
-    if (tile == known) return true;
-  }
-  return false;
-}
-
-Status CheckMoeKernelConfig(const char* what, const MoeKernelConfig& config) {
-  TENON_RETURN_IF_ERROR(CheckTile(what, "gate_up", config.gate_up));
-  TENON_RETURN_IF_ERROR(CheckTile(what, "down", config.down));
-  for (int32_t rows : kMoeMmaTileRows) {
-    if (config.mma_tile_rows == rows) return Status();
-  }
-  return InvalidArgumentError(what, ": no kernel has mma_tile_rows ",
-                              config.mma_tile_rows);
-}
 
 Status CheckMoeKernelTable(const char* what, const MoeKernelTable& table) {
   TENON_RETURN_IF_ERROR(CheckRows(what, "float32", table.float32));

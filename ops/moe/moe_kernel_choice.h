@@ -74,12 +74,8 @@ constexpr MoeKernelConfig ChooseMoeKernel(MoeGpu gpu,
   return MoeKernelConfig();
 }
 
-// Whether there are kernels of these sizes.
-bool HasMoeWgmmaTile(const MoeWgmmaTile& tile);
-Status CheckMoeKernelConfig(const char* what, const MoeKernelConfig& config);
-
-// Requires what MoeKernelTable says of the rows, and sizes that exist.
-// InvalidArgument begins with `what`.
+// Requires what MoeKernelTable says of the rows, and sizes that kernels
+// exist for. InvalidArgument begins with `what`.
 Status CheckMoeKernelTable(const char* what, const MoeKernelTable& table);
 
 }  // namespace tenon
