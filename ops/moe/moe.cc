@@ -214,8 +214,8 @@ MoeScratch LayOutScratch(const MoeParams& p) {
   s.sorted_slots = cutter.Take<int32_t>(slots);
   s.align_bytes = MoeAlignWorkspaceBytes(slots, num_experts, p.x.device.type);
   if (cuda) {
-    s.align_bytes = std::max(s.align_bytes,
-                             MoePrepareWorkspaceBytes(tokens, num_experts));
+    s.align_bytes =
+        std::max(s.align_bytes, MoePrepareWorkspaceBytes(tokens, num_experts));
   }
   s.align = cutter.TakeBytes(s.align_bytes);
   if (cuda) {
@@ -229,10 +229,11 @@ MoeScratch LayOutScratch(const MoeParams& p) {
     s.hidden = cutter.Take<float>(slots * intermediate);
   }
   if (fp8) {
-    s.x_fp8 = cutter.TakeBytes(tokens * hidden);
-    s.x_scales = cutter.Take<float>(tokens * NumFp8Groups(hidden));
     s.hidden_scales = cutter.Take<float>(slots * NumFp8Groups(intermediate));
-    if (!cuda) {
+    if (cuda) {
+      s.x_fp8 = cutter.TakeBytes(tokens * hidden);
+      s.x_scales = cutter.Take<float>(tokens * NumFp8Groups(hidden));
+    } else {
       s.gathered_scales = cutter.Take<float>(slots * NumFp8Groups(hidden));
     }
   }
@@ -258,7 +259,7 @@ size_t MoeWorkspaceBytes(const MoeParams& params) {
 
 Status Moe(const MoeParams& params, Stream stream) {
   TENON_RETURN_IF_ERROR(Validate(params));
-  if (IsFp8(params.gate)) {
+  if (IsFp8(params.gate) && params.x.device.type == DeviceType::kCuda) {
     return UnimplementedError(kOp, ": no kernels for float8_e4m3 yet");
   }
   const Device device = params.x.device;

@@ -17,7 +17,7 @@ struct MoeScratch {
   int32_t* expert_offsets = nullptr;  // these as in MoeAlign
   int32_t* sorted_slots = nullptr;
   int32_t* tiles = nullptr;  // CUDA
-  void* align = nullptr;  // for AlignChunk and MoePrepareCuda
+  void* align = nullptr;     // for AlignChunk and MoePrepareCuda
   size_t align_bytes = 0;
   int32_t* active_experts = nullptr;  // CPU
   float* gathered = nullptr;          // CPU: x by position in sorted_slots
@@ -26,8 +26,8 @@ struct MoeScratch {
   // dtype (quantised) but held as float32.
   void* hidden = nullptr;
   // With fp8 experts; groups of 128 columns.
-  void* x_fp8 = nullptr;             // [tokens, hidden]
-  float* x_scales = nullptr;         // [tokens, groups of hidden]
+  void* x_fp8 = nullptr;             // CUDA: [tokens, hidden]
+  float* x_scales = nullptr;         // CUDA: [tokens, groups of hidden]
   float* hidden_scales = nullptr;    // of `hidden`: [slots, groups]
   float* gathered_scales = nullptr;  // CPU: of `gathered`
   void* weighted = nullptr;  // rows of the down projection by slot, x's dtype
@@ -39,10 +39,10 @@ MoeScratch LayOutScratch(const MoeParams& params);
 Status AlignChunk(const MoeParams& chunk, const MoeScratch& scratch,
                   int32_t tile_rows, int64_t num_tiles, Stream stream);
 
-// CUDA: all that goes before the matrix products, in one launch at decode sizes.
-// Routes, if there is chunk.router, into topk_weights and topk_ids; fills
-// expert_offsets and sorted_slots as AlignChunk does, and, where the experts are
-// fp8, x_fp8 and x_scales as QuantizeFp8 does.
+// CUDA: all that goes before the matrix products, in one launch at decode
+// sizes. Routes, if there is chunk.router, into topk_weights and topk_ids;
+// fills expert_offsets and sorted_slots as AlignChunk does, and, where the
+// experts are fp8, x_fp8 and x_scales as QuantizeFp8 does.
 Status MoePrepareCuda(const MoeParams& chunk, const MoeScratch& scratch,
                       Stream stream);
 

@@ -11,8 +11,17 @@ namespace {
 constexpr int64_t kHiddenCols = 32;
 constexpr int64_t kOutCols = 64;
 
+MoeCpuRows Gathered(const MoeParams& p, const MoeScratch& scratch) {
+  return {scratch.gathered, scratch.gathered_scales, p.gate.cols};
+}
+MoeCpuRows Hidden(const MoeParams& p, const MoeScratch& scratch) {
+  return {static_cast<float*>(scratch.hidden), scratch.hidden_scales,
+          p.gate.rows};
+}
+
 // hidden[i] = silu(gathered[i] * gate^T) * (gathered[i] * up^T), rounded to x's
-// dtype, for the positions and columns of the block.
+// dtype unless it is quantised later, for the positions and columns of the
+// block.
 void ComputeHidden(const MoeParams& p, const MoeScratch& scratch,
                    const MoeCpuBlock& block) {
   float gate[kMoeCpuTileRows][kHiddenCols];
@@ -21,7 +30,7 @@ void ComputeHidden(const MoeParams& p, const MoeScratch& scratch,
   for (int64_t first = block.begin; first < block.end;
        first += kMoeCpuTileRows) {
     const int64_t rows = std::min(kMoeCpuTileRows, block.end - first);
-    const float* x = scratch.gathered + first * p.gate.cols;
+    const MoeCpuRows x = Gathered(p, scratch).From(first);
     MultiplyBlock(p.gate, block, x, rows, gate[0], kHiddenCols);
     MultiplyBlock(p.up, block, x, rows, up[0], kHiddenCols);
     for (int64_t r = 0; r < rows; ++r) {
@@ -29,8 +38,11 @@ void ComputeHidden(const MoeParams& p, const MoeScratch& scratch,
         const float g = gate[r][c];
         up[r][c] *= g / (1.0f + std::exp(-g));
       }
-      float* to = static_cast<float*>(scratch.hidden) +
-                  (first + r) * p.gate.rows + block.col;
+      float* to = Hidden(p, scratch).From(first + r).values + block.col;
+      if (IsFp8(p.down)) {
+        std::copy_n(up[r], block.num_cols, to);
+        continue;
+      }
       CpuConvertFromFloat(p.x.dtype, up[r], block.num_cols, rounded);
       CpuConvertToFloat(p.x.dtype, rounded, block.num_cols, to);
     }
@@ -53,10 +65,8 @@ void ComputeWeighted(const MoeParams& p, const MoeScratch& scratch,
   for (int64_t first = block.begin; first < block.end;
        first += kMoeCpuTileRows) {
     const int64_t rows = std::min(kMoeCpuTileRows, block.end - first);
-    MultiplyBlock(
-        p.down, block,
-        static_cast<const float*>(scratch.hidden) + first * p.gate.rows, rows,
-        sums[0], kOutCols);
+    MultiplyBlock(p.down, block, Hidden(p, scratch).From(first), rows, sums[0],
+                  kOutCols);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t slot = scratch.sorted_slots[first + r];
       const float weight =
@@ -103,12 +113,15 @@ Status MoeCpu(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
   const int64_t num_experts = p.gate.num_experts;
   const int64_t num_active =
       FindActiveExperts(offsets, num_experts, scratch.active_experts);
-  GatherRows(stream, p.x, scratch.sorted_slots, offsets[num_experts],
-             p.topk_ids.shape[1], scratch.gathered);
+  const int64_t num_sorted = offsets[num_experts];
+  GatherRows(stream, p.x, scratch.sorted_slots, num_sorted, p.topk_ids.shape[1],
+             scratch.gathered);
+  if (IsFp8(p.gate)) QuantizeRows(stream, Gathered(p, scratch), num_sorted);
   ForEachMoeCpuBlock(stream, offsets, scratch.active_experts, num_active,
                      p.gate.rows, kHiddenCols, [&](const MoeCpuBlock& block) {
                        ComputeHidden(p, scratch, block);
                      });
+  if (IsFp8(p.down)) QuantizeRows(stream, Hidden(p, scratch), num_sorted);
   ForEachMoeCpuBlock(stream, offsets, scratch.active_experts, num_active,
                      p.down.rows, kOutCols, [&](const MoeCpuBlock& block) {
                        ComputeWeighted(p, scratch, block);

@@ -7,6 +7,7 @@
 #include "ops/core/cpu_matmul.h"
 #include "ops/core/cpu_thread_pool.h"
 #include "ops/moe/expert_matrices.h"
+#include "ops/quantize/fp8_scale.h"
 
 // How the CPU backends of grouped matmul and of the fused layer share out the
 // experts' matrix products: a piece of work is a block of columns of one expert
@@ -61,13 +62,27 @@ void ForEachMoeCpuBlock(Stream stream, const int32_t* expert_offsets,
               });
 }
 
+// Rows of float32 one after the other. Those that meet fp8 weights are
+// quantised and have scales, one per group of columns.
+struct MoeCpuRows {
+  float* values = nullptr;
+  float* scales = nullptr;
+  int64_t cols = 0;
+
+  MoeCpuRows From(int64_t row) const {
+    return {values + row * cols,
+            scales == nullptr ? nullptr : scales + row * NumFp8Groups(cols),
+            cols};
+  }
+};
+
 // sums [rows, block.num_cols], rows `sums_stride` apart =
 //   x [rows, cols of m] * (the block's rows of the expert's matrix)^T
 inline void MultiplyBlock(const ExpertMatrices& m, const MoeCpuBlock& block,
-                          const float* x, int64_t rows, float* sums,
+                          const MoeCpuRows& x, int64_t rows, float* sums,
                           int64_t sums_stride) {
   CpuMatmulParams p;
-  p.x = x;
+  p.x = x.values;
   p.x_stride = m.cols;
   p.weight = ExpertRow(m, block.expert, block.col);
   p.weight_dtype = m.dtype;
@@ -77,6 +92,14 @@ inline void MultiplyBlock(const ExpertMatrices& m, const MoeCpuBlock& block,
   p.rows = rows;
   p.cols = block.num_cols;
   p.depth = m.cols;
+  if (IsFp8(m)) {
+    p.scales.x = x.scales;
+    p.scales.x_stride = NumFp8Groups(m.cols);
+    p.scales.weight = m.scales.data + block.expert * m.scales.expert_stride;
+    p.scales.weight_stride = m.scales.row_stride;
+    p.scales.block_rows = m.scales.block_rows;
+    p.scales.first_row = block.col;
+  }
   CpuMatmul(p);
 }
 
@@ -97,6 +120,24 @@ inline void GatherRows(Stream stream, const TensorView& x,
                         gathered + i * cols);
     }
   });
+}
+
+// Quantises the first `count` rows to fp8, in place: values become those of
+// e4m3, still held as float32.
+inline void QuantizeRows(Stream stream, const MoeCpuRows& rows, int64_t count) {
+  const int64_t groups = NumFp8Groups(rows.cols);
+  ParallelFor(
+      stream, count, 4096 / rows.cols + 1, [&](int64_t begin, int64_t end) {
+        Float8E4M3 quantised[kFp8GroupSize];
+        for (int64_t i = begin * groups; i < end * groups; ++i) {
+          const int64_t col = i % groups * kFp8GroupSize;
+          const int64_t size =
+              std::min<int64_t>(kFp8GroupSize, rows.cols - col);
+          float* const values = rows.values + i / groups * rows.cols + col;
+          rows.scales[i] = QuantizeFp8Group(values, size, quantised);
+          CpuConvertToFloat(DType::kFloat8E4M3, quantised, size, values);
+        }
+      });
 }
 
 }  // namespace tenon

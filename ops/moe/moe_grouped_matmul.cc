@@ -103,9 +103,10 @@ MoeGroupedMatmulScratch LayOutScratch(const MoeGroupedMatmulParams& p) {
   if (IsFp8(p.weights)) {
     const int64_t x_rows = p.x.shape[0];
     const int64_t groups = NumFp8Groups(p.weights.cols);
-    scratch.x_fp8 = cutter.TakeBytes(x_rows * p.weights.cols);
-    scratch.x_scales = cutter.Take<float>(x_rows * groups);
-    if (p.x.device.type == DeviceType::kCpu) {
+    if (p.x.device.type == DeviceType::kCuda) {
+      scratch.x_fp8 = cutter.TakeBytes(x_rows * p.weights.cols);
+      scratch.x_scales = cutter.Take<float>(x_rows * groups);
+    } else {
       scratch.gathered_scales = cutter.Take<float>(num_slots * groups);
     }
   }
@@ -121,7 +122,7 @@ size_t MoeGroupedMatmulWorkspaceBytes(const MoeGroupedMatmulParams& params) {
 
 Status MoeGroupedMatmul(const MoeGroupedMatmulParams& params, Stream stream) {
   TENON_RETURN_IF_ERROR(Validate(params));
-  if (IsFp8(params.weights)) {
+  if (IsFp8(params.weights) && params.x.device.type == DeviceType::kCuda) {
     return UnimplementedError(kOp, ": no kernels for float8_e4m3 yet");
   }
   if (params.sorted_slots.shape[0] == 0) return Status();

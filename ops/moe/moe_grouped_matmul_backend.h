@@ -13,8 +13,8 @@ struct MoeGroupedMatmulScratch {
   float* gathered = nullptr;          // CPU: rows of x, as in sorted_slots
   int32_t* active_experts = nullptr;  // CPU: [num_experts]
   // With fp8 weights; groups of 128 columns.
-  void* x_fp8 = nullptr;             // x quantised, contiguous
-  float* x_scales = nullptr;         // [rows of x, groups]
+  void* x_fp8 = nullptr;             // CUDA: x quantised, contiguous
+  float* x_scales = nullptr;         // CUDA: [rows of x, groups]
   float* gathered_scales = nullptr;  // CPU: of `gathered`
   size_t bytes = 0;
 };

@@ -39,7 +39,7 @@ void FinishRow(const MoeGroupedMatmulParams& p, const MoeCpuBlock& block,
                       OutRow(p, slot, block.col));
 }
 
-void ComputeBlock(const MoeGroupedMatmulParams& p, const float* gathered,
+void ComputeBlock(const MoeGroupedMatmulParams& p, const MoeCpuRows& gathered,
                   const MoeCpuBlock& block) {
   float bias[kBlockCols];
   if (p.bias.present()) {
@@ -54,8 +54,8 @@ void ComputeBlock(const MoeGroupedMatmulParams& p, const float* gathered,
   for (int64_t first = block.begin; first < block.end;
        first += kMoeCpuTileRows) {
     const int64_t rows = std::min(kMoeCpuTileRows, block.end - first);
-    MultiplyBlock(p.weights, block, gathered + first * p.weights.cols, rows,
-                  sums[0], kBlockCols);
+    MultiplyBlock(p.weights, block, gathered.From(first), rows, sums[0],
+                  kBlockCols);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t slot = p.sorted_slots.As<const int32_t>()[first + r];
       if (slot < 0 || slot >= p.sorted_slots.shape[0]) continue;
@@ -84,11 +84,14 @@ Status MoeGroupedMatmulCpu(const MoeGroupedMatmulParams& p,
   }
   GatherRows(stream, p.x, p.sorted_slots.As<const int32_t>(), num_sorted,
              p.slots_per_row, scratch.gathered);
+  const MoeCpuRows gathered = {scratch.gathered, scratch.gathered_scales,
+                               p.weights.cols};
+  if (IsFp8(p.weights)) QuantizeRows(stream, gathered, num_sorted);
   const int64_t num_active =
       FindActiveExperts(offsets, p.weights.num_experts, scratch.active_experts);
   ForEachMoeCpuBlock(stream, offsets, scratch.active_experts, num_active,
                      p.weights.rows, kBlockCols, [&](const MoeCpuBlock& block) {
-                       ComputeBlock(p, scratch.gathered, block);
+                       ComputeBlock(p, gathered, block);
                      });
   return Status();
 }

@@ -15,14 +15,18 @@ struct MoeExpert {
   const double* down;
 };
 
+using MoeRow = std::vector<double>;
+
 // The chosen experts' part of one token:
 //   h = silu(x * gate^T) * (x * up^T)
 //   y = sum over choices of weight * (h * down^T)
-// `round` is applied where the op rounds: to h, to each weighted row, and to y.
-inline std::vector<double> MoeToken(
-    const std::vector<double>& x, size_t intermediate,
-    const std::vector<MoeExpert>& chosen, const std::vector<double>& weights,
-    const std::function<double(double)>& round) {
+// `round` is applied where the op rounds: to each weighted row, and to y;
+// `finish_hidden` makes of h what the down projection reads.
+inline MoeRow MoeToken(const MoeRow& x, size_t intermediate,
+                       const std::vector<MoeExpert>& chosen,
+                       const std::vector<double>& weights,
+                       const std::function<double(double)>& round,
+                       const std::function<MoeRow(MoeRow)>& finish_hidden) {
   const size_t hidden = x.size();
   std::vector<double> y(hidden);
   for (size_t j = 0; j < chosen.size(); ++j) {
@@ -33,8 +37,9 @@ inline std::vector<double> MoeToken(
         gate += x[k] * chosen[j].gate[i * hidden + k];
         up += x[k] * chosen[j].up[i * hidden + k];
       }
-      h[i] = round(gate / (1.0 + std::exp(-gate)) * up);
+      h[i] = gate / (1.0 + std::exp(-gate)) * up;
     }
+    h = finish_hidden(h);
     for (size_t n = 0; n < hidden; ++n) {
       double sum = 0.0;
       for (size_t i = 0; i < intermediate; ++i) {
@@ -45,6 +50,17 @@ inline std::vector<double> MoeToken(
   }
   for (double& v : y) v = round(v);
   return y;
+}
+
+// The same, with h rounded like the rest.
+inline MoeRow MoeToken(const MoeRow& x, size_t intermediate,
+                       const std::vector<MoeExpert>& chosen,
+                       const std::vector<double>& weights,
+                       const std::function<double(double)>& round) {
+  return MoeToken(x, intermediate, chosen, weights, round, [&](MoeRow h) {
+    for (double& v : h) v = round(v);
+    return h;
+  });
 }
 
 }  // namespace tenon::reference
