@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <set>
 #include <string>
 #include <vector>
 
@@ -15,26 +14,13 @@
 #include "ops/moe/moe_align.h"
 #include "ops/moe/moe_router.h"
 #include "tests/bench/bench.h"
+#include "tests/bench/moe_inputs.h"
 #include "tests/bench/router_logits.h"
 
 namespace tenon {
 namespace {
 
 using bench::Routing;
-
-MoeRouterParams MakeRouter(bench::Tensors* tensors,
-                           const testing::ModelShape& shape, int64_t tokens,
-                           Routing routing, int seed) {
-  MoeRouterParams p;
-  p.logits =
-      tensors->Of(bench::RouterLogits(tokens, shape.num_experts, routing, seed),
-                  {tokens, shape.num_experts});
-  p.topk_weights = tensors->Zeros(DType::kFloat32, {tokens, shape.top_k});
-  p.topk_ids = tensors->Zeros(DType::kInt32, {tokens, shape.top_k});
-  p.top_k = shape.top_k;
-  p.renormalize = true;
-  return p;
-}
 
 MoeAlignParams MakeAlign(bench::Tensors* tensors,
                          const testing::ModelShape& shape,
@@ -53,74 +39,6 @@ MoeAlignParams MakeAlign(bench::Tensors* tensors,
   return p;
 }
 
-constexpr int64_t kScaleBlock = 128;
-
-// How the weights of one layer are held. In fp8 x is bfloat16.
-struct Format {
-  DType dtype = DType::kBFloat16;
-  bool per_channel = false;  // of fp8
-
-  bool fp8() const { return dtype == DType::kFloat8E4M3; }
-  DType x_dtype() const { return fp8() ? DType::kBFloat16 : dtype; }
-
-  // Of one expert's matrix.
-  int64_t num_scales(int64_t rows, int64_t cols) const {
-    if (!fp8()) return 0;
-    if (per_channel) return rows;
-    return scale_rows(rows) * scale_cols(cols);
-  }
-  int64_t scale_rows(int64_t rows) const {
-    return per_channel ? rows : (rows + kScaleBlock - 1) / kScaleBlock;
-  }
-  int64_t scale_cols(int64_t cols) const {
-    return per_channel ? 1 : (cols + kScaleBlock - 1) / kScaleBlock;
-  }
-};
-
-// One matrix per expert. fp8 elements fill the range up to 448.
-ExpertMatrices RandomMatrices(bench::Tensors* tensors, const Format& format,
-                              int64_t num_experts, int64_t rows, int64_t cols) {
-  constexpr float kStddev = 0.02f;
-  constexpr float kFp8Stddev = 100.0f;
-  ExpertMatrices m = MakeExpertMatrices(
-      tensors->Random(format.dtype, {num_experts, rows, cols},
-                      format.fp8() ? kFp8Stddev : kStddev));
-  if (!format.fp8()) return m;
-  const int64_t count = format.num_scales(rows, cols);
-  std::vector<float> scales(static_cast<size_t>(num_experts * count));
-  for (size_t i = 0; i < scales.size(); ++i) {
-    scales[i] = kStddev / kFp8Stddev * (0.75f + 0.5f / 64 * (i % 64));
-  }
-  m.scales.data = tensors->CopyOf(scales);
-  m.scales.expert_stride = count;
-  m.scales.row_stride = format.scale_cols(cols);
-  m.scales.block_rows = format.per_channel ? 1 : kScaleBlock;
-  m.scales.block_cols = format.per_channel ? 0 : kScaleBlock;
-  return m;
-}
-
-// The weights of one layer.
-struct Experts {
-  Experts(bench::Tensors* tensors, const testing::ModelShape& s,
-          const Format& format)
-      : gate(RandomMatrices(tensors, format, s.num_experts, s.intermediate,
-                            s.hidden)),
-        up(RandomMatrices(tensors, format, s.num_experts, s.intermediate,
-                          s.hidden)),
-        down(RandomMatrices(tensors, format, s.num_experts, s.hidden,
-                            s.intermediate)) {}
-  ExpertMatrices gate, up, down;
-};
-
-// Scales included.
-double ExpertBytes(const testing::ModelShape& s, const Format& format) {
-  return 3.0 * static_cast<double>(s.hidden * s.intermediate) *
-             static_cast<double>(DTypeSize(format.dtype)) +
-         4.0 * static_cast<double>(
-                   2 * format.num_scales(s.intermediate, s.hidden) +
-                   format.num_scales(s.hidden, s.intermediate));
-}
-
 // Router and align on their own: no weights, so many sets of inputs.
 void RunStages(bench::Bench& b, bench::Case what,
                const testing::ModelShape& shape, Routing routing) {
@@ -137,7 +55,8 @@ void RunStages(bench::Bench& b, bench::Case what,
   std::vector<MoeRouterParams> softmax, sigmoid;
   std::vector<MoeAlignParams> align;
   for (int i = 0; i < sets; ++i) {
-    softmax.push_back(MakeRouter(&tensors, shape, what.tokens, routing, i));
+    softmax.push_back(
+        bench::MakeMoeRouter(&tensors, shape, what.tokens, routing, i));
     sigmoid.push_back(softmax.back());
     sigmoid.back().scoring = MoeScoring::kSigmoid;
     sigmoid.back().correction_bias = bias;
@@ -159,85 +78,42 @@ void RunStages(bench::Bench& b, bench::Case what,
   b.Run(what, sets, [&](int i) { return MoeRouter(sigmoid[i], b.stream()); });
 }
 
-// One set of inputs of the layer.
-struct LayerCall {
-  MoeRouterParams router;
-  MoeParams moe;
-  size_t distinct = 0;  // experts hit
-};
-
-LayerCall MakeLayerCall(bench::Bench& b, bench::Tensors* tensors,
-                        const testing::ModelShape& shape, int64_t tokens,
-                        Routing routing, int seed, const Format& format,
-                        const Experts& experts) {
-  LayerCall call;
-  call.router = MakeRouter(tensors, shape, tokens, routing, seed);
-  bench::CheckOk(MoeRouter(call.router, b.stream()));
-  bench::CheckOk(Synchronize(b.device(), b.stream()));
-  const std::vector<int32_t> ids = bench::ReadInt32(call.router.topk_ids);
-  call.distinct = std::set(ids.begin(), ids.end()).size();
-  MoeParams& p = call.moe;
-  p.x = tensors->Random(format.x_dtype(), {tokens, shape.hidden});
-  p.out = tensors->Zeros(format.x_dtype(), {tokens, shape.hidden});
-  p.topk_weights = call.router.topk_weights;
-  p.topk_ids = call.router.topk_ids;
-  p.gate = experts.gate;
-  p.up = experts.up;
-  p.down = experts.down;
-  p.workspace_size = MoeWorkspaceBytes(p);
-  return call;
-}
-
 // The layer from the router's choice to the output, and from its logits.
 void RunLayer(bench::Bench& b, bench::Case what,
               const testing::ModelShape& shape, Routing routing,
-              const Format& format, const std::vector<Experts>& layers) {
+              const bench::MoeFormat& format,
+              const std::vector<bench::MoeWeights>& layers) {
   if (!b.Wants("moe") && !b.Wants("moe_layer")) return;
-  const double rows = static_cast<double>(what.tokens);
-  const double expert_bytes = ExpertBytes(shape, format);
   bench::Tensors tensors(b.device());
-  std::vector<LayerCall> calls;
-  size_t sets = 1;
-  for (size_t i = 0; i < sets; ++i) {
-    calls.push_back(MakeLayerCall(b, &tensors, shape, what.tokens, routing,
-                                  static_cast<int>(i), format,
-                                  layers[i % layers.size()]));
-    if (i == 0) sets = b.NumSets(calls[0].distinct * expert_bytes);
-    what.experts += static_cast<double>(calls[i].distinct);
-  }
-  what.experts /= static_cast<double>(sets);  // the mean
-  void* workspace = tensors.Bytes(calls[0].moe.workspace_size);
-  for (LayerCall& call : calls) call.moe.workspace = workspace;
-  const double row_bytes =
-      2.0 * static_cast<double>(shape.hidden * DTypeSize(format.x_dtype()));
-  what.bytes =
-      what.experts * expert_bytes + rows * (row_bytes + 8.0 * shape.top_k);
-  what.flops = 6.0 * rows * shape.top_k *
-               static_cast<double>(shape.hidden * shape.intermediate);
+  bench::MoeCalls calls = bench::MakeMoeCalls(b, &tensors, shape, what.tokens,
+                                              routing, format, layers);
+  bench::CountMoe(shape, format, calls.experts, &what);
   what.note = bench::RoutingName(routing);
   if (format.fp8() && format.per_channel) what.note += ", per-channel scales";
   what.op = "moe";
-  b.Run(what, static_cast<int>(sets),
-        [&](int i) { return Moe(calls[i].moe, b.stream()); });
+  b.Run(what, calls.num_sets(),
+        [&](int i) { return Moe(calls.sets[i].moe, b.stream()); });
   what.op = "moe_layer";
-  what.bytes += 4.0 * rows * shape.num_experts;
-  b.Run(what, static_cast<int>(sets), [&](int i) {
-    TENON_RETURN_IF_ERROR(MoeRouter(calls[i].router, b.stream()));
-    return Moe(calls[i].moe, b.stream());
-  });
+  what.bytes += 4.0 * static_cast<double>(what.tokens * shape.num_experts);
+  for (auto& set : calls.sets) set.moe.router = &set.router;
+  b.Run(what, calls.num_sets(),
+        [&](int i) { return Moe(calls.sets[i].moe, b.stream()); });
 }
 
 void RunShape(bench::Bench& b, const testing::ModelShape& shape,
-              const Format& format, const std::string& routing_filter) {
+              const bench::MoeFormat& format,
+              const std::string& routing_filter) {
   // Enough layers that the experts of one token are cold in the next round; on
   // the CPU two, which differ in the experts that are hit.
   const int num_layers =
-      b.cuda() ? b.NumSets(ExpertBytes(shape, format) * shape.top_k) : 2;
+      b.cuda() ? b.NumSets(bench::MoeExpertBytes(shape, format) * shape.top_k)
+               : 2;
   bench::Tensors tensors(b.device());
-  std::vector<Experts> layers;
+  std::vector<bench::MoeWeights> layers;
   if (b.Wants("moe") || b.Wants("moe_layer")) {
-    for (int i = 0; i < num_layers; ++i)
-      layers.emplace_back(&tensors, shape, format);
+    for (int i = 0; i < num_layers; ++i) {
+      layers.push_back(bench::MakeMoeWeights(&tensors, shape, format));
+    }
   }
   for (Routing routing :
        {Routing::kUniform, Routing::kSkewed, Routing::kAllToOne}) {
@@ -248,7 +124,6 @@ void RunShape(bench::Bench& b, const testing::ModelShape& shape,
       bench::Case what;
       what.shape = shape.name;
       what.tokens = tokens;
-      what.dtype = format.dtype;
       RunStages(b, what, shape, routing);
       RunLayer(b, what, shape, routing, format, layers);
     }
