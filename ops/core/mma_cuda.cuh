@@ -15,6 +15,16 @@ __device__ __forceinline__ uint32_t SharedAddress(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
+// Ordinary accesses by such an address.
+template <class T>
+__device__ __forceinline__ T LoadShared(uint32_t from) {
+  return *static_cast<const T*>(__cvta_shared_to_generic(from));
+}
+template <class T>
+__device__ __forceinline__ void StoreShared(uint32_t to, T v) {
+  *static_cast<T*>(__cvta_shared_to_generic(to)) = v;
+}
+
 // Copies 16 bytes to shared memory asynchronously, or writes zeros there
 // without reading.
 __device__ __forceinline__ void CopyOrZero16(uint32_t to, const void* from,
@@ -23,6 +33,12 @@ __device__ __forceinline__ void CopyOrZero16(uint32_t to, const void* from,
       "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(to),
       "l"(from), "r"(copy ? 16 : 0)
       : "memory");
+}
+__device__ __forceinline__ void CopyOrZero4(uint32_t to, const void* from,
+                                            bool copy) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(to),
+               "l"(from), "r"(copy ? 4 : 0)
+               : "memory");
 }
 __device__ __forceinline__ void CommitCopies() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");
@@ -51,6 +67,35 @@ __device__ __forceinline__ void LoadMatricesTransposed(uint32_t (&v)[4],
       : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
       : "r"(from)
       : "memory");
+}
+
+// Four e4m3 values, exactly, as two pairs of halves: the lower bytes in v[0].
+__device__ __forceinline__ void Fp8x4ToHalf(uint32_t q, uint32_t (&v)[2]) {
+#if __CUDA_ARCH__ >= 890
+  asm("{\n"
+      ".reg .b16 low, high;\n"
+      "mov.b32 {low, high}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, low;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, high;\n"
+      "}\n"
+      : "=r"(v[0]), "=r"(v[1])
+      : "r"(q));
+#else
+  // Shifted to the place of a half's exponent and fraction, the bits are the
+  // value times 2^-8, subnormals included; NaN is told by its bits.
+  const uint32_t bytes[2] = {__byte_perm(q, 0, 0x1404),
+                             __byte_perm(q, 0, 0x3424)};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t magnitude = bytes[i] >> 1 & 0x3f803f80u;
+    const uint32_t bits = (bytes[i] & 0x80008000u) | magnitude;
+    uint32_t value;
+    asm("mul.rn.f16x2 %0, %1, %2;\n"
+        : "=r"(value)
+        : "r"(bits), "r"(0x5c005c00u));  // 2^8 twice
+    v[i] = value | __vcmpeq2(magnitude, 0x3f803f80u);
+  }
+#endif
 }
 
 // c += a * b, of 16x16 by 16x8.

@@ -88,6 +88,15 @@ struct Key {
   bool operator<(const Key& other) const { return AsTuple() < other.AsTuple(); }
 };
 
+// Of fp8 matrices: a scale per 128 elements of a row of x, or per block of 128
+// x 128 of weight. Known since version 12.9, and to its header.
+constexpr size_t kScaleModesVersion = 120900;
+constexpr auto kWeightScaleMode =
+    static_cast<cublasLtMatmulDescAttributes_t>(31);
+constexpr auto kXScaleMode = static_cast<cublasLtMatmulDescAttributes_t>(32);
+constexpr int32_t kScalePer128 = 4;
+constexpr int32_t kScalePer128x128 = 5;
+
 // A call ready to run but for its pointers. The descriptors are plain data.
 struct Plan {
   bool supported = false;
@@ -104,6 +113,8 @@ cudaDataType_t DataType(DType dtype) {
       return CUDA_R_16F;
     case DType::kBFloat16:
       return CUDA_R_16BF;
+    case DType::kFloat8E4M3:
+      return CUDA_R_8F_E4M3;
     default:
       return CUDA_R_32F;
   }
@@ -156,6 +167,8 @@ struct CublasLt::State {
   }
   Status FindPlan(const Key& key, Plan* plan);
   Status SetBias(const void* bias, Plan* plan) const;
+  Status SetScales(const void* weight, const void* x, Plan* plan) const;
+  Status DescribeScales(Plan* plan) const;
   Status MakePlan(const Key& key, Plan* plan) const;
   Status Describe(const Key& key, Plan* plan) const;
   Status ChooseAlgorithm(const Key& key, Plan* plan) const;
@@ -184,6 +197,9 @@ Status CublasLt::State::Describe(const Key& key, Plan* plan) const {
       ToStatus(api.set_desc(&plan->desc, CUBLASLT_MATMUL_DESC_TRANSA,
                             &transpose, sizeof(transpose)),
                "transposition"));
+  if (key.dtype == DType::kFloat8E4M3) {
+    TENON_RETURN_IF_ERROR(DescribeScales(plan));
+  }
   if (!key.bias) return Status();
   const cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_BIAS;
   TENON_RETURN_IF_ERROR(
@@ -198,6 +214,32 @@ Status CublasLt::State::SetBias(const void* bias, Plan* plan) const {
   return ToStatus(api.set_desc(&plan->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER,
                                &bias, sizeof(bias)),
                   "bias");
+}
+
+Status CublasLt::State::DescribeScales(Plan* plan) const {
+  TENON_RETURN_IF_ERROR(
+      ToStatus(api.set_desc(&plan->desc, kWeightScaleMode, &kScalePer128x128,
+                            sizeof(kScalePer128x128)),
+               "scales of weight"));
+  TENON_RETURN_IF_ERROR(
+      ToStatus(api.set_desc(&plan->desc, kXScaleMode, &kScalePer128,
+                            sizeof(kScalePer128)),
+               "scales of x"));
+  // Stand for any pointers that are aligned as they must be.
+  const auto* any = reinterpret_cast<const void*>(kMaxAlignment);
+  return SetScales(any, any, plan);
+}
+
+Status CublasLt::State::SetScales(const void* weight, const void* x,
+                                  Plan* plan) const {
+  TENON_RETURN_IF_ERROR(
+      ToStatus(api.set_desc(&plan->desc, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER,
+                            &weight, sizeof(weight)),
+               "scales of weight"));
+  return ToStatus(
+      api.set_desc(&plan->desc, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &x,
+                   sizeof(x)),
+      "scales of x");
 }
 
 Status CublasLt::State::ChooseAlgorithm(const Key& key, Plan* plan) const {
@@ -238,6 +280,10 @@ Status CublasLt::State::ChooseAlgorithm(const Key& key, Plan* plan) const {
 }
 
 Status CublasLt::State::MakePlan(const Key& key, Plan* plan) const {
+  if (key.dtype == DType::kFloat8E4M3 &&
+      api.get_version() < kScaleModesVersion) {
+    return Status();
+  }
   TENON_RETURN_IF_ERROR(Describe(key, plan));
   return ChooseAlgorithm(key, plan);
 }
@@ -315,12 +361,16 @@ Status AddBias(const LinearParams& p, Stream stream) {
 
 }  // namespace
 
-Status LinearCublasLt(const LinearParams& p, Stream stream, bool* done) {
+Status LinearCublasLt(const LinearParams& p, const float* x_scales,
+                      Stream stream, bool* done) {
   *done = false;
   CublasLt::State& state = p.cublas_lt->state();
-  // The epilogue takes a bias of out's dtype, read in whole vectors.
+  // The epilogue takes a bias of out's dtype, read in whole vectors; after an
+  // fp8 product, one of 16 bits.
   const bool has_bias = p.bias.present();
-  const bool in_epilogue = has_bias && p.out.dtype == p.x.dtype &&
+  const bool is_fp8 = p.x.dtype == DType::kFloat8E4M3;
+  const bool in_epilogue = has_bias && p.out.dtype == p.bias.dtype &&
+                           !(is_fp8 && p.bias.dtype == DType::kFloat32) &&
                            Alignment(p.bias) == kBiasAlignment;
   if (has_bias && !in_epilogue && p.out.dtype != DType::kFloat32) {
     return Status();
@@ -330,6 +380,10 @@ Status LinearCublasLt(const LinearParams& p, Stream stream, bool* done) {
   if (!plan.supported) return Status();
   if (in_epilogue) {
     TENON_RETURN_IF_ERROR(state.SetBias(p.bias.data, &plan));
+  }
+  if (is_fp8) {
+    TENON_RETURN_IF_ERROR(
+        state.SetScales(p.weight_scales.data, x_scales, &plan));
   }
   const float alpha = 1.0f;
   const float beta = 0.0f;

@@ -25,8 +25,20 @@ class CublasLt;
 // batch_invariant it does not depend on their number either. On the CPU that
 // always holds.
 //
+// fp8: weight may be float8_e4m3, x as above. Then weight_scales says what its
+// elements stand for, element * scale: [ceil(out_features / 128),
+// ceil(in_features / 128)], one for each block of 128 x 128 (the last ones may
+// be partial), or [out_features], one for each row. x is quantised first, in
+// the workspace, as by QuantizeFp8 in groups of 128 columns. For every group
+// products and sum are in float32 (or in the accumulators of tensor cores),
+// times (scale of the group of x * scale of the block of weight), and the
+// groups are added in float32 in ascending order; the scale of a row of weight
+// is multiplied at the end, before the bias is added.
+//
 // Speed on CUDA: rows that start at multiples of 16 bytes and in_features that
-// fill whole 16 bytes. Others work, slowly.
+// fill whole 16 bytes. Others work, slowly. For cuBLASLt to take an fp8 call,
+// weight_scales must be of blocks and 16-byte aligned, with rows whose distance
+// is ceil(in_features / 128) rounded up to a multiple of 4.
 //
 // Does not allocate or synchronise; can be captured in a CUDA graph. (The first
 // call of a shape through cublas_lt looks up an algorithm, on the host.) Needs
@@ -36,6 +48,7 @@ struct LinearParams {
   TensorView weight;
   TensorView bias;  // optional
   TensorView out;
+  TensorView weight_scales;  // float32, of a float8_e4m3 weight
   // CUDA: the matrix library to use (see cublas_lt.h), of out's device. Null,
   // or batch_invariant: the kernels built in here.
   CublasLt* cublas_lt = nullptr;

@@ -7,8 +7,13 @@
 
 namespace tenon {
 
+namespace linear_fp8 {
+struct Args;
+}  // namespace linear_fp8
+
 // Backends trust `params`: Linear() has validated them.
 size_t LinearCpuWorkspaceBytes(const LinearParams& params);
+size_t LinearFp8WorkspaceBytes(const LinearParams& params);  // CUDA
 Status LinearCpu(const LinearParams& params, Stream stream);
 Status LinearCuda(const LinearParams& params, Stream stream);
 
@@ -18,8 +23,28 @@ Status LinearGemv(const LinearParams& params, Stream stream);
 Status LinearTile(const LinearParams& params, LinearKernel kernel,
                   bool rows_aligned, Stream stream);
 // *done: false where cuBLASLt has no algorithm for the call, and nothing was
-// launched.
-Status LinearCublasLt(const LinearParams& params, Stream stream, bool* done);
+// launched. x may be quantised, its x_scales [groups, tokens] without gaps.
+Status LinearCublasLt(const LinearParams& params, const float* x_scales,
+                      Stream stream, bool* done);
+
+// fp8 weights.
+Status LinearFp8Cuda(const LinearParams& params, Stream stream);
+Status LinearFp8Gemv(const linear_fp8::Args& args, Stream stream);
+// Quantises x itself.
+Status LinearFp8QuantizingGemv(const LinearParams& params, Stream stream);
+Status LinearFp8Tile(const linear_fp8::Args& args, LinearKernel kernel,
+                     bool rows_aligned, Stream stream);
+
+// How the workspace of an fp8 call on CUDA is used.
+struct LinearFp8Workspace {
+  uint8_t* q = nullptr;  // quantised x
+  int64_t q_stride = 0;  // whole chunks of 16 bytes
+  float* scales = nullptr;
+  void* cublas_lt = nullptr;
+};
+// `size`, unless null, becomes its size.
+LinearFp8Workspace CutLinearFp8Workspace(const LinearParams& params,
+                                         size_t* size);
 
 // CublasLt's own; see there.
 StatusOr<CublasLt::State*> OpenCublasLt(Device device);

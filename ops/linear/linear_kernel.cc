@@ -1,5 +1,9 @@
 #include "ops/linear/linear_kernel.h"
 
+#include "ops/core/workspace.h"
+#include "ops/linear/linear_backend.h"
+#include "ops/quantize/fp8_scale.h"
+
 namespace tenon {
 namespace {
 
@@ -14,6 +18,15 @@ bool RowsAreAligned(const TensorView& matrix) {
 bool RowsAreApart(const TensorView& matrix) {
   return matrix.shape[0] == 1 || matrix.stride[0] >= matrix.shape[1];
 }
+
+// See kLinearFp8... in the header.
+bool CublasLtReadsScales(const TensorView& scales) {
+  return scales.rank == 2 &&
+         reinterpret_cast<uintptr_t>(scales.data) % 16 == 0 &&
+         scales.stride[0] == (scales.shape[1] + 3) / 4 * 4;
+}
+
+constexpr int64_t kManyTiles = 132;
 
 }  // namespace
 
@@ -63,6 +76,46 @@ LinearKernel SelectLinearKernel(const LinearProblem& p) {
   if (p.tokens <= 16) return LinearKernel::kSmallTile;
   if (p.tokens <= 64) return LinearKernel::kMediumTile;
   return LinearKernel::kLargeTile;
+}
+
+LinearKernel SelectLinearFp8Kernel(const LinearParams& p) {
+  const int64_t tokens = p.x.shape[0];
+  const int64_t out_features = p.weight.shape[0];
+  if (!RowsAreAligned(p.weight)) return LinearKernel::kMediumTile;
+  if (tokens <= kLinearFp8GemvTokens) return LinearKernel::kGemv;
+  if (tokens <= kLinearFp8TileTokens) return LinearKernel::kSmallTile;
+  if (p.cublas_lt != nullptr && !p.batch_invariant &&
+      CublasLtReadsScales(p.weight_scales) && RowsAreApart(p.weight) &&
+      RowsAreAligned(p.out) && out_features % 16 == 0) {
+    return LinearKernel::kCublasLt;
+  }
+  // Large tiles where there are enough to keep a large GPU busy.
+  const int64_t large = (tokens + 127) / 128 * ((out_features + 127) / 128);
+  return large >= kManyTiles ? LinearKernel::kLargeTile
+                             : LinearKernel::kMediumTile;
+}
+
+LinearFp8Workspace CutLinearFp8Workspace(const LinearParams& p, size_t* size) {
+  WorkspaceCutter cutter(p.workspace);
+  const int64_t tokens = p.x.shape[0];
+  const int64_t in_features = p.x.shape[1];
+  LinearFp8Workspace workspace;
+  workspace.q_stride = (in_features + 15) / 16 * 16;
+  workspace.q = cutter.Take<uint8_t>(tokens * workspace.q_stride);
+  workspace.scales = cutter.Take<float>(tokens * NumFp8Groups(in_features));
+  if (p.cublas_lt != nullptr && !p.batch_invariant) {
+    workspace.cublas_lt = cutter.TakeBytes(kCublasLtWorkspaceBytes);
+  }
+  if (size != nullptr) *size = cutter.size();
+  return workspace;
+}
+
+size_t LinearFp8WorkspaceBytes(const LinearParams& p) {
+  LinearParams without_memory = p;
+  without_memory.workspace = nullptr;
+  size_t size = 0;
+  CutLinearFp8Workspace(without_memory, &size);
+  return size;
 }
 
 }  // namespace tenon

@@ -1,5 +1,6 @@
 // The matrix products of a layer and the LM head. On CUDA by cuBLASLt, by the
 // built-in kernels, and by those with results that no batch size changes.
+// --dtype fp8: weights with a scale per 128 x 128 block, x and out bfloat16.
 
 #include <set>
 #include <utility>
@@ -18,12 +19,19 @@ struct Product {
   DType out_dtype;
 };
 
-std::vector<Product> Products(const testing::ModelShape& shape, DType dtype) {
+// Those of a model whose x has this dtype; the published fp8 models have fp8
+// weights in qkv and o alone.
+std::vector<Product> Products(const testing::ModelShape& shape, DType dtype,
+                              bool fp8) {
   const int64_t q_width = int64_t{shape.num_heads} * shape.head_dim;
-  return {{"qkv", shape.qkv_width(), shape.hidden, dtype},
-          {"o", shape.hidden, q_width, dtype},
-          {"router", shape.num_experts, shape.hidden, DType::kFloat32},
-          {"lm_head", shape.vocab, shape.hidden, DType::kFloat32}};
+  std::vector<Product> products = {
+      {"qkv", shape.qkv_width(), shape.hidden, dtype},
+      {"o", shape.hidden, q_width, dtype}};
+  if (fp8) return products;
+  products.push_back(
+      {"router", shape.num_experts, shape.hidden, DType::kFloat32});
+  products.push_back({"lm_head", shape.vocab, shape.hidden, DType::kFloat32});
+  return products;
 }
 
 double Size(DType dtype) { return static_cast<double>(DTypeSize(dtype)); }
@@ -51,20 +59,33 @@ void RunModes(bench::Bench& b, bench::Case what, const Product& product,
   run("linear batch-invariant", nullptr, true);
 }
 
+// One scale per block of an fp8 weight.
+TensorView RandomScales(bench::Tensors& tensors, const Product& product) {
+  constexpr int64_t kBlock = 128;
+  return tensors.Random(DType::kFloat32,
+                        {(product.rows + kBlock - 1) / kBlock,
+                         (product.cols + kBlock - 1) / kBlock});
+}
+
 void RunProduct(bench::Bench& b, const testing::ModelShape& shape,
-                const Product& product, DType dtype,
+                const Product& product, DType weight_dtype,
                 const std::vector<int64_t>& token_counts) {
-  const double weight_bytes = Size(dtype) * product.rows * product.cols;
+  const bool fp8 = weight_dtype == DType::kFloat8E4M3;
+  const DType dtype = fp8 ? DType::kBFloat16 : weight_dtype;
+  const double weight_bytes = Size(weight_dtype) * product.rows * product.cols;
   bench::Tensors weights(b.device());
   std::vector<TensorView> weight(b.NumSets(weight_bytes));
-  for (TensorView& w : weight) {
-    w = weights.Random(dtype, {product.rows, product.cols}, 0.02f);
+  std::vector<TensorView> scales(weight.size());
+  for (size_t i = 0; i < weight.size(); ++i) {
+    weight[i] = weights.Random(weight_dtype, {product.rows, product.cols},
+                               fp8 ? 20.0f : 0.02f);
+    if (fp8) scales[i] = RandomScales(weights, product);
   }
   for (int64_t tokens : token_counts) {
     bench::Case what;
     what.shape = StrCat(shape.name, " ", product.name);
     what.tokens = tokens;
-    what.dtype = dtype;
+    what.dtype = weight_dtype;
     what.bytes = weight_bytes + Size(dtype) * tokens * product.cols +
                  Size(product.out_dtype) * tokens * product.rows;
     what.flops = 2.0 * tokens * product.rows * product.cols;
@@ -74,6 +95,7 @@ void RunProduct(bench::Bench& b, const testing::ModelShape& shape,
       LinearParams& p = params[i];
       p.x = tensors.Random(dtype, {tokens, product.cols});
       p.weight = weight[i];
+      p.weight_scales = scales[i];
       p.out = tensors.Zeros(product.out_dtype, {tokens, product.rows});
     }
     RunModes(b, what, product, std::move(params));
@@ -85,13 +107,18 @@ void RunProduct(bench::Bench& b, const testing::ModelShape& shape,
 
 int main(int argc, char** argv) {
   using tenon::DType;
-  tenon::bench::Bench b(argc, argv, "linear_bench");
+  tenon::bench::Options options;
+  options.limit = true;
+  options.fp8 = true;
+  tenon::bench::Bench b(argc, argv, "linear_bench", options);
   const std::vector<int64_t> tokens =
       b.Tokens({1, 8, 32, 64, 256, 1024, 4096}, {1, 8, 32, 64});
   for (DType dtype : b.DTypes({DType::kBFloat16})) {
+    const bool fp8 = dtype == DType::kFloat8E4M3;
     std::set<std::pair<int64_t, int64_t>> done;  // models share some sizes
     for (const auto& shape : b.Shapes()) {
-      for (const tenon::Product& product : tenon::Products(shape, dtype)) {
+      for (const tenon::Product& product :
+           tenon::Products(shape, fp8 ? DType::kBFloat16 : dtype, fp8)) {
         if (!done.emplace(product.rows, product.cols).second) continue;
         tenon::RunProduct(b, shape, product, dtype, tokens);
       }

@@ -1,0 +1,487 @@
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <memory>
+
+#include "ops/linear/cublas_lt.h"
+#include "ops/linear/linear.h"
+#include "ops/linear/linear_kernel.h"
+#include "tests/reference/linear_reference.h"
+#include "tests/reference/quantize_reference.h"
+#include "tests/testing/compare.h"
+#include "tests/testing/op_test.h"
+#include "tests/testing/random.h"
+#include "tests/testing/test_tensor.h"
+
+// Linear with float8_e4m3 weights.
+
+namespace tenon {
+namespace {
+
+using testing::Normal;
+using testing::TestTensor;
+
+enum class Mode { kDefault, kBatchInvariant, kCublasLt };
+constexpr const char* kModeNames[] = {"default", "batch-invariant", "cuBLASLt"};
+
+struct Shape {
+  int64_t tokens;
+  int64_t out_features;
+  int64_t in_features;
+};
+
+struct Options {
+  bool per_channel = false;
+  bool bias = false;
+  bool float_out = false;
+  int64_t padding = 0;  // elements between rows; odd ones make them unaligned
+};
+
+int64_t Blocks(int64_t size) { return (size + 127) / 128; }
+
+// Positive scales, far from each other, so that a wrong one shows.
+std::vector<float> Scales(int64_t count, uint64_t seed) {
+  std::vector<float> scales = Normal(count, seed);
+  for (float& s : scales) s = std::exp2(s) / 64;
+  return scales;
+}
+
+// The tensors of one call.
+class Call {
+ public:
+  Call(Device device, DType dtype, Shape s, Options o, uint64_t seed = 1)
+      : x_(Matrix(device, dtype, s.tokens, s.in_features, o.padding,
+                  Normal(s.tokens * s.in_features, seed))),
+        weight_(Matrix(
+            device, DType::kFloat8E4M3, s.out_features, s.in_features,
+            o.padding,
+            Normal(s.out_features * s.in_features, seed + 1, 0.0f, 30.0f))),
+        out_(Matrix(device, o.float_out ? DType::kFloat32 : dtype, s.tokens,
+                    s.out_features, o.padding, {})),
+        shape_(s),
+        options_(o) {
+    if (o.bias) {
+      bias_ = TestTensor(device, dtype, {s.out_features},
+                         Normal(s.out_features, seed + 2));
+    }
+    if (o.per_channel) {
+      scales_ = TestTensor(device, DType::kFloat32, {s.out_features},
+                           Scales(s.out_features, seed + 3));
+      return;
+    }
+    const int64_t rows = Blocks(s.out_features);
+    const int64_t cols = Blocks(s.in_features);
+    // As cuBLASLt likes them.
+    scales_ =
+        TestTensor(device, DType::kFloat32, {rows, cols},
+                   {(cols + 3) / 4 * 4, 1}, Scales(rows * cols, seed + 3));
+  }
+
+  LinearParams params() const {
+    LinearParams p;
+    p.x = x_.view();
+    p.weight = weight_.view();
+    p.weight_scales = scales_.view();
+    p.bias = bias_.view();
+    p.out = out_.view();
+    return p;
+  }
+
+  std::vector<double> Values() const { return out_.Values(); }
+
+  // Of x and weight as quantised.
+  reference::LinearResult Expected() const {
+    const auto [tokens, rows, cols] = shape_;
+    std::vector<double> weight = weight_.InitialValues();
+    const std::vector<double> scales = scales_.InitialValues();
+    for (int64_t i = 0; i < rows * cols; ++i) {
+      const int64_t row = i / cols;
+      weight[i] *= options_.per_channel
+                       ? scales[row]
+                       : scales[row / 128 * Blocks(cols) + i % cols / 128];
+    }
+    const std::vector<double> x =
+        reference::QuantizeFp8(x_.InitialValues(), tokens, cols, 1, 128)
+            .Dequantized();
+    return reference::Linear(
+        x, weight,
+        options_.bias ? bias_.InitialValues() : std::vector<double>(), tokens,
+        rows, cols);
+  }
+
+  void ExpectOnlyOutChanged() const {
+    EXPECT_EQ(x_.Bytes(), x_.InitialBytes());
+    EXPECT_EQ(weight_.Bytes(), weight_.InitialBytes());
+    EXPECT_EQ(scales_.Bytes(), scales_.InitialBytes());
+    EXPECT_EQ(out_.NumStrayWrites(), 0);
+  }
+
+ private:
+  static TestTensor Matrix(Device device, DType dtype, int64_t rows,
+                           int64_t cols, int64_t padding,
+                           const std::vector<float>& values) {
+    return TestTensor(device, dtype, {rows, cols}, {cols + padding, 1}, values);
+  }
+
+  TestTensor x_;
+  TestTensor weight_;
+  TestTensor scales_;
+  TestTensor bias_;
+  TestTensor out_;
+  Shape shape_;
+  Options options_;
+};
+
+class LinearFp8Test : public testing::OpTest {
+ protected:
+  static void TearDownTestSuite() { cublas_lt_.reset(); }
+
+  void SetUp() override {
+    OpTest::SetUp();
+    if (IsSkipped() || device().type == DeviceType::kCpu || cublas_lt_) return;
+    StatusOr<std::unique_ptr<CublasLt>> lt = CublasLt::Create(device());
+    if (lt.ok()) cublas_lt_ = *std::move(lt);
+  }
+
+  std::vector<Mode> Modes() const {
+    if (device().type == DeviceType::kCpu) return {Mode::kDefault};
+    std::vector<Mode> modes = {Mode::kDefault, Mode::kBatchInvariant};
+    if (cublas_lt_) modes.push_back(Mode::kCublasLt);
+    return modes;
+  }
+
+  void Run(const LinearParams& p, Mode mode) { Run(p, mode, stream()); }
+  void Run(LinearParams p, Mode mode, Stream on) {
+    p.batch_invariant = mode == Mode::kBatchInvariant;
+    p.cublas_lt = mode == Mode::kCublasLt ? cublas_lt_.get() : nullptr;
+    p.workspace_size = LinearWorkspaceBytes(p);
+    StatusOr<Buffer> workspace = Buffer::Allocate(device(), p.workspace_size);
+    ASSERT_TRUE(workspace.ok()) << workspace.status().message();
+    // What the workspace holds before does not matter: NaN in every dtype.
+    ASSERT_TRUE(
+        FillMemory(workspace->data(), device(), 0xff, p.workspace_size, on)
+            .ok());
+    p.workspace = workspace->data();
+    const Status status = Linear(p, on);
+    ASSERT_TRUE(status.ok()) << status.message();
+    Finish();
+  }
+
+  std::vector<double> OutOf(const Call& call, Mode mode) {
+    Run(call.params(), mode);
+    return call.Values();
+  }
+
+  void CheckShape(Shape shape, Options options) {
+    SCOPED_TRACE(StrCat(
+        shape.tokens, "x", shape.out_features, "x", shape.in_features,
+        options.per_channel ? " per channel" : " blocks",
+        options.bias ? " bias" : "", options.float_out ? " float out" : "",
+        " padding ", options.padding));
+    reference::LinearResult expected;
+    for (Mode mode : Modes()) {
+      SCOPED_TRACE(kModeNames[static_cast<int>(mode)]);
+      const Call call(device(), dtype(), shape, options);
+      if (mode == Mode::kDefault) expected = call.Expected();
+      const std::vector<double> actual = OutOf(call, mode);
+      call.ExpectOnlyOutChanged();
+      ExpectClose(actual, expected, options.float_out, mode, shape.in_features);
+      if (HasFailure()) return;
+    }
+  }
+
+  void ExpectClose(const std::vector<double>& actual,
+                   const reference::LinearResult& expected, bool float_out,
+                   Mode mode, int64_t depth) {
+    ASSERT_EQ(actual.size(), expected.out.size());
+    // Sums in float32: the error of a sum grows with its number of steps. The
+    // accumulators of Hopper's fp8 instructions, which cuBLASLt uses, keep 14
+    // bits.
+    const double sum_error = mode == Mode::kCublasLt
+                                 ? std::ldexp(1.0, -11)
+                                 : std::ldexp(8.0 + depth / 4.0, -24);
+    const DType out_dtype = float_out ? DType::kFloat32 : dtype();
+    const double half_ulp = out_dtype == DType::kBFloat16  ? 0x1p-8
+                            : out_dtype == DType::kFloat16 ? 0x1p-11
+                                                           : 0x1p-23;
+    for (size_t i = 0; i < actual.size(); ++i) {
+      ASSERT_NEAR(actual[i], expected.out[i],
+                  std::fabs(expected.out[i]) * half_ulp + 0x1p-25 +
+                      expected.magnitude[i] * sum_error)
+          << "element " << i;
+    }
+    if (actual.empty()) return;
+    const double error = testing::RelativeFrobeniusError(actual, expected.out);
+    EXPECT_LT(error, mode == Mode::kCublasLt        ? 5e-3
+                     : out_dtype == DType::kFloat32 ? 1e-5
+                                                    : 4e-3);
+  }
+
+  static std::unique_ptr<CublasLt> cublas_lt_;
+};
+std::unique_ptr<CublasLt> LinearFp8Test::cublas_lt_;
+
+// The options take turns, so that all of them meet all kinds of sizes.
+TEST_P(LinearFp8Test, MatchesReference) {
+  const int64_t max_products =
+      device().type == DeviceType::kCpu ? 300000 : 2000000;
+  int turn = 0;
+  for (int64_t tokens : {0, 1, 3, 4, 5, 8, 13, 17, 64, 111}) {
+    for (int64_t out_features : {1, 13, 16, 111, 128, 192, 264}) {
+      for (int64_t in_features : {1, 16, 111, 128, 192, 272, 1040}) {
+        if (tokens * out_features * in_features > max_products) continue;
+        Options options;
+        options.per_channel = turn % 2 == 1;
+        options.bias = turn % 3 == 1;
+        options.float_out = turn % 5 < 2;
+        options.padding = turn % 7 == 1 ? 3 : turn % 7 < 4 ? 16 : 0;
+        ++turn;
+        CheckShape({tokens, out_features, in_features}, options);
+        if (HasFailure()) return;
+      }
+    }
+  }
+}
+
+// Every option with sizes that the fast paths take.
+TEST_P(LinearFp8Test, MatchesReferenceWithAlignedRows) {
+  for (int64_t tokens : {1, 7, 16, 33, 130, 135}) {
+    for (int option = 0; option < 8; ++option) {
+      if (device().type == DeviceType::kCpu && tokens > 16 && option > 3) {
+        continue;
+      }
+      CheckShape({tokens, 144, 336},
+                 {(option & 1) != 0, (option & 2) != 0, (option & 4) != 0, 0});
+      if (HasFailure()) return;
+    }
+  }
+  for (bool per_channel : {false, true}) {
+    CheckShape({2, 264, 4096}, {per_channel, true, false, 0});
+    CheckShape({9, 48, 12288}, {per_channel, false, true, 16});
+  }
+}
+
+// Layer shapes of models, against the CPU backend.
+TEST_P(LinearFp8Test, MatchesCpuAtModelShapes) {
+  if (device().type == DeviceType::kCpu) GTEST_SKIP() << "is the CPU";
+  for (const Shape& shape : std::vector<Shape>{{1, 5120, 2048},
+                                               {4, 2048, 4096},
+                                               {8, 5120, 2048},
+                                               {16, 2048, 4096},
+                                               {32, 2048, 4096},
+                                               {200, 5120, 2048},
+                                               {514, 1024, 4096}}) {
+    SCOPED_TRACE(
+        StrCat(shape.tokens, "x", shape.out_features, "x", shape.in_features));
+    const Call on_cpu(Device(), dtype(), shape, {false, true, true, 0});
+    LinearParams p = on_cpu.params();
+    p.workspace_size = LinearWorkspaceBytes(p);
+    StatusOr<Buffer> workspace = Buffer::Allocate(Device(), p.workspace_size);
+    ASSERT_TRUE(workspace.ok());
+    p.workspace = workspace->data();
+    ASSERT_TRUE(Linear(p, Stream()).ok());
+    const std::vector<double> expected = on_cpu.Values();
+    for (Mode mode : Modes()) {
+      SCOPED_TRACE(kModeNames[static_cast<int>(mode)]);
+      for (bool float_out : {false, true}) {
+        const Call call(device(), dtype(), shape, {false, true, float_out, 0});
+        const bool exact = float_out || dtype() == DType::kFloat32;
+        EXPECT_LT(testing::RelativeFrobeniusError(OutOf(call, mode), expected),
+                  exact && mode != Mode::kCublasLt ? 1e-5 : 5e-3);
+      }
+    }
+  }
+}
+
+TEST_P(LinearFp8Test, SameCallGivesTheSameBits) {
+  for (Shape shape : {Shape{1, 520, 2048}, Shape{6, 64, 784},
+                      Shape{24, 136, 1024}, Shape{150, 272, 512}}) {
+    for (Mode mode : Modes()) {
+      SCOPED_TRACE(StrCat(shape.tokens, " tokens, ",
+                          kModeNames[static_cast<int>(mode)]));
+      const Call call(device(), dtype(), shape, {false, true, true, 0});
+      const std::vector<double> first = OutOf(call, mode);
+      for (int i = 0; i < 3; ++i) EXPECT_EQ(OutOf(call, mode), first);
+    }
+  }
+}
+
+TEST_P(LinearFp8Test, RowDoesNotDependOnTheContentOfOthers) {
+  constexpr int64_t kIn = 272;
+  constexpr int64_t kOut = 80;
+  for (int64_t tokens : {2, 8, 16, 64, 132}) {
+    for (Mode mode : Modes()) {
+      SCOPED_TRACE(
+          StrCat(tokens, " tokens, ", kModeNames[static_cast<int>(mode)]));
+      const Call call(device(), dtype(), {tokens, kOut, kIn}, {});
+      std::vector<double> rows[2];
+      for (int i = 0; i < 2; ++i) {
+        // The last row is the same, the others huge in the second call.
+        std::vector<float> x =
+            Normal(tokens * kIn, 21 + i, 0.0f, 1.0f + 99 * i);
+        const std::vector<float> last = Normal(kIn, 23);
+        std::copy(last.begin(), last.end(), x.end() - kIn);
+        const TestTensor x_tensor(device(), dtype(), {tokens, kIn}, x);
+        const TestTensor out(device(), DType::kFloat32, {tokens, kOut});
+        LinearParams p = call.params();
+        p.x = x_tensor.view();
+        p.out = out.view();
+        Run(p, mode);
+        rows[i] = out.Values();
+        rows[i].erase(rows[i].begin(), rows[i].end() - kOut);
+      }
+      EXPECT_EQ(rows[0], rows[1]);
+    }
+  }
+}
+
+// All built-in kernels give an element the same bits, so this holds for the
+// default as well where there is no cuBLASLt.
+TEST_P(LinearFp8Test, RowDoesNotDependOnTheNumberOfOthers) {
+  for (int64_t in_features : {272, 2048, 131}) {
+    for (bool per_channel : {false, true}) {
+      constexpr int64_t kOut = 200;
+      const Call all(device(), dtype(), {200, kOut, in_features},
+                     {per_channel, true, true, 0});
+      for (Mode mode : Modes()) {
+        if (mode == Mode::kCublasLt) continue;
+        const std::vector<double> expected = OutOf(all, mode);
+        for (int64_t tokens : {1, 2, 4, 5, 8, 9, 16, 17, 64, 65, 111}) {
+          for (int64_t first : {0, 89}) {
+            SCOPED_TRACE(StrCat(tokens, " tokens from ", first));
+            const TestTensor out(device(), DType::kFloat32, {tokens, kOut});
+            LinearParams p = all.params();
+            p.x = Rows(p.x, first, tokens);
+            p.out = out.view();
+            Run(p, mode);
+            const std::vector<double> actual = out.Values();
+            ASSERT_EQ(std::memcmp(actual.data(), &expected[first * kOut],
+                                  actual.size() * sizeof(double)),
+                      0);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(LinearFp8Test, AlignmentDoesNotChangeBits) {
+  for (int64_t tokens : {1, 12, 70}) {
+    const Call aligned(device(), dtype(), {tokens, 72, 272},
+                       {false, true, true, 0});
+    const Call odd(device(), dtype(), {tokens, 72, 272},
+                   {false, true, true, 5});
+    EXPECT_EQ(OutOf(aligned, Mode::kDefault), OutOf(odd, Mode::kDefault));
+  }
+}
+
+TEST_P(LinearFp8Test, NanInARowStaysThere) {
+  for (int64_t tokens : {3, 12, 40, 100}) {
+    for (Mode mode : Modes()) {
+      SCOPED_TRACE(
+          StrCat(tokens, " tokens, ", kModeNames[static_cast<int>(mode)]));
+      const Call call(device(), dtype(), {tokens, 48, 272}, {});
+      std::vector<float> x = Normal(tokens * 272, 30);
+      x[2 * 272 + 200] = NAN;
+      const TestTensor x_tensor(device(), dtype(), {tokens, 272}, x);
+      LinearParams p = call.params();
+      p.x = x_tensor.view();
+      Run(p, mode);
+      const std::vector<double> values = call.Values();
+      for (size_t i = 0; i < values.size(); ++i) {
+        ASSERT_EQ(std::isnan(values[i]), i / 48 == 2) << "element " << i;
+      }
+    }
+  }
+}
+
+TEST_P(LinearFp8Test, CpuResultDoesNotDependOnThreads) {
+  if (device().type != DeviceType::kCpu) GTEST_SKIP() << "for the CPU";
+  for (int64_t tokens : {1, 5, 70}) {
+    const Call call(device(), dtype(), {tokens, 777, 300},
+                    {false, true, false, 0});
+    Run(call.params(), Mode::kDefault, Stream());
+    const std::vector<double> alone = call.Values();
+    for (int threads : {2, 3, 5}) {
+      StatusOr<OwnedStream> stream = OwnedStream::Create(device(), threads);
+      ASSERT_TRUE(stream.ok());
+      const Call again(device(), dtype(), {tokens, 777, 300},
+                       {false, true, false, 0});
+      Run(again.params(), Mode::kDefault, stream->get());
+      EXPECT_EQ(again.Values(), alone) << threads << " threads";
+    }
+  }
+}
+
+TEST_P(LinearFp8Test, WorkspaceGrowsWithTokens) {
+  for (Mode mode : Modes()) {
+    size_t previous = 0;
+    for (int64_t tokens : {1, 8, 9, 64, 1000}) {
+      LinearParams p;  // needs no data
+      p.x = MakeTensor(nullptr, dtype(), device(), {tokens, 128});
+      p.weight = MakeTensor(nullptr, DType::kFloat8E4M3, device(), {64, 128});
+      p.weight_scales = MakeTensor(nullptr, DType::kFloat32, device(), {1, 1});
+      p.out = MakeTensor(nullptr, dtype(), device(), {tokens, 64});
+      p.cublas_lt = mode == Mode::kCublasLt ? cublas_lt_.get() : nullptr;
+      const size_t bytes = LinearWorkspaceBytes(p);
+      EXPECT_GT(bytes, 0u);
+      EXPECT_GE(bytes, previous);
+      previous = bytes;
+      p.x.shape[1] = 127;
+      EXPECT_EQ(LinearWorkspaceBytes(p), 0u);
+    }
+  }
+}
+
+TEST_P(LinearFp8Test, RejectsBadArguments) {
+  const Call call(device(), dtype(), {4, 200, 272}, {false, true, false, 0});
+  StatusOr<Buffer> workspace = Buffer::Allocate(device(), 1 << 16);
+  ASSERT_TRUE(workspace.ok());
+  LinearParams good = call.params();
+  good.workspace = workspace->data();
+  good.workspace_size = 1 << 16;
+  using P = LinearParams;
+  const auto expect = [&](std::vector<std::string> parts, auto&& change) {
+    P p = good;
+    change(p);
+    testing::ExpectInvalid(Linear(p, stream()), parts);
+  };
+  expect({"Linear", "weight_scales is missing"},
+         [](P& p) { p.weight_scales = TensorView(); });
+  expect({"weight_scales", "[3, 3]", "[2, 3]"},
+         [](P& p) { p.weight_scales.shape[0] = 3; });
+  expect({"weight_scales", "[2, 2]", "[2, 3]"},
+         [](P& p) { p.weight_scales.shape[1] = 2; });
+  expect({"weight_scales", "bfloat16"},
+         [](P& p) { p.weight_scales.dtype = DType::kBFloat16; });
+  expect({"weight_scales", "null data"},
+         [](P& p) { p.weight_scales.data = nullptr; });
+  expect({"weight_scales", "cuda:7"}, [](P& p) {
+    p.weight_scales.device = {DeviceType::kCuda, 7};
+  });
+  expect({"weight_scales", "[2]", "[200]"},
+         [](P& p) { p.weight_scales.rank = 1; });
+  expect({"weight_scales is given", "float8_e4m3"}, [&](P& p) {
+    p.weight = MakeTensor(p.weight.data, dtype(), device(), {100, 272});
+    p.out.shape[1] = p.bias.shape[0] = 100;
+  });
+  expect({"x", "float8_e4m3"}, [](P& p) { p.x.dtype = DType::kFloat8E4M3; });
+  expect({"out", "float8_e4m3"},
+         [](P& p) { p.out.dtype = DType::kFloat8E4M3; });
+  expect({"out overlaps weight_scales"},
+         [](P& p) { p.out.data = p.weight_scales.data; });
+  expect({"workspace is null"}, [](P& p) { p.workspace = nullptr; });
+  expect({"workspace_size"}, [](P& p) { p.workspace_size = 1000; });
+  expect({"workspace overlaps x"}, [](P& p) { p.x.data = p.workspace; });
+  expect({"workspace overlaps weight_scales"},
+         [](P& p) { p.weight_scales.data = p.workspace; });
+  call.ExpectOnlyOutChanged();
+}
+
+INSTANTIATE_TEST_SUITE_P(Targets, LinearFp8Test,
+                         ::testing::ValuesIn(testing::AllTargets()),
+                         testing::TargetName);
+
+}  // namespace
+}  // namespace tenon
