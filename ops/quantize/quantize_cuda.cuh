@@ -96,35 +96,6 @@ __device__ __forceinline__ void StoreFp8(uint2 q, uint8_t* row, int64_t col,
   }
 }
 
-// Four e4m3 values, exactly, as two pairs of halves: the lower bytes in v[0].
-__device__ __forceinline__ void Fp8x4ToHalf(uint32_t q, uint32_t (&v)[2]) {
-#if __CUDA_ARCH__ >= 890
-  asm("{\n"
-      ".reg .b16 low, high;\n"
-      "mov.b32 {low, high}, %2;\n"
-      "cvt.rn.f16x2.e4m3x2 %0, low;\n"
-      "cvt.rn.f16x2.e4m3x2 %1, high;\n"
-      "}\n"
-      : "=r"(v[0]), "=r"(v[1])
-      : "r"(q));
-#else
-  // Shifted to the place of a half's exponent and fraction, the bits are the
-  // value times 2^-8, subnormals included; NaN is told by its bits.
-  const uint32_t bytes[2] = {__byte_perm(q, 0, 0x1404),
-                             __byte_perm(q, 0, 0x3424)};
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t magnitude = bytes[i] >> 1 & 0x3f803f80u;
-    const uint32_t bits = (bytes[i] & 0x80008000u) | magnitude;
-    uint32_t value;
-    asm("mul.rn.f16x2 %0, %1, %2;\n"
-        : "=r"(value)
-        : "r"(bits), "r"(0x5c005c00u));  // 2^8 twice
-    v[i] = value | __vcmpeq2(magnitude, 0x3f803f80u);
-  }
-#endif
-}
-
 // Where a matrix quantised in groups of 128 columns goes.
 struct Fp8Groups {
   uint8_t* q = nullptr;
