@@ -39,8 +39,7 @@ struct MoeKernelQuery {
   DType weights = DType::kInvalid;
   int64_t hidden = 0;
   int64_t intermediate = 0;
-  int64_t num_experts = 0;
-  int64_t num_slots = 0;  // tokens * top_k
+  double slots_per_expert = 0.0;  // tokens * top_k / num_experts
 };
 
 // The first row that the call is within; null: none.
@@ -51,8 +50,7 @@ constexpr const MoeKernelRow* FindMoeKernelRow(const MoeKernelTable& table,
     const MoeKernelRow& row = rows.rows[i];
     if (query.hidden <= row.max_hidden &&
         query.intermediate <= row.max_intermediate &&
-        static_cast<double>(query.num_slots) <=
-            row.max_slots_per_expert * static_cast<double>(query.num_experts)) {
+        query.slots_per_expert <= row.max_slots_per_expert) {
       return &row;
     }
   }

@@ -26,6 +26,18 @@ double Median(const StatusOr<std::vector<double>>& values) {
   return bench::Median(*values);
 }
 
+Device ParseDevice(const std::string& value) {
+  if (value == "cpu") return {DeviceType::kCpu, 0};
+  if (value == "cuda") return {DeviceType::kCuda, 0};
+  char* rest = nullptr;
+  const long index = std::strtol(value.c_str(), &rest, 10);
+  if (value.empty() || *rest != '\0' || index < 0 || index > 1023) {
+    ExitUsage("--device: not cpu, cuda or the number of a CUDA device: " +
+              value);
+  }
+  return {DeviceType::kCuda, static_cast<int32_t>(index)};
+}
+
 std::vector<std::string> Split(const std::string& text) {
   std::vector<std::string> items;
   size_t begin = 0;
@@ -136,8 +148,8 @@ void Bench::ParseFlag(const std::string& flag, const std::string& value) {
     *destination = value;
     return;
   }
-  if (flag == "--device" && (value == "cpu" || value == "cuda")) {
-    info_.device.type = value == "cpu" ? DeviceType::kCpu : DeviceType::kCuda;
+  if (flag == "--device") {
+    info_.device = ParseDevice(value);
   } else if (flag == "--op") {
     op_ = value;
   } else if (flag == "--shape") {
@@ -156,9 +168,10 @@ void Bench::ParseFlag(const std::string& flag, const std::string& value) {
   } else {
     std::string own;
     for (const auto& [name, destination] : options_.flags) own += name + ", ";
-    ExitUsage(flag + " " + value + ": unknown; flags are " + own +
-              "--device cpu|cuda, --op TEXT, --shape TEXT, --dtype NAME[,NAME]"
-              ", --tokens N[,N], --threads N, --replays N, --hot, --json");
+    ExitUsage(
+        flag + " " + value + ": unknown; flags are " + own +
+        "--device cpu|cuda|N, --op TEXT, --shape TEXT, --dtype NAME[,NAME]"
+        ", --tokens N[,N], --threads N, --replays N, --hot, --json");
   }
 }
 
@@ -182,6 +195,13 @@ std::vector<int64_t> Bench::Tokens(
     std::initializer_list<int64_t> on_cpu) const {
   if (!tokens_.empty()) return tokens_;
   return cuda() ? on_cuda : on_cpu;
+}
+
+int Bench::memory_bus_bits() const {
+  if constexpr (kCudaBuilt) {
+    if (cuda()) return MemoryBusBitsCuda(device());
+  }
+  return 0;
 }
 
 double Bench::CacheBytes() const {

@@ -73,7 +73,7 @@ struct Options {
 
 // One benchmark program: parses the flags, measures the ceilings, times cases,
 // prints a table (or JSON). README.md tells how to read it.
-//   --device cpu|cuda   default: cuda where there is one
+//   --device cpu|cuda|N default: cuda where there is one; N: CUDA device N
 //   --op TEXT           only ops whose name contains TEXT
 //   --shape TEXT        only shapes whose name contains TEXT
 //   --dtype NAME[,NAME] these dtypes instead of the program's own: fp32, fp16,
@@ -91,6 +91,7 @@ class Bench {
   ~Bench();
 
   Device device() const { return info_.device; }
+  const DeviceInfo& info() const { return info_; }
   bool cuda() const { return device().type == DeviceType::kCuda; }
   Stream stream() const { return stream_.get(); }
   int num_threads() const { return num_threads_; }  // CPU; 0: all
@@ -113,6 +114,9 @@ class Bench {
   // code 1 if a call fails.
   void Run(const Case& what, int num_sets,
            const std::function<Status(int set)>& call);
+
+  // How wide the memory bus of the device is; 0: unknown, or the CPU.
+  int memory_bus_bits() const;
 
   // Whether --op leaves an op in; Run asks itself.
   bool Wants(const std::string& op) const {

@@ -50,6 +50,9 @@ class Fp8MatmulCuda {
 // The highest clock of the device's multiprocessors; 0: unknown.
 int ClockMhzCuda(Device device);
 
+// Width of the device's memory bus; 0: unknown.
+int MemoryBusBitsCuda(Device device);
+
 // The same on the CPU, on the stream's threads; bytes a multiple of 256.
 uint64_t ReadAllCpu(const void* data, int64_t bytes, Stream stream);
 void CopyAllCpu(const void* from, void* to, int64_t bytes, Stream stream);

@@ -183,6 +183,10 @@ int ClockMhzCuda(Device device) {
   return Attribute(cudaDevAttrClockRate, device) / 1000;
 }
 
+int MemoryBusBitsCuda(Device device) {
+  return Attribute(cudaDevAttrGlobalMemoryBusWidth, device);
+}
+
 StatusOr<std::vector<double>> TimeGraphCuda(
     Device device, Stream stream, int num_calls, int repeats,
     const std::function<Status()>& before,

@@ -4,6 +4,8 @@
 
 #include <cstdlib>
 #include <fstream>
+#include <functional>
+#include <optional>
 #include <random>
 #include <string>
 
@@ -90,7 +92,7 @@ TEST(MoeKernelFileTest, ReadsEveryField) {
   const MoeKernelTable table = file.table();
   EXPECT_EQ(table.float16.count, 0);
   const MoeKernelConfig choice = ChooseMoeKernel(
-      MoeGpu::kH100, &table, {DType::kFloat8E4M3, 2048, 768, 128, 64});
+      MoeGpu::kH100, &table, {DType::kFloat8E4M3, 2048, 768, 0.5});
   EXPECT_EQ(choice, row.config);
 }
 
@@ -212,12 +214,47 @@ TEST(MoeKernelHeaderTest, MeasuredRowsReplaceThoseOfTheSameSizes) {
                Row(3072, kAny, 64), Row(4096, kAny, 16)});
 }
 
-TEST(MoeKernelHeaderTest, NeighboursWithOneChoiceBecomeOneRow) {
-  constexpr double kAny = MoeKernelRow::kAnyLoad;
-  ExpectEqual(SimplifyMoeKernelRows({Row(2048, 1.0, 16), Row(2048, 2.0, 16),
-                                     Row(2048, 4.0, 64), Row(2048, 8.0, 16)}),
-              {Row(2048, 2.0, 16), Row(2048, 4.0, 64), Row(2048, kAny, 16)});
-  ExpectEqual(SimplifyMoeKernelRows({}), {});
+constexpr double kLoads[] = {0.01, 0.0625, 0.5,  1.0, 3.9, 4.0, 4.1, 11.0,
+                             12.0, 13.0,   24.0, 25., 191, 192, 193, 1e9};
+
+MoeKernelConfig BuiltInAt(double load) {
+  return ChooseMoeKernel(MoeGpu::kOther, nullptr,
+                         {DType::kBFloat16, 2048, 768, load});
+}
+
+// What a call gets that finds these rows in a tuned table.
+void ExpectChoices(
+    const std::vector<MoeMeasurement>& measured,
+    const std::function<MoeKernelConfig(double load)>& expected) {
+  MoeKernelFile file;
+  file.float16 =
+      MoeKernelRowsFrom(MoeGpu::kOther, DType::kBFloat16, 2048, 768, measured);
+  const MoeKernelTable table = file.table();
+  const Status status = CheckMoeKernelTable("table", table);
+  ASSERT_TRUE(status.ok()) << status.message();
+  for (double load : kLoads) {
+    const MoeKernelRow* row =
+        FindMoeKernelRow(table, {DType::kBFloat16, 2048, 768, load});
+    ASSERT_NE(row, nullptr) << load;
+    EXPECT_EQ(row->config, expected(load)) << load;
+  }
+}
+
+TEST(MoeKernelHeaderTest, WhatWasNotBetterStaysAsItWas) {
+  ExpectChoices({}, BuiltInAt);
+  ExpectChoices({{0.5, std::nullopt}, {16.0, std::nullopt}}, BuiltInAt);
+}
+
+TEST(MoeKernelHeaderTest, WhatWasBetterHoldsDownToTheMeasurementBefore) {
+  MoeKernelConfig better;
+  better.down = {8, 1, 1};
+  better.mma_tile_rows = 128;
+  ExpectChoices({{0.5, std::nullopt}, {16.0, better}}, [&](double load) {
+    return load > 0.5 && load <= 16.0 ? better : BuiltInAt(load);
+  });
+  ExpectChoices(
+      {{0.5, better}, {1.0, better}, {300.0, std::nullopt}},
+      [&](double load) { return load <= 1.0 ? better : BuiltInAt(load); });
 }
 
 }  // namespace

@@ -38,7 +38,7 @@ MoeKernelTable TableOf(const std::vector<MoeKernelRow>& rows) {
 }
 
 MoeKernelQuery Query(int64_t hidden, int64_t intermediate, int64_t num_slots) {
-  return {DType::kBFloat16, hidden, intermediate, 128, num_slots};
+  return {DType::kBFloat16, hidden, intermediate, num_slots / 128.0};
 }
 
 TEST(MoeKernelChoiceTest, EveryBuiltInRowIsUsable) {
@@ -74,7 +74,7 @@ TEST(MoeKernelChoiceTest, OtherGpusHaveARowForEverything) {
   for (DType dtype : kWeightDTypes) {
     for (int64_t slots : {int64_t{1}, int64_t{1} << 31}) {
       const MoeKernelQuery query = {dtype, int64_t{1} << 30, int64_t{1} << 30,
-                                    1, slots};
+                                    static_cast<double>(slots)};
       EXPECT_NE(FindMoeKernelRow(BuiltInMoeKernels(MoeGpu::kOther), query),
                 nullptr);
     }
@@ -84,7 +84,7 @@ TEST(MoeKernelChoiceTest, OtherGpusHaveARowForEverything) {
 TEST(MoeKernelChoiceTest, PortableKernelsHaveTheTilesOfGroupedMatmul) {
   for (DType dtype : kWeightDTypes) {
     for (int64_t slots : {1, 8, 1536, 1537, 8000, 24575, 30000, 1000000}) {
-      const MoeKernelQuery query = {dtype, 2048, 768, 128, slots};
+      const MoeKernelQuery query = {dtype, 2048, 768, slots / 128.0};
       EXPECT_EQ(ChooseMoeKernel(MoeGpu::kOther, nullptr, query).mma_tile_rows,
                 MoeTileRows(dtype, true, slots, 128))
           << DTypeName(dtype) << " " << slots;
@@ -94,7 +94,7 @@ TEST(MoeKernelChoiceTest, PortableKernelsHaveTheTilesOfGroupedMatmul) {
 
 TEST(MoeKernelChoiceTest, ChoiceIsAConstantExpression) {
   constexpr MoeKernelConfig config = ChooseMoeKernel(
-      MoeGpu::kOther, nullptr, {DType::kFloat32, 2048, 768, 128, 8});
+      MoeGpu::kOther, nullptr, {DType::kFloat32, 2048, 768, 0.0625});
   static_assert(config.mma_tile_rows == 16);
 }
 

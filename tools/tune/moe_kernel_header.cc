@@ -1,6 +1,7 @@
 #include "tools/tune/moe_kernel_header.h"
 
 #include <algorithm>
+#include <set>
 #include <tuple>
 #include <utility>
 
@@ -147,18 +148,50 @@ std::vector<MoeKernelRow> MergeMoeKernelRows(
   return rows;
 }
 
-std::vector<MoeKernelRow> SimplifyMoeKernelRows(
-    std::vector<MoeKernelRow> rows) {
-  if (!rows.empty()) rows.back().max_slots_per_expert = MoeKernelRow::kAnyLoad;
-  std::vector<MoeKernelRow> simple;
-  for (const MoeKernelRow& row : rows) {
-    if (!simple.empty() && simple.back().config == row.config) {
-      simple.back().max_slots_per_expert = row.max_slots_per_expert;
-    } else {
-      simple.push_back(row);
+void MergeMoeKernelFile(const MoeKernelFile& measured, MoeKernelFile* base) {
+  const bool first =
+      base->float32.empty() && base->float16.empty() && base->float8.empty();
+  base->source =
+      first ? measured.source : StrCat(base->source, "; ", measured.source);
+  base->float32 = MergeMoeKernelRows(base->float32, measured.float32);
+  base->float16 = MergeMoeKernelRows(base->float16, measured.float16);
+  base->float8 = MergeMoeKernelRows(base->float8, measured.float8);
+}
+
+std::vector<MoeKernelRow> MoeKernelRowsFrom(
+    MoeGpu gpu, DType weights, int64_t hidden, int64_t intermediate,
+    const std::vector<MoeMeasurement>& measurements) {
+  // Wherever the choice may change.
+  std::set<double> bounds = {MoeKernelRow::kAnyLoad};
+  for (const MoeKernelTable* table :
+       {&BuiltInMoeKernels(gpu), &BuiltInMoeKernels(MoeGpu::kOther)}) {
+    const MoeKernelRows& rows = table->For(weights);
+    for (int32_t i = 0; i < rows.count; ++i) {
+      bounds.insert(rows.rows[i].max_slots_per_expert);
     }
   }
-  return simple;
+  for (const MoeMeasurement& m : measurements) {
+    bounds.insert(m.slots_per_expert);
+  }
+  std::vector<MoeKernelRow> rows;
+  for (double bound : bounds) {
+    MoeKernelRow row;
+    row.max_hidden = hidden;
+    row.max_intermediate = intermediate;
+    row.max_slots_per_expert = bound;
+    row.config =
+        ChooseMoeKernel(gpu, nullptr, {weights, hidden, intermediate, bound});
+    const auto m = std::find_if(
+        measurements.begin(), measurements.end(),
+        [&](const MoeMeasurement& m) { return bound <= m.slots_per_expert; });
+    if (m != measurements.end() && m->better) row.config = *m->better;
+    if (!rows.empty() && rows.back().config == row.config) {
+      rows.back().max_slots_per_expert = bound;
+    } else {
+      rows.push_back(row);
+    }
+  }
+  return rows;
 }
 
 }  // namespace tenon

@@ -1,6 +1,7 @@
 #ifndef TENON_TOOLS_TUNE_MOE_KERNEL_HEADER_H_
 #define TENON_TOOLS_TUNE_MOE_KERNEL_HEADER_H_
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -28,9 +29,22 @@ std::vector<MoeKernelRow> MergeMoeKernelRows(
     const std::vector<MoeKernelRow>& base,
     const std::vector<MoeKernelRow>& measured);
 
-// Rows of one pair of sizes, in ascending order: neighbours with the same
-// choice become one, and the last has no bound.
-std::vector<MoeKernelRow> SimplifyMoeKernelRows(std::vector<MoeKernelRow> rows);
+// Merges rows of every dtype into `base`, and says so in its source.
+void MergeMoeKernelFile(const MoeKernelFile& measured, MoeKernelFile* base);
+
+// What was found at one number of slots per expert: sizes that are faster than
+// those built in, or none.
+struct MoeMeasurement {
+  double slots_per_expert = 0.0;
+  std::optional<MoeKernelConfig> better;
+};
+
+// The rows for calls of these sizes, from measurements in ascending order. One
+// speaks for all calls above the one before; where nothing was better, or
+// measured, stands what is built in.
+std::vector<MoeKernelRow> MoeKernelRowsFrom(
+    MoeGpu gpu, DType weights, int64_t hidden, int64_t intermediate,
+    const std::vector<MoeMeasurement>& measurements);
 
 }  // namespace tenon
 
