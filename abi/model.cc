@@ -69,16 +69,15 @@ Status LoadModel(const tenon_model_load_args* from, tenon_model* handle) {
   TENON_RETURN_IF_ERROR(CheckReserved("reserved", args.reserved));
   TENON_RETURN_IF_ERROR(CheckPresent("directory", args.directory));
   Device device;
-  Shard shard;
-  TENON_RETURN_IF_ERROR(ReadPlace(args, &device, &shard));
-  LoadProgress progress;
+  LoadOptions options;
+  TENON_RETURN_IF_ERROR(ReadPlace(args, &device, &options.shard));
   if (args.progress != nullptr) {
-    progress = [tell = args.progress, data = args.progress_user_data](
-                   int64_t done, int64_t total) {
+    options.progress = [tell = args.progress, data = args.progress_user_data](
+                           int64_t done, int64_t total) {
       return tell(data, done, total) == 0;
     };
   }
-  return Publish(Model::Load(args.directory, device, shard, progress), handle);
+  return Publish(Model::Load(args.directory, device, options), handle);
 }
 
 Status CreateRandomModel(const tenon_model_random_args* from,

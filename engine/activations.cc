@@ -32,25 +32,33 @@ TensorView Shaped(DType dtype, Device device,
 
 struct Shapes {
   const ModelConfig& config;
-  DType dtype;
-  Device device;
-  LocalShape local;
+  const Weights& weights;
   const StepLimits& limits;
   CublasLt* cublas_lt;
   bool batch_invariant;
 
-  int64_t qkv_width() const {
-    return int64_t{local.num_heads + 2 * local.num_kv_heads} * config.head_dim;
+  DType dtype() const { return weights.dtype; }
+  Device device() const { return weights.device; }
+  // The same in every layer.
+  int64_t q_width() const { return weights.layers[0].q.shape[0]; }
+  int64_t kv_width() const { return weights.layers[0].k.shape[0]; }
+  int64_t qkv_width() const { return q_width() + 2 * kv_width(); }
+  // Of dense layers; 0 where there are none.
+  int64_t intermediate() const {
+    for (const LayerWeights& layer : weights.layers) {
+      if (layer.mlp_gate.present()) return layer.mlp_gate.shape[0];
+    }
+    return 0;
   }
-  int64_t q_width() const { return int64_t{local.num_heads} * config.head_dim; }
 };
 
-size_t LinearBytes(const Shapes& s, int64_t tokens, int64_t in, int64_t out,
-                   DType out_dtype) {
+size_t LinearBytes(const Shapes& s, int64_t tokens, const TensorView& weight,
+                   const TensorView& scales, DType out_dtype) {
   LinearParams p;
-  p.x = Shaped(s.dtype, s.device, {tokens, in});
-  p.weight = Shaped(s.dtype, s.device, {out, in});
-  p.out = Shaped(out_dtype, s.device, {tokens, out});
+  p.x = Shaped(s.dtype(), s.device(), {tokens, weight.shape[1]});
+  p.weight = weight;
+  p.weight_scales = scales;
+  p.out = Shaped(out_dtype, s.device(), {tokens, weight.shape[0]});
   p.cublas_lt = s.cublas_lt;
   p.batch_invariant = s.batch_invariant;
   return LinearWorkspaceBytes(p);
@@ -60,67 +68,68 @@ size_t AttentionBytes(const Shapes& s) {
   const int64_t tokens = s.limits.max_tokens;
   const int64_t rows = s.limits.max_rows;
   const int64_t pages = s.limits.max_pages_per_row;
+  const int64_t dim = s.config.head_dim;
   AttentionParams p;
-  p.q = p.out =
-      Shaped(s.dtype, s.device, {tokens, s.local.num_heads, s.config.head_dim});
-  p.k_cache = p.v_cache = Shaped(s.dtype, s.device,
-                                 {rows * pages, s.limits.page_size,
-                                  s.local.num_kv_heads, s.config.head_dim});
-  p.block_table = Shaped(DType::kInt32, s.device, {rows, pages});
-  p.query_start = Shaped(DType::kInt32, s.device, {rows + 1});
-  p.kv_len = Shaped(DType::kInt32, s.device, {rows});
+  p.q = p.out = Shaped(s.dtype(), s.device(), {tokens, s.q_width() / dim, dim});
+  p.k_cache = p.v_cache =
+      Shaped(s.dtype(), s.device(),
+             {rows * pages, s.limits.page_size, s.kv_width() / dim, dim});
+  p.block_table = Shaped(DType::kInt32, s.device(), {rows, pages});
+  p.query_start = Shaped(DType::kInt32, s.device(), {rows + 1});
+  p.kv_len = Shaped(DType::kInt32, s.device(), {rows});
   p.scale = 1.0f;
   p.batch_invariant = s.batch_invariant;
   return AttentionWorkspaceBytes(p);
 }
 
-ExpertMatrices ShapedExperts(const Shapes& s, int64_t rows, int64_t cols) {
-  return MakeExpertMatrices(
-      Shaped(s.dtype, s.device, {s.config.num_experts, rows, cols}));
-}
-
-size_t MoeBytes(const Shapes& s) {
+size_t MoeBytes(const Shapes& s, const LayerWeights& layer) {
   const int64_t tokens = s.limits.max_tokens;
   const int64_t top_k = s.config.num_experts_per_tok;
   MoeParams p;
-  p.x = p.out = Shaped(s.dtype, s.device, {tokens, s.config.hidden_size});
-  p.topk_weights = Shaped(DType::kFloat32, s.device, {tokens, top_k});
-  p.topk_ids = Shaped(DType::kInt32, s.device, {tokens, top_k});
-  p.gate = p.up =
-      ShapedExperts(s, s.local.moe_intermediate_size, s.config.hidden_size);
-  p.down =
-      ShapedExperts(s, s.config.hidden_size, s.local.moe_intermediate_size);
+  p.x = p.out = Shaped(s.dtype(), s.device(), {tokens, s.config.hidden_size});
+  p.topk_weights = Shaped(DType::kFloat32, s.device(), {tokens, top_k});
+  p.topk_ids = Shaped(DType::kInt32, s.device(), {tokens, top_k});
+  p.gate = layer.gate;
+  p.up = layer.up;
+  p.down = layer.down;
   p.batch_invariant = s.batch_invariant;
   return MoeWorkspaceBytes(p);
 }
 
 size_t SamplerBytes(const Shapes& s) {
   SamplerParams p;
-  p.logits = Shaped(DType::kFloat32, s.device,
+  p.logits = Shaped(DType::kFloat32, s.device(),
                     {s.limits.max_logit_rows, s.config.vocab_size});
   return SamplerWorkspaceBytes(p);
 }
 
+// The most that any op of a layer asks for.
+size_t LayerBytes(const Shapes& s, const LayerWeights& w) {
+  const int64_t tokens = s.limits.max_tokens;
+  const auto linear = [&](const TensorView& weight, const TensorView& scales,
+                          DType out_dtype) {
+    if (!weight.present()) return size_t{0};
+    return LinearBytes(s, tokens, weight, scales, out_dtype);
+  };
+  return std::max(
+      {linear(w.qkv, w.qkv_scales, s.dtype()),
+       linear(w.q, w.q_scales, s.dtype()), linear(w.k, w.k_scales, s.dtype()),
+       linear(w.v, w.v_scales, s.dtype()), linear(w.o, w.o_scales, s.dtype()),
+       linear(w.mlp_gate, w.mlp_gate_scales, s.dtype()),
+       linear(w.mlp_up, w.mlp_up_scales, s.dtype()),
+       linear(w.mlp_down, w.mlp_down_scales, s.dtype()),
+       linear(w.router, TensorView(), DType::kFloat32),
+       w.router.present() ? MoeBytes(s, w) : size_t{0}});
+}
+
 // The most that any op of a step asks for.
 size_t WorkspaceBytes(const Shapes& s) {
-  const int64_t tokens = s.limits.max_tokens;
-  const int64_t hidden = s.config.hidden_size;
   size_t bytes =
-      std::max({LinearBytes(s, tokens, hidden, s.qkv_width(), s.dtype),
-                LinearBytes(s, tokens, s.q_width(), hidden, s.dtype),
-                LinearBytes(s, s.limits.max_logit_rows, hidden,
-                            s.config.vocab_size, DType::kFloat32),
+      std::max({LinearBytes(s, s.limits.max_logit_rows, s.weights.lm_head,
+                            TensorView(), DType::kFloat32),
                 AttentionBytes(s), SamplerBytes(s)});
-  if (s.config.HasMoeLayers()) {
-    bytes = std::max({bytes, MoeBytes(s),
-                      LinearBytes(s, tokens, hidden, s.config.num_experts,
-                                  DType::kFloat32)});
-  }
-  if (s.config.HasDenseLayers()) {
-    const int64_t intermediate = s.local.intermediate_size;
-    bytes =
-        std::max({bytes, LinearBytes(s, tokens, hidden, intermediate, s.dtype),
-                  LinearBytes(s, tokens, intermediate, hidden, s.dtype)});
+  for (const LayerWeights& layer : s.weights.layers) {
+    bytes = std::max(bytes, LayerBytes(s, layer));
   }
   return bytes;
 }
@@ -130,28 +139,29 @@ void Carve(const Shapes& s, int64_t id_layers, size_t workspace_size,
            WorkspaceCutter* cutter, Activations* a) {
   const int64_t tokens = s.limits.max_tokens;
   const int64_t hidden = s.config.hidden_size;
-  a->residual = Cut(cutter, s.dtype, s.device, {tokens, hidden});
-  a->normed = Cut(cutter, s.dtype, s.device, {tokens, hidden});
-  a->block_out = Cut(cutter, s.dtype, s.device, {tokens, hidden});
-  a->qkv = Cut(cutter, s.dtype, s.device, {tokens, s.qkv_width()});
+  a->residual = Cut(cutter, s.dtype(), s.device(), {tokens, hidden});
+  a->normed = Cut(cutter, s.dtype(), s.device(), {tokens, hidden});
+  a->block_out = Cut(cutter, s.dtype(), s.device(), {tokens, hidden});
+  a->qkv = Cut(cutter, s.dtype(), s.device(), {tokens, s.qkv_width()});
   if (s.config.HasMoeLayers()) {
     const int64_t top_k = s.config.num_experts_per_tok;
-    a->router_logits =
-        Cut(cutter, DType::kFloat32, s.device, {tokens, s.config.num_experts});
-    a->topk_weights = Cut(cutter, DType::kFloat32, s.device, {tokens, top_k});
+    a->router_logits = Cut(cutter, DType::kFloat32, s.device(),
+                           {tokens, s.config.num_experts});
+    a->topk_weights = Cut(cutter, DType::kFloat32, s.device(), {tokens, top_k});
     a->topk_ids =
-        Cut(cutter, DType::kInt32, s.device, {id_layers, tokens, top_k});
+        Cut(cutter, DType::kInt32, s.device(), {id_layers, tokens, top_k});
   }
   if (s.config.HasDenseLayers()) {
-    const int64_t intermediate = s.local.intermediate_size;
-    a->mlp_gate_up = Cut(cutter, s.dtype, s.device, {tokens, 2 * intermediate});
-    a->mlp_hidden = Cut(cutter, s.dtype, s.device, {tokens, intermediate});
+    const int64_t intermediate = s.intermediate();
+    a->mlp_gate_up =
+        Cut(cutter, s.dtype(), s.device(), {tokens, 2 * intermediate});
+    a->mlp_hidden = Cut(cutter, s.dtype(), s.device(), {tokens, intermediate});
   }
   a->logit_hidden =
-      Cut(cutter, s.dtype, s.device, {s.limits.max_logit_rows, hidden});
-  a->logits = Cut(cutter, DType::kFloat32, s.device,
+      Cut(cutter, s.dtype(), s.device(), {s.limits.max_logit_rows, hidden});
+  a->logits = Cut(cutter, DType::kFloat32, s.device(),
                   {s.limits.max_logit_rows, s.config.vocab_size});
-  a->cos_sin = Cut(cutter, DType::kFloat32, s.device,
+  a->cos_sin = Cut(cutter, DType::kFloat32, s.device(),
                    {s.limits.max_context, s.config.head_dim});
   a->workspace = cutter->TakeBytes(workspace_size);
   a->workspace_size = workspace_size;
@@ -160,13 +170,10 @@ void Carve(const Shapes& s, int64_t id_layers, size_t workspace_size,
 }  // namespace
 
 StatusOr<Activations> Activations::Create(
-    const ModelConfig& config, DType dtype, Device device, const Shard& shard,
-    const StepLimits& limits, bool keep_expert_ids, CublasLt* cublas_lt,
-    bool batch_invariant) {
-  StatusOr<LocalShape> local = MakeLocalShape(config, shard);
-  TENON_RETURN_IF_ERROR(local.status());
-  const Shapes shapes{config, dtype,     device,         *local,
-                      limits, cublas_lt, batch_invariant};
+    const ModelConfig& config, const Weights& weights, const StepLimits& limits,
+    bool keep_expert_ids, CublasLt* cublas_lt, bool batch_invariant) {
+  const Device device = weights.device;
+  const Shapes shapes{config, weights, limits, cublas_lt, batch_invariant};
   const size_t workspace_size = WorkspaceBytes(shapes);
   const int64_t id_layers = keep_expert_ids ? config.num_layers : 1;
 

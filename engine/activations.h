@@ -2,9 +2,10 @@
 #define TENON_ENGINE_ACTIVATIONS_H_
 
 #include <cstdint>
+#include <vector>
 
 #include "engine/model_config.h"
-#include "engine/tensor_parallel.h"
+#include "engine/weights.h"
 #include "ops/core/memory.h"
 #include "ops/core/tensor_view.h"
 #include "ops/linear/cublas_lt.h"
@@ -48,10 +49,11 @@ struct Activations {
   Buffer arena;
 
   // keep_expert_ids: topk_ids has a slice per layer, so that a caller can read
-  // what each layer chose; otherwise all layers share one. cublas_lt is what
-  // steps will use; it has a say in the size of the workspace.
-  static StatusOr<Activations> Create(const ModelConfig& config, DType dtype,
-                                      Device device, const Shard& shard,
+  // what each layer chose; otherwise all layers share one. Weights and
+  // cublas_lt are what steps will use: they have a say in the size of the
+  // workspace.
+  static StatusOr<Activations> Create(const ModelConfig& config,
+                                      const Weights& weights,
                                       const StepLimits& limits,
                                       bool keep_expert_ids, CublasLt* cublas_lt,
                                       bool batch_invariant);

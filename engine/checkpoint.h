@@ -33,6 +33,8 @@ class Checkpoint {
   // NotFound where there is none of that name, Unimplemented where its dtype is
   // one that no op knows.
   StatusOr<TensorView> Find(std::string_view name) const;
+  // Whether there is a tensor of that name.
+  bool Has(const std::string& name) const { return entries_.count(name) > 0; }
 
   // The path of the file that holds a tensor; the directory where none does.
   const std::string& FileOf(std::string_view name) const;

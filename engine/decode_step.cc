@@ -23,11 +23,14 @@ TensorView Used(const StepContext& c, const TensorView& tensor) {
   return Rows(tensor, 0, c.tokens());
 }
 
+// `scales` of a float8_e4m3 weight; otherwise not present.
 Status RunLinear(const StepContext& c, const TensorView& x,
-                 const TensorView& weight, const TensorView& out) {
+                 const TensorView& weight, const TensorView& scales,
+                 const TensorView& out) {
   LinearParams p;
   p.x = x;
   p.weight = weight;
+  p.weight_scales = scales;
   p.out = out;
   p.cublas_lt = c.cublas_lt;
   p.batch_invariant = c.batch_invariant;
@@ -52,15 +55,14 @@ Status RunNorm(const StepContext& c, const TensorView& x,
 Status QkvProjection(const StepContext& c, const LayerWeights& w) {
   const TensorView normed = Used(c, c.activations.normed);
   const TensorView qkv = Used(c, c.activations.qkv);
-  if (w.qkv.present()) return RunLinear(c, normed, w.qkv, qkv);
-  int64_t column = 0;
-  for (const TensorView* weight : {&w.q, &w.k, &w.v}) {
-    const int64_t width = weight->shape[0];
-    TENON_RETURN_IF_ERROR(
-        RunLinear(c, normed, *weight, Columns(qkv, column, width)));
-    column += width;
-  }
-  return Status();
+  if (w.qkv.present()) return RunLinear(c, normed, w.qkv, w.qkv_scales, qkv);
+  const int64_t k = w.q.shape[0];
+  const int64_t v = k + w.k.shape[0];
+  TENON_RETURN_IF_ERROR(
+      RunLinear(c, normed, w.q, w.q_scales, Columns(qkv, 0, w.q.shape[0])));
+  TENON_RETURN_IF_ERROR(
+      RunLinear(c, normed, w.k, w.k_scales, Columns(qkv, k, w.k.shape[0])));
+  return RunLinear(c, normed, w.v, w.v_scales, Columns(qkv, v, w.v.shape[0]));
 }
 
 // Norm, rotary embedding and cache write of the packed rows.
@@ -117,7 +119,7 @@ Status SparseMlp(const StepContext& c, int32_t layer, const LayerWeights& w) {
   const TensorView normed = Used(c, a.normed);
   // float32 logits: rounding them would reorder close experts.
   TENON_RETURN_IF_ERROR(
-      RunLinear(c, normed, w.router, Used(c, a.router_logits)));
+      RunLinear(c, normed, w.router, TensorView(), Used(c, a.router_logits)));
 
   MoeRouterParams r;
   r.logits = Used(c, a.router_logits);
@@ -146,15 +148,17 @@ Status DenseMlp(const StepContext& c, const LayerWeights& w) {
   const int64_t intermediate = w.mlp_gate.shape[0];
   const TensorView gate_up = Used(c, a.mlp_gate_up);
   TENON_RETURN_IF_ERROR(RunLinear(c, Used(c, a.normed), w.mlp_gate,
+                                  w.mlp_gate_scales,
                                   Columns(gate_up, 0, intermediate)));
   TENON_RETURN_IF_ERROR(
-      RunLinear(c, Used(c, a.normed), w.mlp_up,
+      RunLinear(c, Used(c, a.normed), w.mlp_up, w.mlp_up_scales,
                 Columns(gate_up, intermediate, intermediate)));
   MoeSwiGluParams p;
   p.x = gate_up;
   p.out = Used(c, a.mlp_hidden);
   TENON_RETURN_IF_ERROR(MoeSwiGlu(p, c.stream));
-  return RunLinear(c, p.out, w.mlp_down, Used(c, a.block_out));
+  return RunLinear(c, p.out, w.mlp_down, w.mlp_down_scales,
+                   Used(c, a.block_out));
 }
 
 }  // namespace
@@ -182,7 +186,7 @@ Status AttentionBlock(const StepContext& c, int32_t layer) {
   TENON_RETURN_IF_ERROR(PrepareAttention(c, layer, w));
   TENON_RETURN_IF_ERROR(RunAttention(c, layer, w));
   return RunLinear(c, Columns(Used(c, c.activations.qkv), 0, w.q.shape[0]), w.o,
-                   Used(c, c.activations.block_out));
+                   w.o_scales, Used(c, c.activations.block_out));
 }
 
 Status MlpBlock(const StepContext& c, int32_t layer) {
@@ -200,7 +204,7 @@ Status ComputeLogits(const StepContext& c) {
   p.table = Used(c, c.activations.normed);
   p.out = Rows(c.activations.logit_hidden, 0, rows);
   TENON_RETURN_IF_ERROR(Embedding(p, c.stream));
-  return RunLinear(c, p.out, c.weights.lm_head,
+  return RunLinear(c, p.out, c.weights.lm_head, TensorView(),
                    Rows(c.activations.logits, 0, rows));
 }
 

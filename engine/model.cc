@@ -6,22 +6,22 @@
 
 namespace tenon {
 
-StatusOr<std::shared_ptr<const Model>> Model::Load(
-    const std::string& directory, Device device, const Shard& shard,
-    const LoadProgress& progress) {
+StatusOr<std::shared_ptr<const Model>> Model::Load(const std::string& directory,
+                                                   Device device,
+                                                   const LoadOptions& options) {
   StatusOr<ModelConfig> config = LoadModelConfig(directory);
   TENON_RETURN_IF_ERROR(config.status());
   StatusOr<std::shared_ptr<const Checkpoint>> checkpoint =
       Checkpoint::Open(directory);
   TENON_RETURN_IF_ERROR(checkpoint.status());
   StatusOr<Weights> weights =
-      LoadWeights(*std::move(checkpoint), *config, device, shard, progress);
+      LoadWeights(*std::move(checkpoint), *config, device, options);
   TENON_RETURN_IF_ERROR(weights.status());
   auto model = std::make_shared<Model>();
   model->config = *std::move(config);
   model->weights = *std::move(weights);
   model->device = device;
-  model->shard = shard;
+  model->shard = options.shard;
   return std::shared_ptr<const Model>(std::move(model));
 }
 

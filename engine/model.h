@@ -22,12 +22,13 @@ struct Model {
   Shard shard;
 
   // Reads a Hugging Face checkpoint directory as published. On the CPU the
-  // weights stay mapped, uncopied; on CUDA they are uploaded with `progress`.
+  // weights stay mapped, uncopied; on CUDA they are uploaded.
   static StatusOr<std::shared_ptr<const Model>> Load(
-      const std::string& directory, Device device, const Shard& shard = {},
-      const LoadProgress& progress = nullptr);
+      const std::string& directory, Device device,
+      const LoadOptions& options = {});
 
   // A model with seeded random weights, made where they live: for benchmarks.
+  // With config.fp8_scaling, fp8 ones (see RandomWeights).
   static StatusOr<std::shared_ptr<const Model>> Random(
       const ModelConfig& config, DType dtype, Device device, uint64_t seed,
       const Shard& shard = {});

@@ -28,20 +28,33 @@ Status FillRandom(const RandomPart& part, Stream stream) {
   return NoBackendError("RandomWeights", part.device);
 }
 
+RandomPart Describe(const WeightPart& part, uint64_t seed, char* base,
+                    Device device) {
+  RandomPart random;
+  random.data = base + part.offset;
+  random.dtype = part.dtype;
+  random.device = device;
+  random.rows = part.rows;
+  random.cols = part.cols;
+  random.full_cols = part.full_cols;
+  random.key = TensorKey(seed, part.name);
+  random.is_norm = part.is_vector;
+  if (part.scaling == Fp8Scaling::kNone) return random;
+  const bool blocks = part.scaling == Fp8Scaling::kBlocks;
+  random.scales = reinterpret_cast<float*>(base + part.scales_offset);
+  random.scale_rows = part.scale_rows();
+  random.scale_cols = part.scale_cols();
+  random.scale_stride = part.scale_stride();
+  random.block_rows = blocks ? kFp8BlockSize : 1;
+  random.block_cols = blocks ? kFp8BlockSize : part.full_cols;
+  return random;
+}
+
 Status FillParts(const std::vector<WeightPart>& parts, uint64_t seed,
                  void* base, Device device, Stream stream) {
   for (const WeightPart& part : parts) {
-    RandomPart random;
-    random.data = static_cast<char*>(base) + part.offset;
-    random.dtype = part.dtype;
-    random.device = device;
-    random.rows = part.rows;
-    random.cols = part.cols;
-    random.first_element = part.first_row * part.full_cols + part.first_col;
-    random.full_cols = part.full_cols;
-    random.key = TensorKey(seed, part.name);
-    random.is_norm = part.is_vector;
-    TENON_RETURN_IF_ERROR(FillRandom(random, stream));
+    TENON_RETURN_IF_ERROR(FillRandom(
+        Describe(part, seed, static_cast<char*>(base), device), stream));
   }
   return Synchronize(device, stream);
 }
@@ -65,9 +78,12 @@ StatusOr<Weights> RandomWeights(const ModelConfig& config, DType dtype,
     PlanLayer(config, *local, layer, &parts);
   }
   PlanTail(config, &parts);
-  for (WeightPart& part : parts) part.dtype = dtype;
-
-  StatusOr<Weights> weights = AllocateWeights(config, device, &parts);
+  for (WeightPart& part : parts) {
+    if (MayBeFp8(part.role)) part.scaling = config.fp8_scaling;
+    part.dtype = part.scaling == Fp8Scaling::kNone ? dtype : DType::kFloat8E4M3;
+  }
+  PackedLayout layout;
+  StatusOr<Weights> weights = AllocateWeights(config, device, &parts, &layout);
   if (!weights.ok()) return weights;
   weights->dtype = dtype;
   StatusOr<OwnedStream> stream = OwnedStream::Create(device);

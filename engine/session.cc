@@ -333,9 +333,9 @@ StatusOr<std::unique_ptr<Session>> Session::Create(
   impl->limits = {o.max_tokens,     o.max_sequences,
                   o.max_logit_rows, o.max_context,
                   o.page_size,      impl->cache.max_pages_per_sequence()};
-  StatusOr<Activations> activations = Activations::Create(
-      m.config, m.weights.dtype, m.device, m.shard, impl->limits,
-      o.count_experts, impl->cublas_lt.get(), o.batch_invariant);
+  StatusOr<Activations> activations =
+      Activations::Create(m.config, m.weights, impl->limits, o.count_experts,
+                          impl->cublas_lt.get(), o.batch_invariant);
   TENON_RETURN_IF_ERROR(activations.status());
   impl->activations = *std::move(activations);
   StatusOr<StepBuffers> buffers = StepBuffers::Create(m.device, impl->limits);

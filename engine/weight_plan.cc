@@ -7,6 +7,18 @@ namespace {
 
 constexpr int64_t kAlignment = 256;
 
+int64_t NumBlocks(int64_t size) {
+  return (size + kFp8BlockSize - 1) / kFp8BlockSize;
+}
+
+// All of a tensor, to begin with.
+void SetShape(int64_t rows, int64_t cols, WeightPart* part) {
+  part->full_rows = rows;
+  part->full_cols = cols;
+  part->rows = MakeShare(0, rows);
+  part->cols = MakeShare(0, cols);
+}
+
 // Adds the parts of one layer.
 class LayerPlan {
  public:
@@ -24,19 +36,15 @@ class LayerPlan {
   }
   // A rank's part of a matrix that is split by output, and by input.
   void RowSplit(WeightRole role, const std::string& name, int64_t full_rows,
-                int64_t cols, int64_t first, int64_t count,
-                int32_t expert = 0) {
+                int64_t cols, const Share& rows, int32_t expert = 0) {
     WeightPart& part = Add(role, name, full_rows, cols);
-    part.first_row = first;
-    part.rows = count;
+    part.rows = rows;
     part.expert = expert;
   }
   void ColumnSplit(WeightRole role, const std::string& name, int64_t rows,
-                   int64_t full_cols, int64_t first, int64_t count,
-                   int32_t expert = 0) {
+                   int64_t full_cols, const Share& cols, int32_t expert = 0) {
     WeightPart& part = Add(role, name, rows, full_cols);
-    part.first_col = first;
-    part.cols = count;
+    part.cols = cols;
     part.expert = expert;
   }
 
@@ -47,8 +55,7 @@ class LayerPlan {
     part.role = role;
     part.layer = layer_;
     part.name = StrCat(prefix_, name, ".weight");
-    part.full_rows = part.rows = rows;
-    part.full_cols = part.cols = cols;
+    SetShape(rows, cols, &part);
     return part;
   }
 
@@ -61,37 +68,38 @@ void PlanAttention(const ModelConfig& c, const LocalShape& local,
                    LayerPlan* plan) {
   const int64_t hidden = c.hidden_size;
   const int64_t dim = c.head_dim;
+  const Share q = MakeShare(local.first_head * dim, local.num_heads * dim);
+  const Share kv =
+      MakeShare(local.first_kv_head * dim, local.num_kv_heads * dim);
   plan->RowSplit(WeightRole::kQ, "self_attn.q_proj", c.num_heads * dim, hidden,
-                 local.first_head * dim, local.num_heads * dim);
+                 q);
   plan->RowSplit(WeightRole::kK, "self_attn.k_proj", c.num_kv_heads * dim,
-                 hidden, local.first_kv_head * dim, local.num_kv_heads * dim);
+                 hidden, kv);
   plan->RowSplit(WeightRole::kV, "self_attn.v_proj", c.num_kv_heads * dim,
-                 hidden, local.first_kv_head * dim, local.num_kv_heads * dim);
+                 hidden, kv);
   plan->Norm(WeightRole::kQNorm, "self_attn.q_norm", dim);
   plan->Norm(WeightRole::kKNorm, "self_attn.k_norm", dim);
   plan->ColumnSplit(WeightRole::kO, "self_attn.o_proj", hidden,
-                    c.num_heads * dim, local.first_head * dim,
-                    local.num_heads * dim);
+                    c.num_heads * dim, q);
 }
 
 void PlanExperts(const ModelConfig& c, const LocalShape& local,
                  LayerPlan* plan) {
   const int64_t hidden = c.hidden_size;
   const int64_t full = c.moe_intermediate_size;
-  const int64_t first = local.first_moe_intermediate;
-  const int64_t count = local.moe_intermediate_size;
+  const Share& share = local.moe_intermediate;
   plan->Matrix(WeightRole::kRouter, "mlp.gate", c.num_experts, hidden);
   for (int32_t e = 0; e < c.num_experts; ++e) {
     plan->RowSplit(WeightRole::kExpertGate,
-                   StrCat("mlp.experts.", e, ".gate_proj"), full, hidden, first,
-                   count, e);
+                   StrCat("mlp.experts.", e, ".gate_proj"), full, hidden, share,
+                   e);
     plan->RowSplit(WeightRole::kExpertUp, StrCat("mlp.experts.", e, ".up_proj"),
-                   full, hidden, first, count, e);
+                   full, hidden, share, e);
   }
   for (int32_t e = 0; e < c.num_experts; ++e) {
     plan->ColumnSplit(WeightRole::kExpertDown,
                       StrCat("mlp.experts.", e, ".down_proj"), hidden, full,
-                      first, count, e);
+                      share, e);
   }
 }
 
@@ -99,13 +107,10 @@ void PlanDenseMlp(const ModelConfig& c, const LocalShape& local,
                   LayerPlan* plan) {
   const int64_t hidden = c.hidden_size;
   const int64_t full = c.intermediate_size;
-  const int64_t first = local.first_intermediate;
-  const int64_t count = local.intermediate_size;
-  plan->RowSplit(WeightRole::kMlpGate, "mlp.gate_proj", full, hidden, first,
-                 count);
-  plan->RowSplit(WeightRole::kMlpUp, "mlp.up_proj", full, hidden, first, count);
-  plan->ColumnSplit(WeightRole::kMlpDown, "mlp.down_proj", hidden, full, first,
-                    count);
+  const Share& share = local.intermediate;
+  plan->RowSplit(WeightRole::kMlpGate, "mlp.gate_proj", full, hidden, share);
+  plan->RowSplit(WeightRole::kMlpUp, "mlp.up_proj", full, hidden, share);
+  plan->ColumnSplit(WeightRole::kMlpDown, "mlp.down_proj", hidden, full, share);
 }
 
 WeightPart WholeMatrix(WeightRole role, const char* name, int64_t rows,
@@ -113,13 +118,12 @@ WeightPart WholeMatrix(WeightRole role, const char* name, int64_t rows,
   WeightPart part;
   part.role = role;
   part.name = name;
-  part.full_rows = part.rows = rows;
-  part.full_cols = part.cols = cols;
+  SetShape(rows, cols, &part);
   return part;
 }
 
-// Whether a part is the continuation of the matrix that its predecessor began.
-bool ContinuesPredecessor(const WeightPart& part) {
+// Whether a part's matrix is the continuation of the one before it.
+bool ContinuesRole(const WeightPart& part) {
   switch (part.role) {
     case WeightRole::kK:
     case WeightRole::kV:
@@ -133,74 +137,21 @@ bool ContinuesPredecessor(const WeightPart& part) {
   }
 }
 
-// The view that a part which is no expert's matrix stands for.
-TensorView* ViewOf(const WeightPart& part, Weights* weights) {
-  LayerWeights& layer = weights->layers[part.layer];
-  switch (part.role) {
-    case WeightRole::kEmbedding:
-      return &weights->embedding;
-    case WeightRole::kFinalNorm:
-      return &weights->final_norm;
-    case WeightRole::kLmHead:
-      return &weights->lm_head;
-    case WeightRole::kInputNorm:
-      return &layer.input_norm;
-    case WeightRole::kQ:
-      return &layer.q;
-    case WeightRole::kK:
-      return &layer.k;
-    case WeightRole::kV:
-      return &layer.v;
-    case WeightRole::kQNorm:
-      return &layer.q_norm;
-    case WeightRole::kKNorm:
-      return &layer.k_norm;
-    case WeightRole::kO:
-      return &layer.o;
-    case WeightRole::kPostAttentionNorm:
-      return &layer.post_attention_norm;
-    case WeightRole::kRouter:
-      return &layer.router;
-    case WeightRole::kMlpGate:
-      return &layer.mlp_gate;
-    case WeightRole::kMlpUp:
-      return &layer.mlp_up;
-    case WeightRole::kMlpDown:
-      return &layer.mlp_down;
-    case WeightRole::kExpertGate:
-    case WeightRole::kExpertUp:
-    case WeightRole::kExpertDown:
-      break;
-  }
-  return nullptr;
-}
+// Lays out one region.
+class Region {
+ public:
+  explicit Region(int64_t begin) : end_(begin) {}
 
-// The matrices that an expert's part is one of; null for every other part.
-ExpertMatrices* ExpertsOf(const WeightPart& part, Weights* weights) {
-  switch (part.role) {
-    case WeightRole::kExpertGate:
-      return &weights->layers[part.layer].gate;
-    case WeightRole::kExpertUp:
-      return &weights->layers[part.layer].up;
-    case WeightRole::kExpertDown:
-      return &weights->layers[part.layer].down;
-    default:
-      return nullptr;
+  // `continues`: right behind the last one.
+  int64_t Take(int64_t bytes, bool continues) {
+    if (!continues) end_ = (end_ + kAlignment - 1) / kAlignment * kAlignment;
+    return std::exchange(end_, end_ + bytes);
   }
-}
+  int64_t end() const { return end_; }
 
-ExpertMatrices DescribeExperts(const ModelConfig& config,
-                               const WeightPart& part, int64_t row_stride,
-                               Device device) {
-  ExpertMatrices experts;
-  experts.num_experts = config.num_experts;
-  experts.rows = part.rows;
-  experts.cols = part.cols;
-  experts.row_stride = row_stride;
-  experts.dtype = part.dtype;
-  experts.device = device;
-  return experts;
-}
+ private:
+  int64_t end_;
+};
 
 }  // namespace
 
@@ -233,86 +184,114 @@ void PlanTail(const ModelConfig& config, std::vector<WeightPart>* parts) {
                                config.vocab_size, config.hidden_size));
 }
 
-int64_t AssignOffsets(std::vector<WeightPart>* parts) {
-  int64_t end = 0;
-  for (WeightPart& part : *parts) {
-    if (!ContinuesPredecessor(part)) {
-      end = (end + kAlignment - 1) / kAlignment * kAlignment;
-    }
-    part.offset = end;
-    end += part.bytes();
+int64_t WeightPart::scale_rows() const {
+  switch (scaling) {
+    case Fp8Scaling::kBlocks:
+      return NumBlocks(rows.size);
+    case Fp8Scaling::kChannels:
+      return rows.size;
+    case Fp8Scaling::kNone:
+      break;
   }
-  return end;
+  return 0;
 }
 
-void SetPackedViews(const ModelConfig& config,
-                    const std::vector<WeightPart>& parts, void* base,
-                    Weights* weights) {
-  for (const WeightPart& part : parts) {
-    void* data = static_cast<char*>(base) + part.offset;
-    ExpertMatrices* experts = ExpertsOf(part, weights);
-    if (experts == nullptr) {
-      *ViewOf(part, weights) =
-          part.is_vector
-              ? MakeTensor(data, part.dtype, weights->device, {part.cols})
-              : MakeTensor(data, part.dtype, weights->device,
-                           {part.rows, part.cols});
-    } else if (part.expert == 0) {
-      *experts = DescribeExperts(config, part, part.cols, weights->device);
-      experts->data = data;
-      const bool in_w13 = part.role != WeightRole::kExpertDown;
-      experts->expert_stride = (in_w13 ? 2 : 1) * part.rows * part.cols;
-    }
-  }
-  if (config.tie_word_embeddings) weights->lm_head = weights->embedding;
-  if (weights->device.type != DeviceType::kCuda) return;
-  for (LayerWeights& layer : weights->layers) {
-    layer.qkv = layer.q;
-    layer.qkv.shape[0] += layer.k.shape[0] + layer.v.shape[0];
+int64_t WeightPart::scale_cols() const {
+  return scaling == Fp8Scaling::kBlocks ? NumBlocks(cols.size) : 1;
+}
+
+int64_t WeightPart::scale_stride() const {
+  return scaling == Fp8Scaling::kBlocks ? (scale_cols() + 3) / 4 * 4 : 1;
+}
+
+bool IsExpert(WeightRole role) {
+  return role == WeightRole::kExpertGate || role == WeightRole::kExpertUp ||
+         role == WeightRole::kExpertDown;
+}
+
+bool MayBeFp8(WeightRole role) {
+  switch (role) {
+    case WeightRole::kQ:
+    case WeightRole::kK:
+    case WeightRole::kV:
+    case WeightRole::kO:
+    case WeightRole::kMlpGate:
+    case WeightRole::kMlpUp:
+    case WeightRole::kMlpDown:
+      return true;
+    default:
+      return IsExpert(role);
   }
 }
 
-void SetMappedViews(const ModelConfig& config,
-                    const std::vector<WeightPart>& parts, Weights* weights) {
-  size_t num_matrices = 0;
-  for (const WeightPart& part : parts) {
-    num_matrices += ExpertsOf(part, weights) != nullptr;
-  }
-  weights->expert_tables.resize(num_matrices);
-  const void** unused = weights->expert_tables.data();
-  for (const WeightPart& part : parts) {
-    ExpertMatrices* experts = ExpertsOf(part, weights);
-    if (experts == nullptr) {
-      *ViewOf(part, weights) = part.source;
-      continue;
+PackedLayout AssignOffsets(std::vector<WeightPart>* parts) {
+  // Visits the parts that `chosen` takes, with whether one continues the matrix
+  // of its predecessor in the same region.
+  const auto for_each = [&](const auto& chosen, const auto& visit) {
+    const WeightPart* last = nullptr;
+    for (WeightPart& part : *parts) {
+      const bool taken = chosen(part);
+      if (taken) {
+        visit(&part, last != nullptr && ContinuesRole(part) &&
+                         last->dtype == part.dtype &&
+                         last->scaling == part.scaling);
+      }
+      last = taken ? &part : nullptr;
     }
-    if (part.expert == 0) {
-      *experts =
-          DescribeExperts(config, part, part.source.stride[0], weights->device);
-      experts->table = std::exchange(unused, unused + config.num_experts);
-    }
-    // The table is in expert_tables, which is not constant here.
-    const_cast<const void**>(experts->table)[part.expert] = part.source.data;
-  }
-  if (config.tie_word_embeddings) weights->lm_head = weights->embedding;
+  };
+  const auto place_elements = [&](Placement placement, int64_t begin) {
+    Region region(begin);
+    for_each([&](const WeightPart& p) { return p.placement == placement; },
+             [&](WeightPart* part, bool continues) {
+               part->offset = region.Take(part->bytes(), continues);
+             });
+    return region.end();
+  };
+  const auto place_scales = [&](bool quantized, int64_t begin) {
+    Region region(begin);
+    for_each(
+        [&](const WeightPart& p) {
+          return p.scaling != Fp8Scaling::kNone &&
+                 (p.placement == Placement::kQuantized) == quantized;
+        },
+        [&](WeightPart* part, bool continues) {
+          part->scales_offset = region.Take(part->scale_bytes(), continues);
+        });
+    return region.end();
+  };
+  PackedLayout layout;
+  layout.packed_end = place_elements(Placement::kPacked, 0);
+  layout.scales_begin = layout.packed_end;
+  layout.scales_end = place_scales(false, layout.scales_begin);
+  layout.quantized_end =
+      place_elements(Placement::kQuantized, layout.scales_end);
+  layout.end = place_scales(true, layout.quantized_end);
+  return layout;
 }
 
 StatusOr<Weights> AllocateWeights(const ModelConfig& config, Device device,
-                                  std::vector<WeightPart>* parts) {
+                                  std::vector<WeightPart>* parts,
+                                  PackedLayout* layout) {
+  *layout = AssignOffsets(parts);
   Weights weights;
   weights.device = device;
-  weights.bytes = AssignOffsets(parts);
-  weights.layers.resize(static_cast<size_t>(config.num_layers));
-  StatusOr<Buffer> buffer =
-      Buffer::Allocate(device, static_cast<size_t>(weights.bytes));
-  if (!buffer.ok()) {
-    return Status(buffer.status().code(),
-                  StrCat("weights need ", weights.bytes, " bytes on ",
-                         DeviceTypeName(device.type), ":", device.index, ": ",
-                         buffer.status().message()));
+  weights.bytes = layout->end;
+  for (const WeightPart& part : *parts) {
+    if (part.placement == Placement::kMapped) weights.bytes += part.bytes();
   }
-  weights.buffer = *std::move(buffer);
-  SetPackedViews(config, *parts, weights.buffer.data(), &weights);
+  weights.layers.resize(static_cast<size_t>(config.num_layers));
+  if (layout->end > 0) {
+    StatusOr<Buffer> buffer =
+        Buffer::Allocate(device, static_cast<size_t>(layout->end));
+    if (!buffer.ok()) {
+      return Status(buffer.status().code(),
+                    StrCat("weights need ", layout->end, " bytes on ",
+                           DeviceTypeName(device.type), ":", device.index, ": ",
+                           buffer.status().message()));
+    }
+    weights.buffer = *std::move(buffer);
+  }
+  SetViews(config, *parts, weights.buffer.data(), &weights);
   return weights;
 }
 

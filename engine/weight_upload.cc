@@ -15,24 +15,60 @@ constexpr int kMaxThreads = 8;
 // A thread's share of a chunk.
 constexpr int64_t kGrainBytes = int64_t{1} << 20;
 
-// Bytes [begin, end) of a part, rows following one another, to `to`.
-void CopyPart(const WeightPart& part, int64_t begin, int64_t end, char* to) {
+int64_t SourceRowBytes(const WeightPart& part) {
+  return part.cols.size * static_cast<int64_t>(DTypeSize(part.source.dtype));
+}
+
+// Bytes [begin, end) of the rank's row, of which `source` is the whole.
+void CopyRow(const Share& cols, int64_t element, const char* source,
+             int64_t begin, int64_t end, char* to) {
+  const int64_t in_order = (cols.count - cols.wrapped) * element;
+  const int64_t wrapped = (cols.size - cols.wrapped) * element;
+  while (begin < end) {
+    int64_t stop = end;
+    const char* from = nullptr;
+    if (begin < in_order) {
+      stop = std::min(end, in_order);
+      from = source + (cols.first + cols.wrapped) * element + begin;
+    } else if (begin < wrapped) {
+      stop = std::min(end, wrapped);
+    } else {
+      from = source + cols.first * element + (begin - wrapped);
+    }
+    const size_t count = static_cast<size_t>(stop - begin);
+    if (from != nullptr) {
+      std::memcpy(to, from, count);
+    } else {
+      std::memset(to, 0, count);
+    }
+    to += count;
+    begin = stop;
+  }
+}
+
+void CopyOnThisThread(const WeightPart& part, int64_t begin, int64_t end,
+                      char* to) {
+  const int64_t element = static_cast<int64_t>(DTypeSize(part.source.dtype));
+  const int64_t row_bytes = SourceRowBytes(part);
+  const int64_t stride_bytes = part.full_cols * element;
   const char* source = part.source.As<const char>();
-  const int64_t row_bytes = part.row_bytes();
-  const int64_t stride_bytes =
-      part.source.stride[0] * static_cast<int64_t>(DTypeSize(part.dtype));
-  if (part.is_vector || stride_bytes == row_bytes) {
-    std::memcpy(to, source + begin, static_cast<size_t>(end - begin));
+  if (row_bytes == stride_bytes && part.rows.wrapped == 0) {
+    std::memcpy(to, source + part.rows.first * stride_bytes + begin,
+                static_cast<size_t>(end - begin));
     return;
   }
   while (begin < end) {
     const int64_t row = begin / row_bytes;
-    const int64_t in_row = begin - row * row_bytes;
-    const int64_t count = std::min(row_bytes - in_row, end - begin);
-    std::memcpy(to, source + row * stride_bytes + in_row,
-                static_cast<size_t>(count));
-    begin += count;
-    to += count;
+    const int64_t stop = std::min(end, (row + 1) * row_bytes);
+    const int64_t whole_row = part.rows.WholeIndex(row);
+    if (whole_row >= 0) {
+      CopyRow(part.cols, element, source + whole_row * stride_bytes,
+              begin - row * row_bytes, stop - row * row_bytes, to);
+    } else {
+      std::memset(to, 0, static_cast<size_t>(stop - begin));
+    }
+    to += stop - begin;
+    begin = stop;
   }
 }
 
@@ -65,7 +101,7 @@ void FillChunk(const std::vector<WeightPart>& parts, int64_t begin, int64_t end,
     ForEachPartIn(parts, begin + first, begin + last,
                   [&](const WeightPart& part, int64_t from, int64_t until) {
                     zero_to(part.offset + from);
-                    CopyPart(part, from, until, to + (filled - begin));
+                    CopyOnThisThread(part, from, until, to + (filled - begin));
                     filled = part.offset + until;
                   });
     zero_to(begin + last);
@@ -75,35 +111,8 @@ void FillChunk(const std::vector<WeightPart>& parts, int64_t begin, int64_t end,
 // A disk reads ahead what the next but one chunk will need.
 void PrefetchChunk(const std::vector<WeightPart>& parts, int64_t begin,
                    int64_t end) {
-  ForEachPartIn(
-      parts, begin, end,
-      [](const WeightPart& part, int64_t from, int64_t until) {
-        const int64_t row_bytes = part.row_bytes();
-        const int64_t stride_bytes =
-            part.source.stride[0] * static_cast<int64_t>(DTypeSize(part.dtype));
-        const int64_t first = from / row_bytes * stride_bytes;
-        const int64_t last = (until - 1) / row_bytes * stride_bytes + row_bytes;
-        Prefetch(part.source.As<char>() + first,
-                 static_cast<size_t>(last - first));
-      });
+  ForEachPartIn(parts, begin, end, PrefetchPart);
 }
-
-// A pinned buffer and the stream that carries it to the device.
-struct Staging {
-  Buffer buffer;
-  OwnedStream stream;
-
-  Status Create(Device device, int64_t bytes) {
-    StatusOr<Buffer> memory = Buffer::Allocate(
-        device, static_cast<size_t>(bytes), MemoryKind::kPinned);
-    if (!memory.ok()) return memory.status();
-    buffer = *std::move(memory);
-    StatusOr<OwnedStream> owned = OwnedStream::Create(device, 1);
-    if (!owned.ok()) return owned.status();
-    stream = *std::move(owned);
-    return Status();
-  }
-};
 
 Status CopyChunks(const std::vector<WeightPart>& parts, int64_t total_bytes,
                   char* base, Device device, int64_t chunk_bytes, Stream cpu,
@@ -130,13 +139,48 @@ Status CopyChunks(const std::vector<WeightPart>& parts, int64_t total_bytes,
 
 }  // namespace
 
+Status Staging::Create(Device device, int64_t bytes) {
+  StatusOr<Buffer> memory =
+      Buffer::Allocate(device, static_cast<size_t>(bytes), MemoryKind::kPinned);
+  if (!memory.ok()) return memory.status();
+  buffer = *std::move(memory);
+  StatusOr<OwnedStream> owned = OwnedStream::Create(device, 1);
+  if (!owned.ok()) return owned.status();
+  stream = *std::move(owned);
+  return Status();
+}
+
+StatusOr<OwnedStream> LoaderThreads() {
+  const StatusOr<DeviceInfo> host = GetDeviceInfo(Device());
+  if (!host.ok()) return host.status();
+  return OwnedStream::Create(Device(), std::min(host->num_cores, kMaxThreads));
+}
+
+void CopyPart(const WeightPart& part, int64_t begin, int64_t end, char* to,
+              Stream cpu) {
+  ParallelFor(cpu, end - begin, kGrainBytes, [&](int64_t first, int64_t last) {
+    CopyOnThisThread(part, begin + first, begin + last, to + first);
+  });
+}
+
+void PrefetchPart(const WeightPart& part, int64_t begin, int64_t end) {
+  const int64_t row_bytes = SourceRowBytes(part);
+  const int64_t stride_bytes =
+      part.full_cols * static_cast<int64_t>(DTypeSize(part.source.dtype));
+  int64_t first = begin / row_bytes;
+  int64_t last = (end - 1) / row_bytes;
+  if (part.rows.wrapped > 0) {  // in another order: all of them
+    first = 0;
+    last = part.rows.count - 1;
+  }
+  Prefetch(part.source.As<char>() + (part.rows.first + first) * stride_bytes,
+           static_cast<size_t>((last - first + 1) * stride_bytes));
+}
+
 Status UploadParts(const std::vector<WeightPart>& parts, int64_t total_bytes,
                    void* base, Device device, int64_t chunk_bytes,
                    const LoadProgress& progress) {
-  const StatusOr<DeviceInfo> host = GetDeviceInfo(Device());
-  if (!host.ok()) return host.status();
-  StatusOr<OwnedStream> cpu =
-      OwnedStream::Create(Device(), std::min(host->num_cores, kMaxThreads));
+  StatusOr<OwnedStream> cpu = LoaderThreads();
   if (!cpu.ok()) return cpu.status();
   Staging staging[2];
   for (Staging& s : staging) {

@@ -71,6 +71,14 @@ Status ParseDevice(const std::string& text, Device* device) {
   return Status();
 }
 
+Status ParseWeights(const std::string& text, bool* fp8) {
+  if (text != "stored" && text != "fp8") {
+    return InvalidArgumentError("--weights: ", text, " is not stored or fp8");
+  }
+  *fp8 = text == "fp8";
+  return Status();
+}
+
 Status SetFlag(const std::string& flag, const std::string& value,
                Flags* flags) {
   if (flag == "--model") {
@@ -97,6 +105,7 @@ Status SetFlag(const std::string& flag, const std::string& value,
   }
   if (flag == "--seed") return ParseSeed(value, &flags->sampling.seed);
   if (flag == "--device") return ParseDevice(value, &flags->device);
+  if (flag == "--weights") return ParseWeights(value, &flags->fp8_weights);
   return InvalidArgumentError("unknown option ", flag, "; see --help");
 }
 
@@ -115,6 +124,7 @@ const char kUsage[] =
   --seed N           the same seed gives the same text (0)
   --batch N          that many continuations at once (1)
   --device cpu|cuda  (cpu)
+  --weights stored|fp8  as the checkpoint has them, or quantised while loading (stored)
 )";
 
 StatusOr<Flags> ParseFlags(int argc, char** argv) {

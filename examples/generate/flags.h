@@ -19,6 +19,7 @@ struct Flags {
   int32_t batch = 1;
   SamplingParams sampling;
   Device device;
+  bool fp8_weights = false;  // quantise them while loading
   bool help = false;
 };
 

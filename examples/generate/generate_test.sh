@@ -29,6 +29,11 @@ greedy=$(body --temperature 0 --max-tokens 40 --seed 1)
 [[ $(body --batch 3 --max-tokens 20 | grep -c '^--- ') == 3 ]] ||
   fail "--batch 3 does not print three texts"
 
+# Weights quantised while loading: other text, and still English.
+fp8=$("$generate" --weights fp8 --prompt "She was" --max-tokens 80 --seed 3) ||
+  fail "--weights fp8: exit code $?"
+[[ $fp8 =~ \ (the|and|of|to|a|in|her|it)\  ]] || fail "fp8 is not English: $fp8"
+
 # The model's context of 2048 is where a text ends, not an error.
 long=$("$generate" --temperature 1.5 --top-p 1 --max-tokens 5000) ||
   fail "a long text: exit code $?"
@@ -48,6 +53,7 @@ expect_error "--top-p" --top-p 1.5
 expect_error "--max-tokens" --max-tokens 0
 expect_error "--seed" --seed -1
 expect_error "--device" --device tpu
+expect_error "--weights" --weights int4
 expect_error "--prompt" --prompt
 expect_error "/nonexistent" --model /nonexistent
 expect_error "2048" --prompt "$(printf 'a%.0s' {1..2100})"

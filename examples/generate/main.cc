@@ -175,9 +175,12 @@ bool PrintProgress(int64_t done, int64_t total) {
 }
 
 Status RunMain(const Flags& flags) {
-  StatusOr<std::shared_ptr<const Model>> model = Model::Load(
-      CallersPath(flags.model, flags.model == Flags().model), flags.device, {},
-      flags.device.type == DeviceType::kCuda ? PrintProgress : LoadProgress());
+  LoadOptions load;
+  load.quantize_fp8 = flags.fp8_weights;
+  if (flags.device.type == DeviceType::kCuda) load.progress = PrintProgress;
+  StatusOr<std::shared_ptr<const Model>> model =
+      Model::Load(CallersPath(flags.model, flags.model == Flags().model),
+                  flags.device, load);
   TENON_RETURN_IF_ERROR(model.status());
   const bool bytes = flags.prompt_ids.empty();
   if (bytes && (*model)->config.vocab_size != kByteVocab) {

@@ -85,9 +85,8 @@ Rank MakeRank(std::shared_ptr<const Model> model) {
   limits.max_context = options.max_context;
   limits.page_size = kPageSize;
   limits.max_pages_per_row = kMaxPages;
-  StatusOr<Activations> activations =
-      Activations::Create(config, options.dtype, Device(), rank.model->shard,
-                          limits, false, nullptr, false);
+  StatusOr<Activations> activations = Activations::Create(
+      config, rank.model->weights, limits, false, nullptr, false);
   EXPECT_TRUE(activations.ok()) << activations.status().message();
   rank.activations = *std::move(activations);
   return rank;
@@ -150,8 +149,10 @@ class TensorParallelStepTest : public ::testing::TestWithParam<const char*> {
   std::vector<double> Run(int32_t world_size) {
     std::vector<Rank> ranks;
     for (int32_t rank = 0; rank < world_size; ++rank) {
-      StatusOr<std::shared_ptr<const Model>> model = Model::Load(
-          StrCat("tests/golden/", GetParam()), Device(), {rank, world_size});
+      LoadOptions options;
+      options.shard = {rank, world_size};
+      StatusOr<std::shared_ptr<const Model>> model =
+          Model::Load(StrCat("tests/golden/", GetParam()), Device(), options);
       EXPECT_TRUE(model.ok()) << model.status().message();
       if (!model.ok()) return {};
       ranks.push_back(MakeRank(*std::move(model)));

@@ -23,10 +23,10 @@ TEST(TensorParallelTest, SplitsEvenlyAndReplicatesKvHeads) {
       ASSERT_TRUE(local.ok()) << local.status().message();
       EXPECT_EQ(local->num_heads, 16 / world_size);
       EXPECT_EQ(local->first_head, rank * 16 / world_size);
-      EXPECT_EQ(local->intermediate_size, 64 / world_size);
-      EXPECT_EQ(local->first_intermediate, rank * 64 / world_size);
-      EXPECT_EQ(local->moe_intermediate_size, 32 / world_size);
-      EXPECT_EQ(local->first_moe_intermediate, rank * 32 / world_size);
+      EXPECT_EQ(local->intermediate.size, 64 / world_size);
+      EXPECT_EQ(local->intermediate.first, rank * 64 / world_size);
+      EXPECT_EQ(local->moe_intermediate.size, 32 / world_size);
+      EXPECT_EQ(local->moe_intermediate.first, rank * 32 / world_size);
       // Local query head h reads local KV head h / (heads / kv heads): it must
       // be the one that it reads in the whole model.
       const int32_t group = local->num_heads / local->num_kv_heads;

@@ -11,103 +11,19 @@
 #include "engine/tensor_parallel.h"
 #include "engine/weight_plan.h"
 #include "engine/weight_upload.h"
+#include "tests/engine/weights_fixture.h"
 #include "tests/testing/checkpoint_files.h"
 #include "tests/testing/op_test.h"
 
 namespace tenon {
 namespace {
 
+using testing::ExpectError;
+using testing::Expert;
 using testing::FileTensor;
-using testing::SafetensorsFile;
+using testing::ModelDirectory;
+using testing::Read;
 using testing::SmallConfig;
-using testing::TempDirectory;
-
-void ExpectError(const Status& status, StatusCode code,
-                 const std::vector<std::string>& parts) {
-  EXPECT_EQ(status.code(), code) << status.message();
-  for (const std::string& part : parts) {
-    EXPECT_NE(std::string(status.message()).find(part), std::string::npos)
-        << "\"" << status.message() << "\" does not name \"" << part << "\"";
-  }
-}
-
-// A model with the sizes of SmallConfig on disk.
-class ModelDirectory {
- public:
-  explicit ModelDirectory(const ModelConfig& config,
-                          DType dtype = DType::kBFloat16)
-      : config_(config), tensors_(testing::ModelTensors(config, dtype, 1)) {}
-
-  const ModelConfig& config() const { return config_; }
-  FileTensor& tensor(const std::string& name) {
-    for (FileTensor& tensor : tensors_) {
-      if (tensor.name == name) return tensor;
-    }
-    ADD_FAILURE() << name;
-    return tensors_[0];
-  }
-  void Remove(const std::string& name) {
-    const FileTensor* tensor = &this->tensor(name);
-    tensors_.erase(tensors_.begin() + (tensor - tensors_.data()));
-  }
-
-  std::shared_ptr<const Checkpoint> Open() {
-    directory_.Write("model.safetensors", SafetensorsFile(tensors_));
-    auto checkpoint = Checkpoint::Open(directory_.path());
-    EXPECT_TRUE(checkpoint.ok()) << checkpoint.status().message();
-    return *checkpoint;
-  }
-  StatusOr<Weights> Load(Device device = Device(), Shard shard = {},
-                         const LoadProgress& progress = nullptr) {
-    return LoadWeights(Open(), config_, device, shard, progress);
-  }
-
-  // The bytes of rows and columns of a tensor, from what was written.
-  std::string Bytes(const std::string& name, int64_t first_row, int64_t rows,
-                    int64_t first_col, int64_t cols) {
-    const FileTensor& t = tensor(name);
-    const int64_t full_cols = t.shape.back();
-    const int64_t full_rows = t.shape.size() == 1 ? 1 : t.shape[0];
-    const int64_t size = t.bytes.size() / (full_rows * full_cols);
-    std::string bytes;
-    for (int64_t row = first_row; row < first_row + rows; ++row) {
-      bytes +=
-          t.bytes.substr((row * full_cols + first_col) * size, cols * size);
-    }
-    return bytes;
-  }
-
- private:
-  ModelConfig config_;
-  std::vector<FileTensor> tensors_;
-  TempDirectory directory_;
-};
-
-// The bytes of a vector or matrix, read from its device.
-std::string Read(const TensorView& view) {
-  const int64_t rows = view.rank == 2 ? view.shape[0] : 1;
-  const int64_t cols = view.shape[view.rank - 1];
-  const int64_t size = static_cast<int64_t>(DTypeSize(view.dtype));
-  std::string bytes(static_cast<size_t>(rows * cols * size), '\0');
-  for (int64_t row = 0; row < rows; ++row) {
-    const char* from =
-        view.As<char>() + (view.rank == 2 ? row * view.stride[0] * size : 0);
-    EXPECT_TRUE(CopyMemory(&bytes[row * cols * size], Device(), from,
-                           view.device, cols * size, Stream())
-                    .ok());
-  }
-  EXPECT_TRUE(Synchronize(view.device, Stream()).ok());
-  return bytes;
-}
-
-TensorView Expert(const ExpertMatrices& m, int32_t expert) {
-  const void* data = m.table != nullptr
-                         ? m.table[expert]
-                         : static_cast<const char*>(m.data) +
-                               expert * m.expert_stride *
-                                   static_cast<int64_t>(DTypeSize(m.dtype));
-  return MakeMatrix(data, m.dtype, m.device, m.rows, m.cols, m.row_stride);
-}
 
 // Every tensor of a rank, by published name: what the weights have, and what
 // rows and columns of the file they should be.
@@ -296,14 +212,11 @@ TEST(UploadPartsTest, PacksTheSameBytesWhateverTheChunks) {
     PlanTail(model.config(), &parts);
     for (WeightPart& part : parts) {
       part.dtype = DType::kBFloat16;
-      const TensorView whole = *checkpoint->Find(part.name);
-      part.source = part.is_vector
-                        ? whole
-                        : Columns(Rows(whole, part.first_row, part.rows),
-                                  part.first_col, part.cols);
+      part.source = *checkpoint->Find(part.name);
     }
+    PackedLayout layout;
     StatusOr<Weights> weights =
-        AllocateWeights(model.config(), Device(), &parts);
+        AllocateWeights(model.config(), Device(), &parts, &layout);
     ASSERT_TRUE(weights.ok()) << weights.status().message();
     weights->dtype = DType::kBFloat16;
     for (int64_t chunk :
@@ -326,7 +239,7 @@ TEST(UploadPartsTest, PacksTheSameBytesWhateverTheChunks) {
     }
     // w13: rows of gate, then of up, expert after expert; w2 likewise.
     const LayerWeights& layer = weights->layers[0];
-    const int64_t inner = local.moe_intermediate_size;
+    const int64_t inner = local.moe_intermediate.size;
     EXPECT_EQ(layer.gate.expert_stride, 2 * inner * 24);
     EXPECT_EQ(layer.up.data,
               static_cast<const BFloat16*>(layer.gate.data) + inner * 24);
