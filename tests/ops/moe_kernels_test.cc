@@ -1,0 +1,117 @@
+// No bit of Moe's result depends on the table of kernel sizes that a caller
+// passes, and no table can do harm.
+
+#include <gtest/gtest.h>
+
+#include "ops/moe/moe_kernel_choice.h"
+#include "tests/ops/moe_fixture.h"
+
+namespace tenon::moe_test {
+namespace {
+
+class MoeKernelsTest : public Fixture {
+ protected:
+  // Every size for each projection on its own. The CPU reads none.
+  std::vector<MoeKernelConfig> AllConfigs() const {
+    if (!on_cuda()) return {MoeKernelConfig()};
+    std::vector<MoeKernelConfig> configs;
+    for (const MoeWgmmaTile& tile : kMoeWgmmaTiles) {
+      MoeKernelConfig config;
+      config.gate_up = tile;
+      configs.push_back(config);
+      config = MoeKernelConfig();
+      config.down = tile;
+      configs.push_back(config);
+    }
+    for (int32_t rows : kMoeMmaTileRows) {
+      MoeKernelConfig config;
+      config.mma_tile_rows = rows;
+      configs.push_back(config);
+    }
+    return configs;
+  }
+
+  void ExpectSameBits(const Problem& problem) {
+    SCOPED_TRACE(problem.Text());
+    Call call(device(), dtype(), problem);
+    Run(call);
+    const std::vector<uint8_t> expected = call.out().Bytes();
+    for (const MoeKernelConfig& config : AllConfigs()) {
+      SCOPED_TRACE(StrCat("token tiles ", config.gate_up.token_tile, ", ",
+                          config.down.token_tile, ", rows ",
+                          config.mma_tile_rows));
+      MoeKernelRow row;
+      row.config = config;
+      const MoeKernelTable table = {{&row, 1}, {&row, 1}, {&row, 1}};
+      Call again(device(), dtype(), problem);
+      again.params().kernels = &table;
+      Run(again);
+      EXPECT_EQ(again.out().Bytes(), expected);
+      EXPECT_EQ(again.workspace().NumStrayWrites(), 0);
+    }
+  }
+};
+
+TEST_P(MoeKernelsTest, NoSizeChangesABit) {
+  Problem problem;
+  problem.num_experts = 5;
+  problem.top_k = 3;
+  for (Experts experts :
+       {Experts::kAsX, Experts::kFp8Blocks, Experts::kFp8Rows}) {
+    problem.experts = experts;
+    for (int64_t tokens : {1, 21, 150}) {
+      problem.tokens = on_cuda() ? tokens : tokens / 7 + 1;
+      problem.hidden = on_cuda() ? 256 : 64;
+      problem.intermediate = on_cuda() ? 192 : 48;
+      ExpectSameBits(problem);
+    }
+    problem.hidden = 36;  // 16 bytes at a time is not possible
+    problem.intermediate = 20;
+    ExpectSameBits(problem);
+  }
+}
+
+TEST_P(MoeKernelsTest, AnEmptyTableIsOk) {
+  Problem problem;
+  problem.tokens = 4;
+  problem.hidden = 64;
+  problem.intermediate = 32;
+  problem.num_experts = 3;
+  problem.top_k = 2;
+  Call call(device(), dtype(), problem);
+  Run(call);
+  const std::vector<uint8_t> expected = call.out().Bytes();
+  const MoeKernelTable table;
+  call.params().kernels = &table;
+  Run(call);
+  EXPECT_EQ(call.out().Bytes(), expected);
+}
+
+TEST_P(MoeKernelsTest, RejectsTablesThatCannotBeUsed) {
+  Problem problem;
+  problem.hidden = problem.intermediate = 16;
+  Call call(device(), dtype(), problem);
+  MoeKernelRow row;
+  MoeKernelTable table;
+  table.float8 = {&row, 1};  // whether or not this call would use it
+  call.params().kernels = &table;
+  row.config.down.token_tile = 12;
+  testing::ExpectInvalid(Moe(call.params(), stream()),
+                         {"Moe", "kernels", "float8", "down", "12"});
+  row = MoeKernelRow();
+  row.max_slots_per_expert = 1.0;
+  testing::ExpectInvalid(Moe(call.params(), stream()),
+                         {"Moe", "kernels", "float8", "max_slots_per_expert"});
+  table.float8 = {nullptr, 1};
+  testing::ExpectInvalid(Moe(call.params(), stream()),
+                         {"Moe", "kernels", "float8", "1 rows"});
+  Finish();
+  EXPECT_EQ(call.out().Bytes(), call.out().InitialBytes());
+}
+
+INSTANTIATE_TEST_SUITE_P(Targets, MoeKernelsTest,
+                         ::testing::ValuesIn(testing::AllTargets()),
+                         testing::TargetName);
+
+}  // namespace
+}  // namespace tenon::moe_test
