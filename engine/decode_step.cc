@@ -127,12 +127,12 @@ Status SparseMlp(const StepContext& c, int32_t layer, const LayerWeights& w) {
   r.topk_ids = Used(c, a.TopkIds(layer));
   r.top_k = c.config.num_experts_per_tok;
   r.renormalize = c.config.norm_topk_prob;
-  TENON_RETURN_IF_ERROR(MoeRouter(r, c.stream));
 
   MoeParams p;
   p.x = normed;
   p.topk_weights = r.topk_weights;
   p.topk_ids = r.topk_ids;
+  p.router = &r;
   p.gate = w.gate;
   p.up = w.up;
   p.down = w.down;
