@@ -5,7 +5,9 @@
 //   --batch N[,N] decode batch sizes; default 1,8,32 (CPU: 1)
 //   --context N   tokens in the cache of each sequence when timing starts; 512
 //   --prefill N   tokens of the prefill that is timed; 512; 0: none
-// and the flags of every benchmark (bench.h).
+// and the flags of every benchmark (bench.h). --dtype bf16,fp8 runs both; fp8
+// is attention projections and experts in float8_e4m3 with blocks of 128 x 128,
+// all else in bfloat16, as Qwen3-30B-A3B-FP8 is published.
 
 #include <algorithm>
 #include <cstdio>
@@ -27,8 +29,12 @@ struct Flags {
   int32_t prefill = 512;
 };
 
-ModelConfig Qwen3Moe30B(int32_t layers) {
+ModelConfig Qwen3Moe30B(int32_t layers, bool fp8) {
   ModelConfig config;
+  if (fp8) {
+    config.fp8_scaling = Fp8Scaling::kBlocks;
+    config.fp8_scale_suffix = "_scale_inv";
+  }
   config.architecture = Architecture::kQwen3Moe;
   config.hidden_size = 2048;
   config.num_layers = layers;
@@ -50,21 +56,24 @@ ModelConfig Qwen3Moe30B(int32_t layers) {
 }
 
 // Bytes that a decode step must read: all dense weights, the experts that were
-// hit (counted), and the KV cache.
-double StepBytes(const ModelConfig& c, const StepStats& stats, int32_t rows,
-                 int32_t context) {
+// hit (counted), and the KV cache. Elements of fp8 matrices are a byte and a
+// share of a scale; all else has the model's dtype.
+double StepBytes(const ModelConfig& c, DType dtype, const StepStats& stats,
+                 int32_t rows, int32_t context) {
   const double hidden = static_cast<double>(c.hidden_size);
   const double q = static_cast<double>(c.num_heads) * c.head_dim;
   const double kv = static_cast<double>(c.num_kv_heads) * c.head_dim;
   const double attention = hidden * (q + 2 * kv) + q * hidden;
   const double router = hidden * c.num_experts;
   const double expert = 3.0 * hidden * c.moe_intermediate_size;
-  double elements = hidden * c.vocab_size;
+  const double element = static_cast<double>(DTypeSize(dtype));
+  const double matrix_element =
+      c.fp8_scaling == Fp8Scaling::kNone ? element : 1.0 + 4.0 / (128 * 128);
+  double bytes = element * hidden * c.vocab_size;
   for (int32_t experts : stats.distinct_experts) {
-    elements += attention + router + expert * experts;
+    bytes += element * router + matrix_element * (attention + expert * experts);
   }
-  elements += 2.0 * kv * context * rows * c.num_layers;
-  return 2.0 * elements;
+  return bytes + element * 2.0 * kv * context * rows * c.num_layers;
 }
 
 double TokenFlops(const ModelConfig& c, int32_t context, bool lm_head) {
@@ -80,14 +89,21 @@ double TokenFlops(const ModelConfig& c, int32_t context, bool lm_head) {
 
 class DecodeBench {
  public:
-  DecodeBench(bench::Bench* bench, const Flags& flags)
-      : bench_(bench), flags_(flags), config_(Qwen3Moe30B(flags.layers)) {
-    std::fprintf(stderr, "making %d layers of random weights\n",
-                 config_.num_layers);
+  // `dtype` is float8_e4m3 for a model as published in fp8.
+  DecodeBench(bench::Bench* bench, const Flags& flags, DType dtype)
+      : bench_(bench),
+        flags_(flags),
+        dtype_(dtype),
+        config_(Qwen3Moe30B(flags.layers, dtype == DType::kFloat8E4M3)) {
+    const DType rest = dtype == DType::kFloat8E4M3 ? DType::kBFloat16 : dtype;
+    std::fprintf(stderr, "making %d layers of random weights in %s\n",
+                 config_.num_layers, DTypeName(dtype));
     StatusOr<std::shared_ptr<const Model>> model =
-        Model::Random(config_, DType::kBFloat16, bench->device(), 7);
+        Model::Random(config_, rest, bench->device(), 7);
     bench::CheckOk(model.status());
     model_ = *std::move(model);
+    std::fprintf(stderr, "%.2f GB of weights\n",
+                 static_cast<double>(model_->weights.bytes) * 1e-9);
     shape_ = StrCat("qwen3-30b-a3b/", config_.num_layers, "L");
   }
 
@@ -108,7 +124,7 @@ class DecodeBench {
       if (repeat > 0) seconds.push_back(bench::Seconds() - begin);
       bench::CheckOk(session->ReleaseSequence(sequence));
     }
-    bench_->Add({"prefill", shape_, tokens, DType::kBFloat16, 0.0,
+    bench_->Add({"prefill", shape_, tokens, dtype_, 0.0,
                  tokens * TokenFlops(config_, tokens / 2, false)},
                 bench::Median(seconds) * 1e6);
     std::fprintf(stderr, "prefill %d: %.1f tokens/s\n", tokens,
@@ -139,8 +155,9 @@ class DecodeBench {
     double experts = 0.0;
     for (int32_t count : stats.distinct_experts) experts += count;
     const double median = bench::Median(seconds);
-    bench_->Add({"decode", shape_, batch, DType::kBFloat16,
-                 StepBytes(config_, stats, batch, flags_.context),
+    bench_->Add({"decode", shape_, batch, dtype_,
+                 StepBytes(config_, model_->weights.dtype, stats, batch,
+                           flags_.context),
                  batch * TokenFlops(config_, flags_.context, true)},
                 median * 1e6);
     std::fprintf(stderr,
@@ -194,6 +211,7 @@ class DecodeBench {
 
   bench::Bench* bench_;
   Flags flags_;
+  DType dtype_;
   ModelConfig config_;
   std::shared_ptr<const Model> model_;
   std::string shape_;
@@ -231,15 +249,19 @@ Flags TakeFlags(int* argc, char** argv) {
 
 int main(int argc, char** argv) {
   tenon::Flags flags = tenon::TakeFlags(&argc, argv);
-  tenon::bench::Bench b(argc, argv, "decode_bench");
+  tenon::bench::Options options;
+  options.fp8 = true;
+  tenon::bench::Bench b(argc, argv, "decode_bench", options);
   const bool cuda = b.device().type == tenon::DeviceType::kCuda;
   if (flags.layers <= 0) flags.layers = cuda ? 48 : 4;
   if (flags.batches.empty()) {
     flags.batches =
         cuda ? std::vector<int32_t>{1, 8, 32} : std::vector<int32_t>{1};
   }
-  tenon::DecodeBench bench(&b, flags);
-  bench.Prefill();
-  for (int32_t batch : flags.batches) bench.Decode(batch);
+  for (const tenon::DType dtype : b.DTypes({tenon::DType::kBFloat16})) {
+    tenon::DecodeBench bench(&b, flags, dtype);
+    bench.Prefill();
+    for (int32_t batch : flags.batches) bench.Decode(batch);
+  }
   return b.Finish();
 }
