@@ -1,0 +1,352 @@
+#include "service/server.h"
+
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
+#include <grpcpp/grpcpp.h>
+#include <grpcpp/health_check_service_interface.h>
+#include <grpcpp/impl/codegen/service_type.h>
+#include <prometheus/exposer.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <condition_variable>
+#include <cstring>
+#include <mutex>
+#include <thread>
+#include <utility>
+
+#include "service/log.h"
+#include "service/prometheus_metrics.h"
+#include "service/rpc.h"
+
+namespace tenon::service {
+namespace {
+
+using std::chrono::milliseconds;
+
+constexpr char kDecodeName[] = "tenon.v1.Decode";
+constexpr char kControlName[] = "tenon.v1.Control";
+constexpr char kUnix[] = "unix:";
+
+bool IsUnix(const std::string& address) { return address.rfind(kUnix, 0) == 0; }
+
+bool IsLoopback(const std::string& address) {
+  const std::string host = address.substr(0, address.rfind(':'));
+  if (host == "localhost" || host == "[::1]") return true;
+  return host.rfind("127.", 0) == 0 &&
+         host.find_first_not_of("0123456789.") == std::string::npos;
+}
+
+// Removes a socket that no server listens on any more.
+Status RemoveStaleSocket(const std::string& path) {
+  struct stat info;
+  if (lstat(path.c_str(), &info) != 0) return Status();
+  if (!S_ISSOCK(info.st_mode)) {
+    return FailedPreconditionError(path, ": exists and is not a socket");
+  }
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  if (path.size() >= sizeof(address.sun_path)) {
+    return InvalidArgumentError(path, ": too long for a Unix socket");
+  }
+  std::memcpy(address.sun_path, path.c_str(), path.size() + 1);
+  const int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  const bool answered = connect(fd, reinterpret_cast<const sockaddr*>(&address),
+                                sizeof(address)) == 0;
+  close(fd);
+  if (answered) {
+    return FailedPreconditionError(path, ": another server listens there");
+  }
+  unlink(path.c_str());
+  return Status();
+}
+
+Status CheckOptions(const ServerOptions& o) {
+  const bool tls = !o.tls_cert.empty();
+  if (tls != !o.tls_key.empty() || (!tls && !o.tls_client_ca.empty())) {
+    return InvalidArgumentError(
+        "TLS needs a certificate and its key, and a client CA needs both");
+  }
+  if (o.listen.empty()) return InvalidArgumentError("no address to listen on");
+  for (const std::string& address : o.listen) {
+    if (IsUnix(address) || IsLoopback(address) || tls) continue;
+    return FailedPreconditionError(
+        address, ": listening beyond loopback needs TLS (--tls-cert)");
+  }
+  if (!o.metrics_listen.empty() && !IsLoopback(o.metrics_listen)) {
+    return FailedPreconditionError(
+        o.metrics_listen,
+        ": metrics are for loopback; forward them from there");
+  }
+  if (o.reflection && !(o.decode_tokens.empty() && o.control_tokens.empty())) {
+    return FailedPreconditionError("no reflection with bearer tokens");
+  }
+  for (const std::string& path : {o.tls_cert, o.tls_key, o.tls_client_ca}) {
+    if (path.empty() || access(path.c_str(), R_OK) == 0) continue;
+    return NotFoundError(path, ": cannot be read");
+  }
+  return Status();
+}
+
+std::shared_ptr<grpc::ServerCredentials> TlsCredentials(
+    const ServerOptions& o) {
+  using grpc::experimental::FileWatcherCertificateProvider;
+  const auto seconds = static_cast<unsigned>(o.tls_reload.count());
+  auto provider = std::make_shared<FileWatcherCertificateProvider>(
+      o.tls_key, o.tls_cert, o.tls_client_ca, seconds);
+  grpc::experimental::TlsServerCredentialsOptions tls(provider);
+  tls.watch_identity_key_cert_pairs();
+  if (!o.tls_client_ca.empty()) {
+    tls.watch_root_certs();
+    tls.set_cert_request_type(
+        GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY);
+  }
+  return grpc::experimental::TlsServerCredentials(tls);
+}
+
+}  // namespace
+
+struct Server::Impl : DrainControl {
+  Impl(const ServerOptions& o, StepLoop* l)
+      : options(o),
+        loop(l),
+        validator(l->engine().model().config, l->engine().options().max_context,
+                  o.limits),
+        decode_tokens(o.decode_tokens),
+        control_tokens(o.control_tokens),
+        streams(&l->mutable_metrics()->open_streams) {}
+
+  Status Start();
+  Status StartMetrics();
+  void Configure(grpc::ServerBuilder* builder);
+  Status Listen(grpc::ServerBuilder* builder, std::vector<int>* ports);
+  void Monitor();
+  void UpdateHealth();
+
+  void BeginDrain(milliseconds grace) override;
+  void EndDrain() override;
+  milliseconds default_grace() const override { return options.drain_grace; }
+
+  ServerOptions options;
+  StepLoop* loop;
+  Validator validator;
+  TokenFile decode_tokens;
+  TokenFile control_tokens;
+  OpenStreams streams;
+  std::unique_ptr<grpc::Service> decode;
+  std::unique_ptr<grpc::Service> control;
+  std::unique_ptr<grpc::Server> server;
+  std::unique_ptr<prometheus::Exposer> exposer;
+  std::shared_ptr<prometheus::Collectable> collectable;
+  std::vector<std::string> addresses;
+
+  std::mutex mutex;
+  std::condition_variable wake;
+  bool stopping = false;  // guarded by mutex, as all that follows
+  bool drain = false;
+  Time drain_at;
+  bool serving = false;
+  std::thread monitor;
+};
+
+void Server::Impl::Configure(grpc::ServerBuilder* builder) {
+  const Limits& limits = options.limits;
+  builder->RegisterService(decode.get());
+  builder->RegisterService(control.get());
+  builder->SetMaxReceiveMessageSize(limits.request_bytes);
+  builder->AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE,
+                              limits.metadata_bytes);
+  builder->AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS,
+                              limits.streams_per_connection);
+  // Two servers on a port would share its clients.
+  builder->AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+  if (options.max_connection_age.count() > 0) {
+    builder->AddChannelArgument(
+        GRPC_ARG_MAX_CONNECTION_AGE_MS,
+        static_cast<int>(options.max_connection_age.count()));
+    builder->AddChannelArgument(GRPC_ARG_MAX_CONNECTION_AGE_GRACE_MS, 30000);
+  }
+}
+
+Status Server::Impl::Listen(grpc::ServerBuilder* builder,
+                            std::vector<int>* ports) {
+  ports->resize(options.listen.size());
+  for (size_t i = 0; i < options.listen.size(); ++i) {
+    const std::string& address = options.listen[i];
+    if (IsUnix(address)) {
+      TENON_RETURN_IF_ERROR(
+          RemoveStaleSocket(address.substr(sizeof(kUnix) - 1)));
+    }
+    builder->AddListeningPort(address,
+                              IsUnix(address) || options.tls_cert.empty()
+                                  ? grpc::InsecureServerCredentials()
+                                  : TlsCredentials(options),
+                              &(*ports)[i]);
+  }
+  return Status();
+}
+
+Status Server::Impl::Start() {
+  TENON_RETURN_IF_ERROR(decode_tokens.Load());
+  TENON_RETURN_IF_ERROR(control_tokens.Load());
+  const RpcContext context{loop,           &validator,      &options.limits,
+                           &decode_tokens, &control_tokens, &streams,
+                           this,           Clock::now()};
+  decode = MakeDecodeService(context);
+  control = MakeControlService(context);
+
+  // Process-wide, and read when a server is built.
+  grpc::EnableDefaultHealthCheckService(true);
+  grpc::ServerBuilder builder;
+  if (options.reflection) {
+    grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+  }
+  Configure(&builder);
+  std::vector<int> ports;
+  TENON_RETURN_IF_ERROR(Listen(&builder, &ports));
+  const mode_t mask = umask(0177);  // Unix sockets are their owner's alone
+  server = builder.BuildAndStart();
+  umask(mask);
+  if (server == nullptr) {
+    std::string all;
+    for (const std::string& address : options.listen) all += " " + address;
+    return UnavailableError("cannot listen on", all);
+  }
+  for (size_t i = 0; i < ports.size(); ++i) {
+    const std::string& address = options.listen[i];
+    addresses.push_back(IsUnix(address)
+                            ? address
+                            : address.substr(0, address.rfind(':') + 1) +
+                                  std::to_string(ports[i]));
+  }
+  TENON_RETURN_IF_ERROR(StartMetrics());
+  UpdateHealth();
+  monitor = std::thread(&Impl::Monitor, this);
+  return Status();
+}
+
+Status Server::Impl::StartMetrics() {
+  if (options.metrics_listen.empty()) return Status();
+  collectable = MakeCollectable(loop);
+  try {
+    exposer = std::make_unique<prometheus::Exposer>(options.metrics_listen, 1);
+    exposer->RegisterCollectable(collectable);
+  } catch (const std::exception& error) {
+    return UnavailableError("metrics on ", options.metrics_listen, ": ",
+                            error.what());
+  }
+  return Status();
+}
+
+// Health follows the loop's heartbeat, and not a trial step: that would wait in
+// the queue, and take part in the load.
+void Server::Impl::UpdateHealth() {
+  const bool alive =
+      !loop->is_broken() && Clock::now() - loop->heartbeat() < options.stall;
+  bool is_serving;
+  bool changed;
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    is_serving = alive && !drain;
+    changed = is_serving != serving;
+    serving = is_serving;
+  }
+  auto* health = server->GetHealthCheckService();
+  health->SetServingStatus("", is_serving);
+  health->SetServingStatus(kDecodeName, is_serving);
+  health->SetServingStatus(kControlName, true);
+  if (changed) Log("health", {{"serving", is_serving ? "true" : "false"}});
+}
+
+void Server::Impl::Monitor() {
+  constexpr milliseconds kPeriod{20};
+  Time next_second = Clock::now();
+  std::unique_lock<std::mutex> lock(mutex);
+  while (!stopping) {
+    wake.wait_for(lock, kPeriod);
+    const Time now = Clock::now();
+    if (drain && now >= drain_at && !loop->draining()) {
+      loop->set_draining(true);
+      Log("draining");
+    }
+    lock.unlock();
+    UpdateHealth();
+    if (now >= next_second) {
+      next_second = now + std::chrono::seconds(1);
+      streams.CancelIdle(options.limits.stream_idle);
+      for (TokenFile* tokens : {&decode_tokens, &control_tokens}) {
+        const Status status = tokens->Load();
+        if (!status.ok()) Log("tokens", {{"error", status.message()}});
+      }
+    }
+    lock.lock();
+  }
+}
+
+void Server::Impl::BeginDrain(milliseconds grace) {
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (!drain) drain_at = Clock::now() + grace;
+    drain = true;
+  }
+  UpdateHealth();
+  wake.notify_all();
+}
+
+void Server::Impl::EndDrain() {
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    drain = false;
+    loop->set_draining(false);
+  }
+  UpdateHealth();
+}
+
+StatusOr<std::unique_ptr<Server>> Server::Start(const ServerOptions& options,
+                                                StepLoop* loop) {
+  TENON_RETURN_IF_ERROR(CheckOptions(options));
+  auto impl = std::make_unique<Impl>(options, loop);
+  TENON_RETURN_IF_ERROR(impl->Start());
+  return std::unique_ptr<Server>(new Server(std::move(impl)));
+}
+
+Server::Server(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+
+Server::~Server() {
+  {
+    std::lock_guard<std::mutex> lock(impl_->mutex);
+    impl_->stopping = true;
+  }
+  impl_->wake.notify_all();
+  impl_->monitor.join();
+  impl_->server->Shutdown(std::chrono::system_clock::now());
+  impl_->server->Wait();
+}
+
+const std::vector<std::string>& Server::addresses() const {
+  return impl_->addresses;
+}
+
+int Server::metrics_port() const {
+  return impl_->exposer == nullptr ? 0 : impl_->exposer->GetListeningPorts()[0];
+}
+
+void Server::Drain() { impl_->BeginDrain(impl_->options.drain_grace); }
+
+void Server::Shutdown(milliseconds deadline) {
+  const Metrics& metrics = impl_->loop->metrics();
+  const Time end = Clock::now() + deadline;
+  Drain();
+  while (Clock::now() < end &&
+         !(impl_->loop->draining() && metrics.active_sequences == 0 &&
+           metrics.queued_requests == 0)) {
+    std::this_thread::sleep_for(milliseconds(5));
+  }
+  impl_->loop->RefuseAll();
+  Log("shutdown", {{"sequences", std::to_string(metrics.active_sequences)}});
+  // Steps under way end by themselves; what is left after that are streams.
+  impl_->server->Shutdown(std::chrono::system_clock::now() + milliseconds(500));
+}
+
+}  // namespace tenon::service

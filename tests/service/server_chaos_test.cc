@@ -1,0 +1,132 @@
+// Chaos over real sockets. --steps=1000000 for a long run.
+
+#include <future>
+
+#include "tests/service/chaos.h"
+#include "tests/service/grpc_fixture.h"
+
+namespace tenon::service {
+namespace {
+
+class GrpcTransport final : public ChaosTransport {
+ public:
+  explicit GrpcTransport(const std::string& address)
+      : stub_(v1::Decode::NewStub(Connect(address))) {}
+  ~GrpcTransport() override {
+    if (stream_ != nullptr) context_->TryCancel();  // without a good-bye
+    CloseStream();
+  }
+
+  int Create(const v1::CreateSequencesRequest& request,
+             v1::CreateSequencesResponse* response, Fault fault) override {
+    grpc::ClientContext context;
+    SetDeadline(fault, &context);
+    return stub_->CreateSequences(&context, request, response).error_code();
+  }
+
+  int Step(const v1::StepRequest& request, v1::StepResponse* response,
+           Fault fault) override {
+    if (fault.stream) return StreamStep(request, response, fault);
+    grpc::ClientContext context;
+    SetDeadline(fault, &context);
+    return stub_->Step(&context, request, response).error_code();
+  }
+
+  void StepTwice(const v1::StepRequest& request, int codes[2],
+                 v1::StepResponse responses[2]) override {
+    grpc::ClientContext contexts[2];
+    std::promise<int> done[2];
+    for (int i = 0; i < 2; ++i) {
+      stub_->async()->Step(&contexts[i], &request, &responses[i],
+                           [&done, i](const grpc::Status& status) {
+                             done[i].set_value(status.error_code());
+                           });
+    }
+    for (int i = 0; i < 2; ++i) codes[i] = done[i].get_future().get();
+  }
+
+  int Fork(const v1::ForkSequencesRequest& request,
+           v1::ForkSequencesResponse* response) override {
+    grpc::ClientContext context;
+    return stub_->ForkSequences(&context, request, response).error_code();
+  }
+
+  int Release(const v1::ReleaseSequencesRequest& request) override {
+    grpc::ClientContext context;
+    v1::ReleaseSequencesResponse response;
+    return stub_->ReleaseSequences(&context, request, &response).error_code();
+  }
+
+  int Generate(const v1::GenerateRequest& request, int cancel_after,
+               std::vector<uint32_t>* tokens) override {
+    grpc::ClientContext context;
+    auto reader = stub_->Generate(&context, request);
+    v1::GenerateResponse response;
+    while (reader->Read(&response)) {
+      tokens->insert(tokens->end(), response.token().begin(),
+                     response.token().end());
+      if (cancel_after >= 0 &&
+          static_cast<int>(tokens->size()) >= cancel_after) {
+        context.TryCancel();
+      }
+    }
+    return reader->Finish().error_code();
+  }
+
+ private:
+  static void SetDeadline(Fault fault, grpc::ClientContext* context) {
+    if (!fault.cancel) return;
+    context->set_deadline(std::chrono::system_clock::now() +
+                          std::chrono::microseconds(fault.delay_us));
+  }
+
+  int CloseStream() {
+    if (stream_ == nullptr) return 0;
+    const int code = stream_->Finish().error_code();
+    stream_.reset();
+    context_.reset();
+    return code;
+  }
+
+  int StreamStep(const v1::StepRequest& request, v1::StepResponse* response,
+                 Fault fault) {
+    if (stream_ == nullptr) {
+      context_ = std::make_unique<grpc::ClientContext>();
+      stream_ = stub_->StepStream(context_.get());
+    }
+    if (!stream_->Write(request)) return CloseStream();
+    if (fault.cancel) {
+      if (fault.delay_us % 2 == 0) {
+        std::this_thread::sleep_for(std::chrono::microseconds(fault.delay_us));
+      }
+      context_->TryCancel();
+    }
+    if (stream_->Read(response) && !fault.cancel) return 0;
+    const int code = CloseStream();
+    return code == 0 ? static_cast<int>(StatusCode::kCancelled) : code;
+  }
+
+  std::unique_ptr<v1::Decode::Stub> stub_;
+  std::unique_ptr<grpc::ClientContext> context_;
+  std::unique_ptr<grpc::ClientReaderWriter<v1::StepRequest, v1::StepResponse>>
+      stream_;
+};
+
+TEST(ServerChaosTest, NothingIsLostAndNoTokenIsAnothers) {
+  TestServer server(ChaosLimits(), {}, kChaosPages);
+  RunChaos(
+      [&server] {
+        static std::atomic<int> number{0};
+        return std::make_unique<GrpcTransport>(
+            ++number % 2 == 0 ? server.unix_address() : server.tcp_address());
+      },
+      8, ChaosStepsWanted(4000));
+  server.ExpectAllFree();
+  const Metrics& metrics = server.loop().metrics();
+  EXPECT_GT(metrics.replayed, 0u);
+  EXPECT_GT(metrics.cancelled, 0u);
+  EXPECT_GT(metrics.rows, metrics.steps);
+}
+
+}  // namespace
+}  // namespace tenon::service
