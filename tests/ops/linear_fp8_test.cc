@@ -4,12 +4,14 @@
 #include <cstring>
 #include <memory>
 
+#include "ops/core/build_config.h"
 #include "ops/linear/cublas_lt.h"
 #include "ops/linear/linear.h"
 #include "ops/linear/linear_kernel.h"
 #include "tests/reference/linear_reference.h"
 #include "tests/reference/quantize_reference.h"
 #include "tests/testing/compare.h"
+#include "tests/testing/cuda_graph.h"
 #include "tests/testing/op_test.h"
 #include "tests/testing/random.h"
 #include "tests/testing/test_tensor.h"
@@ -396,6 +398,47 @@ TEST_P(LinearFp8Test, NanInARowStaysThere) {
   }
 }
 
+// Each call reads what the one before wrote, and their kernels may be launched
+// before that has ended.
+TEST_P(LinearFp8Test, CallsInAGraphWaitForEachOther) {
+  if (device().type == DeviceType::kCpu) GTEST_SKIP() << "for CUDA";
+  if constexpr (kCudaBuilt) {
+    for (int64_t tokens : {1, 7, 16, 40, 128}) {
+      for (Mode mode : Modes()) {
+        SCOPED_TRACE(
+            StrCat(tokens, " tokens, ", kModeNames[static_cast<int>(mode)]));
+        const Call first(device(), dtype(), {tokens, 1024, 1024}, {});
+        const Call second(device(), dtype(), {tokens, 1024, 1024}, {}, 7);
+        LinearParams p[2] = {first.params(), second.params()};
+        p[1].x = p[0].out;
+        Run(p[0], mode);
+        Run(p[1], mode);
+        const std::vector<double> expected = second.Values();
+
+        std::vector<Buffer> workspaces;
+        for (LinearParams& call : p) {
+          call.batch_invariant = mode == Mode::kBatchInvariant;
+          call.cublas_lt = mode == Mode::kCublasLt ? cublas_lt_.get() : nullptr;
+          call.workspace_size = LinearWorkspaceBytes(call);
+          StatusOr<Buffer> workspace =
+              Buffer::Allocate(device(), call.workspace_size);
+          ASSERT_TRUE(workspace.ok());
+          call.workspace = workspace->data();
+          workspaces.push_back(*std::move(workspace));
+        }
+        const Status status =
+            testing::RunAsCudaGraph(stream(), 5, [&]() -> Status {
+              TENON_RETURN_IF_ERROR(Linear(p[0], stream()));
+              return Linear(p[1], stream());
+            });
+        ASSERT_TRUE(status.ok()) << status.message();
+        Finish();
+        EXPECT_EQ(second.Values(), expected);
+      }
+    }
+  }
+}
+
 TEST_P(LinearFp8Test, CpuResultDoesNotDependOnThreads) {
   if (device().type != DeviceType::kCpu) GTEST_SKIP() << "for the CPU";
   for (int64_t tokens : {1, 5, 70}) {
@@ -477,6 +520,39 @@ TEST_P(LinearFp8Test, RejectsBadArguments) {
   expect({"workspace overlaps weight_scales"},
          [](P& p) { p.weight_scales.data = p.workspace; });
   call.ExpectOnlyOutChanged();
+}
+
+TEST(LinearFp8KernelTest, IsChosenByTokensAlignmentAndScales) {
+  alignas(16) static char memory[16];
+  LinearParams p;
+  const auto select = [&](int64_t tokens) {
+    p.x = MakeTensor(memory, DType::kBFloat16, Device(), {tokens, 2048});
+    p.out = MakeTensor(memory, DType::kBFloat16, Device(),
+                       {tokens, p.weight.shape[0]});
+    return SelectLinearFp8Kernel(p);
+  };
+  p.weight = MakeTensor(memory, DType::kFloat8E4M3, Device(), {5120, 2048});
+  p.weight_scales = MakeTensor(memory, DType::kFloat32, Device(), {40, 16});
+  EXPECT_EQ(select(1), LinearKernel::kGemv);
+  EXPECT_EQ(select(kLinearFp8GemvTokens), LinearKernel::kGemv);
+  EXPECT_EQ(select(kLinearFp8GemvTokens + 1), LinearKernel::kSmallTile);
+  EXPECT_EQ(select(kLinearFp8TileTokens), LinearKernel::kSmallTile);
+  EXPECT_EQ(select(kLinearFp8TileTokens + 1), LinearKernel::kMediumTile);
+  EXPECT_EQ(select(512), LinearKernel::kLargeTile);
+  // Any address will do: it is not used.
+  p.cublas_lt = reinterpret_cast<CublasLt*>(memory);
+  EXPECT_EQ(select(kLinearFp8TileTokens), LinearKernel::kSmallTile);
+  EXPECT_EQ(select(kLinearFp8TileTokens + 1), LinearKernel::kCublasLt);
+  p.batch_invariant = true;
+  EXPECT_EQ(select(512), LinearKernel::kLargeTile);
+  p.batch_invariant = false;
+  p.weight_scales.stride[0] = 17;
+  EXPECT_EQ(select(512), LinearKernel::kLargeTile);
+  p.weight_scales = MakeTensor(memory, DType::kFloat32, Device(), {5120});
+  EXPECT_EQ(select(512), LinearKernel::kLargeTile);
+  p.weight.stride[0] = 2049;
+  EXPECT_EQ(select(1), LinearKernel::kMediumTile);
+  EXPECT_EQ(select(512), LinearKernel::kMediumTile);
 }
 
 INSTANTIATE_TEST_SUITE_P(Targets, LinearFp8Test,
