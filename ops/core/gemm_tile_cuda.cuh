@@ -33,6 +33,9 @@
 // matrices at once and hands the epilogue both results of an element (gate and
 // up projection).
 //
+// fp8 (T is __nv_fp8_e4m3) has RunScaled instead, with scales of A's rows and
+// of B for every 128 of the depth.
+//
 // Numerics: products and sums in float32. A sum runs over k in ascending order
 // in one accumulator (an mma adds 16 products at once), so an element's bits
 // depend on its row of A, its row of B and depth alone: not on the tile's
@@ -71,9 +74,9 @@ __device__ __forceinline__ float4 LoadFloat4(uint32_t from) {
 
 }  // namespace gemm_internal
 
-// T is float, __half or __nv_bfloat16. kAligned: all rows are whole chunks, as
-// RowsAreWholeChunks tells; otherwise they are read element by element
-// (slowly).
+// T is float, __half, __nv_bfloat16 or __nv_fp8_e4m3. kAligned: all rows are
+// whole chunks, as RowsAreWholeChunks tells; otherwise they are read element by
+// element (slowly).
 template <class T, class Shape, bool kAligned>
 class GemmTile {
  public:
@@ -104,10 +107,61 @@ class GemmTile {
                                              int64_t b_rows, int depth,
                                              const Epilogue& epilogue,
                                              const BeforeA& before_a) {
-    const Loader loader(SharedAddress(shared), a_row, b, b_stride, b_rows,
-                        depth);
+    static_assert(!kFp8, "fp8 has scales");
     Accumulators acc = {};
     const Reader reader(SharedAddress(shared));
+    ForEachStep(shared, a_row, b, b_stride, b_rows, depth, before_a,
+                [&](int, int stage) { reader.MultiplyAdd(stage, acc); });
+    reader.Finish(acc, epilogue);
+  }
+
+  // The same of fp8, whose products of 128 of the depth, block k, are summed on
+  // their own and multiplied by a_scale(m, k) * b_scale(i, k), i the matrix.
+  // The sum of blocks is in ascending order.
+  template <class ARow, class AScale, class BScale, class Epilogue,
+            class BeforeA>
+  static __device__ __forceinline__ void RunScaled(
+      char* shared, const ARow& a_row, const T* const (&b)[kNumB],
+      const int64_t (&b_stride)[kNumB], int64_t b_rows, int depth,
+      const AScale& a_scale, const BScale& b_scale, const Epilogue& epilogue,
+      const BeforeA& before_a) {
+    static_assert(kFp8, "others have no scales");
+    Accumulators acc = {};
+    const Reader reader(SharedAddress(shared));
+    ForEachStep(shared, a_row, b, b_stride, b_rows, depth, before_a,
+                [&](int step, int stage) {
+                  float scale_a[kTilesM][2];
+                  float scale_b[kNumB];
+                  reader.LoadScales(step, a_scale, b_scale, scale_a, scale_b);
+                  Accumulators sums = {};
+                  reader.MultiplyAdd(stage, sums);
+                  AddScaled(sums, scale_a, scale_b, acc);
+                });
+    reader.Finish(acc, epilogue);
+  }
+
+  // Run with one stride for all matrices, and nothing to wait for.
+  template <class ARow, class Epilogue>
+  static __device__ __forceinline__ void Run(char* shared, const ARow& a_row,
+                                             const T* const (&b)[kNumB],
+                                             int64_t b_stride, int64_t b_rows,
+                                             int depth,
+                                             const Epilogue& epilogue) {
+    int64_t b_strides[kNumB];
+#pragma unroll
+    for (int i = 0; i < kNumB; ++i) b_strides[i] = b_stride;
+    Run(shared, a_row, b, b_strides, b_rows, depth, epilogue, [] {});
+  }
+
+ private:
+  // Calls multiply(step, stage) for all steps of depth, in order.
+  template <class ARow, class BeforeA, class Multiply>
+  static __device__ __forceinline__ void ForEachStep(
+      char* shared, const ARow& a_row, const T* const (&b)[kNumB],
+      const int64_t (&b_stride)[kNumB], int64_t b_rows, int depth,
+      const BeforeA& before_a, const Multiply& multiply) {
+    const Loader loader(SharedAddress(shared), a_row, b, b_stride, b_rows,
+                        depth);
     const int num_steps = CeilDiv(depth, kDepth);
 #pragma unroll
     for (int s = 0; s < kStages - 1; ++s) {
@@ -131,27 +185,12 @@ class GemmTile {
         loader.LoadB(step + kStages - 1, load_stage);
       }
       CommitCopies();
-      reader.MultiplyAdd(stage, acc);
+      multiply(step, stage);
       stage = stage + 1 == kStages ? 0 : stage + 1;
       load_stage = load_stage + 1 == kStages ? 0 : load_stage + 1;
     }
-    reader.Finish(acc, epilogue);
   }
 
-  // The same with one stride for all matrices, and nothing to wait for.
-  template <class ARow, class Epilogue>
-  static __device__ __forceinline__ void Run(char* shared, const ARow& a_row,
-                                             const T* const (&b)[kNumB],
-                                             int64_t b_stride, int64_t b_rows,
-                                             int depth,
-                                             const Epilogue& epilogue) {
-    int64_t b_strides[kNumB];
-#pragma unroll
-    for (int i = 0; i < kNumB; ++i) b_strides[i] = b_stride;
-    Run(shared, a_row, b, b_strides, b_rows, depth, epilogue, [] {});
-  }
-
- private:
   static constexpr int kStages = Shape::kStages;
   // A stage holds a row of 128 bytes for every row of A, then of each B. A row
   // is 8 chunks of 16 bytes, stored at chunk ^ Swizzle(row) so that the 8
@@ -159,6 +198,8 @@ class GemmTile {
   static constexpr int kRowBytes = 128;
   static constexpr int kPerChunk = 16 / sizeof(T);
   static constexpr int kDepth = kRowBytes / sizeof(T);
+  static constexpr bool kFp8 = std::is_same_v<T, __nv_fp8_e4m3>;
+  static_assert(!kFp8 || kDepth == 128, "a step has one scale of a row");
   static constexpr int kStageBytes = (kM + kNumB * kN) * kRowBytes;
   static constexpr int kWarpM = kM / Shape::kWarpsM;
   static constexpr int kWarpN = kN / Shape::kWarpsN;
@@ -175,6 +216,27 @@ class GemmTile {
   // acc[i][m][n][..] of an mma tile: rows g and g + 8 for lane / 4 == g, two
   // columns each.
   using Accumulators = float[kNumB][kTilesM][kTilesN][4];
+
+  // Fused, so that other shapes have the same bits.
+  static __device__ __forceinline__ void AddScaled(
+      const Accumulators& sums, const float (&scale_a)[kTilesM][2],
+      const float (&scale_b)[kNumB], Accumulators& acc) {
+#pragma unroll
+    for (int q = 0; q < kNumB; ++q) {
+#pragma unroll
+      for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+        for (int j = 0; j < kTilesN; ++j) {
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            acc[q][i][j][c] =
+                fmaf(sums[q][i][j][c], scale_a[i][c / 2] * scale_b[q],
+                     acc[q][i][j][c]);
+          }
+        }
+      }
+    }
+  }
 
   static __device__ __forceinline__ int SwizzleA(int row) { return row & 7; }
   // Column c of mma tile n is row (c / 2) * kCols + 2 * n + c % 2 of a warp's
@@ -249,10 +311,10 @@ class GemmTile {
         CopyOrZero16(to, row + k, row != nullptr && k < depth_);
       } else {
         Vec<T, kPerChunk> v;
+        memset(&v, 0, sizeof(v));
 #pragma unroll
         for (int i = 0; i < kPerChunk; ++i) {
-          v.v[i] = row != nullptr && k + i < depth_ ? row[k + i]
-                                                    : FromFloat<T>(0.0f);
+          if (row != nullptr && k + i < depth_) v.v[i] = row[k + i];
         }
         uint4 bits;
         memcpy(&bits, &v, sizeof(bits));
@@ -297,6 +359,8 @@ class GemmTile {
       const uint32_t b = b_ + stage * kStageBytes;
       if constexpr (kFloat) {
         MultiplyAddFloat(a, b, acc);
+      } else if constexpr (kFp8) {
+        MultiplyAddFp8(a, b, acc);
       } else {
         MultiplyAddMma(a, b, acc);
       }
@@ -323,6 +387,23 @@ class GemmTile {
       }
     }
 
+    // The lane's rows of A and all matrices.
+    template <class AScale, class BScale>
+    __device__ __forceinline__ void LoadScales(int step, const AScale& a_scale,
+                                               const BScale& b_scale,
+                                               float (&scale_a)[kTilesM][2],
+                                               float (&scale_b)[kNumB]) const {
+#pragma unroll
+      for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          scale_a[i][half] = a_scale(m_ + 16 * i + 8 * half, step);
+        }
+      }
+#pragma unroll
+      for (int q = 0; q < kNumB; ++q) scale_b[q] = b_scale(q, step);
+    }
+
    private:
     static constexpr bool kFloat = std::is_same_v<T, float>;
 
@@ -347,6 +428,46 @@ class GemmTile {
             for (int i = 0; i < kTilesM; ++i) {
               Mma<T>(acc[q][i][j], a[i], b[0], b[1]);
               Mma<T>(acc[q][i][j + 1], a[i], b[2], b[3]);
+            }
+          }
+        }
+      }
+    }
+
+    // A lane's part of a chunk of 16 bytes is 4 bytes, which become two pairs
+    // of halves. Any place among the products of an mma will do for them, as
+    // long as A and B agree.
+    static __device__ __forceinline__ void MultiplyAddFp8(uint32_t a_from,
+                                                          uint32_t b_from,
+                                                          Accumulators& acc) {
+#pragma unroll
+      for (int k = 0; k < kDepth / 32; ++k) {
+        uint32_t a[kTilesM][4][2];
+#pragma unroll
+        for (int i = 0; i < kTilesM; ++i) {
+          uint32_t bytes[4];
+          LoadMatrices(bytes, (a_from ^ (k * 32)) + i * 16 * kRowBytes);
+#pragma unroll
+          for (int r = 0; r < 4; ++r) Fp8x4ToHalf(bytes[r], a[i][r]);
+        }
+#pragma unroll
+        for (int q = 0; q < kNumB; ++q) {
+#pragma unroll
+          for (int j = 0; j < kTilesN; j += 2) {
+            uint32_t bytes[4];
+            LoadMatrices(bytes,
+                         (b_from ^ (k * 32)) + (q * kN + 2 * j) * kRowBytes);
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {  // chunk r % 2 of mma tile j + r / 2
+              uint32_t b[2];
+              Fp8x4ToHalf(bytes[r], b);
+#pragma unroll
+              for (int i = 0; i < kTilesM; ++i) {
+                const uint32_t(&low)[2] = a[i][r % 2 * 2];
+                const uint32_t(&high)[2] = a[i][r % 2 * 2 + 1];
+                Mma<__half>(acc[q][i][j + r / 2],
+                            {low[0], high[0], low[1], high[1]}, b[0], b[1]);
+              }
             }
           }
         }

@@ -47,7 +47,8 @@ Status MoePrepareCuda(const MoeParams& chunk, const MoeScratch& scratch,
                       Stream stream);
 
 // Backends trust `chunk`: Moe() has validated it. It has at most
-// kMoeChunkTokens (kMoeCpuChunkTokens) tokens, and at least one.
+// kMoeChunkTokens (kMoeCpuChunkTokens) tokens, and at least one. Its router, if
+// any, has its tokens and is not called yet.
 Status MoeCpu(const MoeParams& chunk, const MoeScratch& scratch, Stream stream);
 Status MoeCuda(const MoeParams& chunk, const MoeScratch& scratch,
                Stream stream);

@@ -108,6 +108,7 @@ void SumRows(const MoeParams& p, const MoeScratch& scratch, int64_t token) {
 }  // namespace
 
 Status MoeCpu(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
+  if (p.router != nullptr) TENON_RETURN_IF_ERROR(MoeRouter(*p.router, stream));
   TENON_RETURN_IF_ERROR(AlignChunk(p, scratch, 0, 0, stream));
   const int32_t* offsets = scratch.expert_offsets;
   const int64_t num_experts = p.gate.num_experts;

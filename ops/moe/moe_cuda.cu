@@ -2,6 +2,7 @@
 #include "ops/moe/moe_backend.h"
 #include "ops/moe/moe_gemm_cuda.cuh"
 #include "ops/moe/moe_tile_rows.h"
+#include "ops/quantize/quantize_cuda.cuh"
 
 // Launches: align, unless there are few slots; gate and up projection with
 // SwiGLU; down projection with the routing weight; sum. The last three overlap
@@ -163,7 +164,24 @@ Status LaunchSum(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
 // a time. Intermediate rows are contiguous, so widths suffice there.
 bool IsAligned(const MoeParams& p) {
   return MoeMatricesAreAligned(p.gate) && MoeMatricesAreAligned(p.up) &&
-         MoeMatricesAreAligned(p.down) && cuda::RowsAreWholeChunks(p.x);
+         MoeMatricesAreAligned(p.down) &&
+         (IsFp8(p.gate) || cuda::RowsAreWholeChunks(p.x));
+}
+
+// With fp8 experts. x is quantised already.
+Status LaunchFp8GateUp(const MoeTileSource& source, const MoeParams& p,
+                       const MoeScratch& scratch, int32_t tile_rows,
+                       bool aligned, Stream stream) {
+  MoeFp8GateUp g;
+  g.source = source;
+  g.x = scratch.x_fp8;
+  g.x_scales = scratch.x_scales;
+  g.top_k = static_cast<int32_t>(p.topk_ids.shape[1]);
+  g.gate = p.gate;
+  g.up = p.up;
+  g.hidden = scratch.hidden;
+  g.hidden_scales = scratch.hidden_scales;
+  return LaunchMoeFp8GateUp(kOp, g, tile_rows, aligned, stream);
 }
 
 template <class T>
@@ -174,7 +192,14 @@ Status Compute(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
   const int64_t num_slots = p.x.shape[0] * top_k;
   const bool aligned = IsAligned(p);
   const int32_t tile_rows =
-      MoeTileRows(p.x.dtype, aligned, num_slots, num_experts);
+      MoeTileRows(p.gate.dtype, aligned, num_slots, num_experts);
+  if (IsFp8(p.gate)) {
+    const cuda::Fp8Groups groups = {static_cast<uint8_t*>(scratch.x_fp8),
+                                    p.x.shape[1], scratch.x_scales,
+                                    NumFp8Groups(p.x.shape[1]), 1};
+    TENON_RETURN_IF_ERROR(
+        cuda::LaunchQuantizeFp8Groups(kOp, p.x, groups, stream));
+  }
 
   MoeTileSource source;
   source.num_slots = static_cast<int32_t>(num_slots);
@@ -194,13 +219,19 @@ Status Compute(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
     source.sorted_slots = scratch.sorted_slots;
   }
 
-  const GateUp gate_up = {source, p.x, top_k, p.gate, p.up, scratch.hidden};
-  TENON_RETURN_IF_ERROR(LaunchGateUp<T>(gate_up, tile_rows, aligned, stream));
+  if (IsFp8(p.gate)) {
+    TENON_RETURN_IF_ERROR(
+        LaunchFp8GateUp(source, p, scratch, tile_rows, aligned, stream));
+  } else {
+    const GateUp gate_up = {source, p.x, top_k, p.gate, p.up, scratch.hidden};
+    TENON_RETURN_IF_ERROR(LaunchGateUp<T>(gate_up, tile_rows, aligned, stream));
+  }
 
   MoeGroupedGemm down;
   down.source = source;
-  down.x =
-      MakeTensor(scratch.hidden, p.x.dtype, device, {num_slots, p.gate.rows});
+  down.x = MakeTensor(scratch.hidden, p.gate.dtype, device,
+                      {num_slots, p.gate.rows});
+  down.x_scales = scratch.hidden_scales;
   down.weights = p.down;
   down.routing = {p.topk_weights.As<const float>(), p.topk_weights.stride[0],
                   top_k};
@@ -217,6 +248,7 @@ Status Compute(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
 Status MoeCuda(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
   const cuda::DeviceGuard guard(p.x.device);
   TENON_RETURN_IF_ERROR(guard.status());
+  if (p.router != nullptr) TENON_RETURN_IF_ERROR(MoeRouter(*p.router, stream));
   return cuda::WithFloatType(p.x.dtype, [&](auto zero) {
     return Compute<decltype(zero)>(p, scratch, stream);
   });

@@ -134,6 +134,7 @@ struct MoeRoutingWeights {
 struct MoeGroupedGemm {
   MoeTileSource source;
   TensorView x;
+  const float* x_scales = nullptr;  // of fp8: [rows, groups of 128 columns]
   int32_t slots_per_row = 1;
   ExpertMatrices weights;
   TensorView bias;  // optional
@@ -144,7 +145,27 @@ struct MoeGroupedGemm {
   bool dependent = false;
 };
 
-// tile_rows and aligned: see MoeTileRows.
+// hidden[slot] = silu(x[slot / top_k] * gate^T) * (x[slot / top_k] * up^T) for
+// the slots of all tiles, all of it fp8. Rows of x and hidden are contiguous,
+// with a scale for every 128 columns. A dependent launch.
+struct MoeFp8GateUp {
+  MoeTileSource source;
+  const void* x = nullptr;
+  const float* x_scales = nullptr;
+  int32_t top_k = 1;
+  ExpertMatrices gate;
+  ExpertMatrices up;
+  void* hidden = nullptr;
+  float* hidden_scales = nullptr;
+};
+
+// Of fp8 matrices; tile_rows 16 or 64.
+Status LaunchMoeFp8GateUp(const char* op, const MoeFp8GateUp& gate_up,
+                          int32_t tile_rows, bool aligned, Stream stream);
+Status LaunchMoeFp8GroupedGemm(const char* op, const MoeGroupedGemm& gemm,
+                               int32_t tile_rows, bool aligned, Stream stream);
+
+// Of all matrices. tile_rows and aligned: see MoeTileRows.
 Status LaunchMoeGroupedGemm(const char* op, const MoeGroupedGemm& gemm,
                             int32_t tile_rows, bool aligned, Stream stream);
 

@@ -122,9 +122,6 @@ size_t MoeGroupedMatmulWorkspaceBytes(const MoeGroupedMatmulParams& params) {
 
 Status MoeGroupedMatmul(const MoeGroupedMatmulParams& params, Stream stream) {
   TENON_RETURN_IF_ERROR(Validate(params));
-  if (IsFp8(params.weights) && params.x.device.type == DeviceType::kCuda) {
-    return UnimplementedError(kOp, ": no kernels for float8_e4m3 yet");
-  }
   if (params.sorted_slots.shape[0] == 0) return Status();
   const MoeGroupedMatmulScratch scratch = LayOutScratch(params);
   switch (params.x.device.type) {

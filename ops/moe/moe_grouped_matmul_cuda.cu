@@ -6,6 +6,7 @@
 #include "ops/moe/moe_gemm_cuda.cuh"
 #include "ops/moe/moe_grouped_matmul_backend.h"
 #include "ops/moe/moe_tile_rows.h"
+#include "ops/quantize/quantize_cuda.cuh"
 
 namespace tenon {
 namespace {
@@ -205,10 +206,20 @@ Status Compute(const MoeGroupedMatmulParams& p,
                const MoeGroupedMatmulScratch& scratch, Stream stream) {
   const int64_t num_slots = p.sorted_slots.shape[0];
   const int64_t num_experts = p.weights.num_experts;
+  TensorView x = p.x;
+  if (IsFp8(p.weights)) {
+    x = MakeTensor(scratch.x_fp8, DType::kFloat8E4M3, p.x.device,
+                   {p.x.shape[0], p.x.shape[1]});
+    const cuda::Fp8Groups groups = {x.As<uint8_t>(), x.stride[0],
+                                    scratch.x_scales, NumFp8Groups(x.shape[1]),
+                                    1};
+    TENON_RETURN_IF_ERROR(
+        cuda::LaunchQuantizeFp8Groups("MoeGroupedMatmul", p.x, groups, stream));
+  }
   const bool aligned =
-      MoeMatricesAreAligned(p.weights) && cuda::RowsAreWholeChunks(p.x);
+      MoeMatricesAreAligned(p.weights) && cuda::RowsAreWholeChunks(x);
   const int32_t tile_rows =
-      MoeTileRows(p.x.dtype, aligned, num_slots, num_experts);
+      MoeTileRows(x.dtype, aligned, num_slots, num_experts);
 
   MoeGroupedGemm gemm;
   gemm.source.tiles = scratch.tiles;
@@ -217,7 +228,8 @@ Status Compute(const MoeGroupedMatmulParams& p,
   gemm.source.num_slots = static_cast<int32_t>(num_slots);
   gemm.source.num_tiles =
       MoeMaxTiles(num_slots, static_cast<int32_t>(num_experts), tile_rows);
-  gemm.x = p.x;
+  gemm.x = x;
+  gemm.x_scales = scratch.x_scales;
   gemm.slots_per_row = p.slots_per_row;
   gemm.weights = p.weights;
   gemm.bias = p.bias;
@@ -259,6 +271,8 @@ Status LaunchMoeGroupedGemm(const char* op, const MoeGroupedGemm& gemm,
       return LaunchFloat(op, gemm, tile_rows, aligned, stream);
     case DType::kFloat16:
       return LaunchHalf<__half>(op, gemm, tile_rows, aligned, stream);
+    case DType::kFloat8E4M3:
+      return LaunchMoeFp8GroupedGemm(op, gemm, tile_rows, aligned, stream);
     default:
       return LaunchHalf<__nv_bfloat16>(op, gemm, tile_rows, aligned, stream);
   }

@@ -11,12 +11,15 @@ namespace tenon {
 // number of slots per expert. Tall tiles multiply faster, but compute rows that
 // do not exist where an expert has few. Has no effect on any bit of a result.
 //
-// aligned: matrices can be read 16 bytes at a time.
+// dtype: of the matrices. aligned: they can be read 16 bytes at a time.
 constexpr int32_t MoeTileRows(DType dtype, bool aligned, int64_t num_slots,
                               int64_t num_experts) {
   if (!aligned) return 64;
   if (num_slots <= 12 * num_experts) return 16;
-  if (num_slots < 192 * num_experts || dtype == DType::kFloat32) return 64;
+  if (num_slots < 192 * num_experts || dtype == DType::kFloat32 ||
+      dtype == DType::kFloat8E4M3) {
+    return 64;
+  }
   return 128;
 }
 
