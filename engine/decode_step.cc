@@ -138,6 +138,7 @@ Status SparseMlp(const StepContext& c, int32_t layer, const LayerWeights& w) {
   p.down = w.down;
   p.out = Used(c, a.block_out);
   p.batch_invariant = c.batch_invariant;
+  p.kernels = c.moe_kernels;
   p.workspace = a.workspace;
   p.workspace_size = a.workspace_size;
   return Moe(p, c.stream);

@@ -12,6 +12,8 @@
 
 namespace tenon {
 
+struct MoeKernelTable;
+
 // What a step reads, on the model's device. `tokens` rows are new tokens of
 // `rows` sequences, one sequence after the other.
 struct StepInputs {
@@ -36,6 +38,7 @@ struct StepContext {
   CublasLt* cublas_lt = nullptr;
   bool batch_invariant = false;
   Stream stream;
+  const MoeKernelTable* moe_kernels = nullptr;  // optional
 
   int64_t tokens() const { return inputs.token_ids.shape[0]; }
 };

@@ -6,6 +6,7 @@
 
 #include "engine/activations.h"
 #include "engine/decode_step.h"
+#include "engine/moe_kernel_file.h"
 #include "engine/step_buffers.h"
 #include "ops/core/memory.h"
 #include "ops/core/validate.h"
@@ -81,6 +82,8 @@ struct Session::Impl {
   StepLimits limits;
   OwnedStream stream;
   std::unique_ptr<CublasLt> cublas_lt;
+  MoeKernelFile moe_kernel_file;
+  MoeKernelTable moe_kernels;  // of that file; empty without one
   KvCache cache;
   Activations activations;
   StepBuffers buffers;
@@ -240,7 +243,8 @@ Status Session::Impl::Execute(const std::vector<StepRow>& rows,
                             inputs,
                             cublas_lt.get(),
                             options.batch_invariant,
-                            stream.get()};
+                            stream.get(),
+                            &moe_kernels};
   TENON_RETURN_IF_ERROR(DecodeStep(context));
   if (plan.num_sampled > 0) {
     TENON_RETURN_IF_ERROR(
@@ -307,6 +311,12 @@ StatusOr<std::unique_ptr<Session>> Session::Create(
   const Model& m = *impl->model;
   SessionOptions& o = impl->options;
   TENON_RETURN_IF_ERROR(ResolveOptions(m.config, &o));
+  if (!o.moe_kernels_path.empty()) {
+    StatusOr<MoeKernelFile> file = ReadMoeKernelFile(o.moe_kernels_path);
+    TENON_RETURN_IF_ERROR(file.status());
+    impl->moe_kernel_file = *std::move(file);
+    impl->moe_kernels = impl->moe_kernel_file.table();
+  }
   StatusOr<LocalShape> local = MakeLocalShape(m.config, m.shard);
   TENON_RETURN_IF_ERROR(local.status());
 

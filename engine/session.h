@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "engine/kv_cache.h"
@@ -29,6 +30,9 @@ struct SessionOptions {
   // Count the distinct experts that each layer of a step used (StepStats).
   bool count_experts = false;
   int32_t num_threads = 0;  // CPU; 0: one per usable CPU
+  // Sizes of the expert kernels on this GPU, a file of tools/tune; empty: those
+  // built in. No token depends on them. The CPU has none, but checks the file.
+  std::string moe_kernels_path;
 };
 
 enum class LogitsMode { kNone, kLast, kAll };
@@ -68,7 +72,8 @@ struct StepStats {
 // works. If not, every later call is Unavailable.
 class Session {
  public:
-  // ResourceExhausted, with the needed size, where the memory is not there.
+  // ResourceExhausted, with the needed size, where the memory is not there;
+  // NotFound or InvalidArgument for a moe_kernels_path that cannot be used.
   static StatusOr<std::unique_ptr<Session>> Create(
       std::shared_ptr<const Model> model, const SessionOptions& options);
   ~Session();

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <cstring>
+#include <fstream>
 #include <string>
 #include <vector>
 
@@ -460,6 +461,42 @@ TEST_P(SessionTest, RejectsBadOptions) {
   expect({"num_threads"}, [](Options& o) { o.num_threads = -1; });
   testing::ExpectInvalid(Session::Create(nullptr, SessionOptions()).status(),
                          {"model"});
+}
+
+TEST_P(SessionTest, TakesMeasuredKernelSizes) {
+  SessionOptions options;
+  options.max_sequences = kMaxSequences;
+  options.max_context = kMaxContext;
+  options.num_threads = 2;
+  StatusOr<std::unique_ptr<Session>> built_in =
+      Session::Create(model_, options);
+  ASSERT_TRUE(built_in.ok()) << built_in.status().message();
+  options.moe_kernels_path = ::testing::TempDir() + "/moe_kernels.json";
+  std::ofstream(options.moe_kernels_path) << R"({
+    "format": "tenon-moe-kernels-1", "device": "any", "source": "a test",
+    "float16": [
+      {"max_hidden": null, "max_intermediate": null,
+       "max_slots_per_expert": null,
+       "gate_up": {"token_tile": 32, "row_warpgroups": 2, "blocks_per_sm": 1},
+       "down": {"token_tile": 8, "row_warpgroups": 1, "blocks_per_sm": 1},
+       "mma_tile_rows": 128}]})";
+  StatusOr<std::unique_ptr<Session>> tuned = Session::Create(model_, options);
+  ASSERT_TRUE(tuned.ok()) << tuned.status().message();
+  const std::vector<int32_t> prompt = Tokens(9, 4);
+  std::vector<int32_t> tokens[2];
+  for (Session* session : {tuned->get(), built_in->get()}) {
+    const SequenceId sequence = Create(session);
+    const int32_t first = Step(session, {Row(sequence, prompt)})[0];
+    tokens[session == tuned->get()] = Continue(session, sequence, first, 10);
+  }
+  EXPECT_EQ(tokens[0], tokens[1]);
+
+  std::ofstream(options.moe_kernels_path) << "{}";
+  testing::ExpectInvalid(Session::Create(model_, options).status(),
+                         {options.moe_kernels_path, "format is missing"});
+  options.moe_kernels_path += ".not";
+  EXPECT_EQ(Session::Create(model_, options).status().code(),
+            StatusCode::kNotFound);
 }
 
 INSTANTIATE_TEST_SUITE_P(Devices, SessionTest,
