@@ -2,10 +2,12 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
 #include "ops/quantize/fp8_scale.h"
+#include "ops/quantize/quantize_cpu_isa.h"
 #include "tests/reference/quantize_reference.h"
 #include "tests/testing/op_test.h"
 #include "tests/testing/random.h"
@@ -337,6 +339,38 @@ TEST_P(QuantizeTest, RejectsBadArguments) {
          [&](P& p) { p.scales = row_scales.view(); });
   EXPECT_EQ(call.out().Bytes(), call.out().InitialBytes());
   EXPECT_EQ(call.scales().Bytes(), call.scales().InitialBytes());
+}
+
+// Of every instruction set: the bits of a float's conversion, for all counts.
+TEST(QuantizeKernelsTest, RoundLikeTheScalarConversion) {
+  std::vector<float> x = {0.0f, -0.0f, INFINITY, -INFINITY, NAN, -NAN};
+  for (uint32_t bits = 0; bits < 1u << 16; ++bits) {
+    // All bfloat16, and floats beside those: the ties of e4m3 are among them.
+    for (uint32_t low : {0x0000u, 0x0001u, 0xffffu}) {
+      x.push_back(FloatFromBits(bits << 16 | low));
+    }
+  }
+  for (CpuIsa isa : {CpuIsa::kGeneric, CpuIsa::kAvx2, CpuIsa::kAvx512}) {
+    if (isa > DetectCpuIsa()) continue;
+    const QuantizeKernels kernels = QuantizeKernelsFor(isa);
+    std::vector<Float8E4M3> out(x.size());
+    kernels.scale(x.data(), static_cast<int64_t>(x.size()), 1.0f, out.data());
+    for (size_t i = 0; i < x.size(); ++i) {
+      const int expected =
+          std::isnan(x[i]) ? 0x7f : FromFloat<Float8E4M3>(x[i]).bits;
+      ASSERT_EQ(out[i].bits, expected) << x[i] << ", isa " << CpuIsaName(isa);
+    }
+    const std::vector<float> values = Normal(70, 14);
+    for (int64_t count = 0; count <= 70; ++count) {
+      float amax = 0.5f;
+      for (int64_t i = 0; i < count; ++i) {
+        amax = std::max(amax, std::fabs(values[i]));
+      }
+      EXPECT_EQ(kernels.max_magnitude(values.data(), count, 0.5f), amax);
+    }
+    const float with_nan[] = {1.0f, NAN, -3.0f, -NAN, 2.0f};
+    EXPECT_EQ(kernels.max_magnitude(with_nan, 5, 0.0f), 3.0f);
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Targets, QuantizeTest,
