@@ -353,6 +353,32 @@ TEST_P(Fp8WeightsTest, QuantizesWhileLoading) {
   }
 }
 
+// A checkpoint that another program quantised (tests/golden/make_golden.py).
+TEST_P(Fp8WeightsTest, QuantizingMakesThePublishedCheckpoint) {
+  if (dtype() != DType::kFloat32) GTEST_SKIP() << "its source is float32";
+  const auto load = [&](const std::string& directory) {
+    const StatusOr<ModelConfig> config = LoadModelConfig(directory);
+    EXPECT_TRUE(config.ok()) << config.status().message();
+    const auto checkpoint = Checkpoint::Open(directory);
+    EXPECT_TRUE(checkpoint.ok()) << checkpoint.status().message();
+    LoadOptions options;
+    options.quantize_fp8 = true;
+    return LoadWeights(*checkpoint, *config, device(), options);
+  };
+  const StatusOr<Weights> quantized = load("tests/golden/qwen3_moe_tiny");
+  const StatusOr<Weights> published = load("tests/golden/qwen3_moe_tiny_fp8");
+  ASSERT_TRUE(quantized.ok()) << quantized.status().message();
+  ASSERT_TRUE(published.ok()) << published.status().message();
+  for (size_t i = 0; i < published->layers.size(); ++i) {
+    const auto ours = MatricesOf(quantized->layers[i]);
+    for (const auto& [name, matrix] : MatricesOf(published->layers[i])) {
+      EXPECT_EQ(Read(ours.at(name).weight) == Read(matrix.weight), true)
+          << name;
+      EXPECT_EQ(Floats(ours.at(name).scales), Floats(matrix.scales)) << name;
+    }
+  }
+}
+
 TEST_P(Fp8WeightsTest, ProgressStopsTheQuantisation) {
   ModelDirectory model(Config(Fp8Scaling::kNone), dtype());
   LoadOptions options;

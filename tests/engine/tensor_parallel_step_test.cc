@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <vector>
@@ -160,6 +161,84 @@ class TensorParallelStepTest : public ::testing::TestWithParam<const char*> {
     return RunRanks(ranks);
   }
 };
+
+// Median over tokens of the error of their logits.
+double MedianRowError(const std::vector<double>& actual,
+                      const std::vector<double>& expected) {
+  const size_t vocab = expected.size() / kTokens;
+  std::vector<double> errors;
+  for (size_t at = 0; at < expected.size(); at += vocab) {
+    errors.push_back(testing::RelativeFrobeniusError(
+        {actual.begin() + at, actual.begin() + at + vocab},
+        {expected.begin() + at, expected.begin() + at + vocab}));
+  }
+  std::sort(errors.begin(), errors.end());
+  return errors[errors.size() / 2];
+}
+
+// Logits of a model with random fp8 weights.
+std::vector<double> RunFp8(const ModelConfig& config, int32_t world_size) {
+  std::vector<Rank> ranks;
+  for (int32_t rank = 0; rank < world_size; ++rank) {
+    StatusOr<std::shared_ptr<const Model>> model =
+        Model::Random(config, DType::kFloat32, Device(), 5, {rank, world_size});
+    EXPECT_TRUE(model.ok()) << model.status().message();
+    if (!model.ok()) return {};
+    ranks.push_back(MakeRank(*std::move(model)));
+  }
+  return RunRanks(ranks);
+}
+
+ModelConfig Fp8Config(Fp8Scaling scaling) {
+  ModelConfig c;
+  c.hidden_size = 192;
+  c.num_layers = 2;
+  c.num_heads = 4;
+  c.num_kv_heads = 2;
+  c.head_dim = 128;
+  c.vocab_size = 131;
+  c.max_position_embeddings = 64;
+  c.intermediate_size = 512;
+  c.num_experts = 4;
+  c.num_experts_per_tok = 2;
+  c.moe_intermediate_size = 512;
+  c.norm_topk_prob = true;
+  c.mlp_only_layers = {1};
+  c.rope_theta = 10000.0;
+  c.fp8_scaling = scaling;
+  c.fp8_scale_suffix = "_scale_inv";
+  return c;
+}
+
+// Where every rank's part begins at a group of 128, activations are quantised
+// as in the whole model, and only the order of sums differs.
+TEST(Fp8TensorParallelStepTest, RanksAddUpToTheWhole) {
+  for (const Fp8Scaling scaling :
+       {Fp8Scaling::kBlocks, Fp8Scaling::kChannels}) {
+    const ModelConfig config = Fp8Config(scaling);
+    const std::vector<double> whole = RunFp8(config, 1);
+    ASSERT_FALSE(whole.empty());
+    for (int32_t world_size : {2, 4}) {
+      SCOPED_TRACE(world_size);
+      EXPECT_LT(MedianRowError(RunFp8(config, world_size), whole), 1e-5);
+    }
+  }
+}
+
+// Elsewhere the groups of the intermediate activations are others: 4 ranks have
+// 192 of 768 channels, or 80 of 320 and so padding. The weights are the same.
+TEST(Fp8TensorParallelStepTest, RanksThatBeginWithinBlocksDoToo) {
+  for (const int32_t intermediate : {768, 320}) {
+    ModelConfig config = Fp8Config(Fp8Scaling::kBlocks);
+    config.moe_intermediate_size = config.intermediate_size = intermediate;
+    const std::vector<double> whole = RunFp8(config, 1);
+    ASSERT_FALSE(whole.empty());
+    for (int32_t world_size : {2, 4}) {
+      SCOPED_TRACE(StrCat(intermediate, " over ", world_size));
+      EXPECT_LT(MedianRowError(RunFp8(config, world_size), whole), 4e-2);
+    }
+  }
+}
 
 TEST_P(TensorParallelStepTest, RanksAddUpToTheWhole) {
   const std::vector<double> whole = Run(1);
