@@ -34,6 +34,14 @@ fp8=$("$generate" --weights fp8 --prompt "She was" --max-tokens 80 --seed 3) ||
   fail "--weights fp8: exit code $?"
 [[ $fp8 =~ \ (the|and|of|to|a|in|her|it)\  ]] || fail "fp8 is not English: $fp8"
 
+# A published fp8 checkpoint; its greedy tokens are deterministic.
+ids() { "$generate" --model "tests/golden/$1" --prompt-ids 5,6,7 \
+  --temperature 0 --max-tokens 8 | head -1; }
+for model in qwen3_moe_fp8 qwen3_dense_tiny_fp8; do
+  [[ $(ids $model) =~ ^([0-9]+ ){1,8}$ && $(ids $model) == $(ids $model) ]] ||
+    fail "$model does not generate: $(ids $model)"
+done
+
 # The model's context of 2048 is where a text ends, not an error.
 long=$("$generate" --temperature 1.5 --top-p 1 --max-tokens 5000) ||
   fail "a long text: exit code $?"
