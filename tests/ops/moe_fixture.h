@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "ops/moe/moe.h"
+#include "tests/ops/expert_weights.h"
 #include "tests/reference/moe_reference.h"
-#include "tests/reference/quantize_reference.h"
 #include "tests/testing/compare.h"
 #include "tests/testing/op_test.h"
 #include "tests/testing/random.h"
@@ -26,9 +26,6 @@ using testing::RelativeFrobeniusError;
 using testing::RoundTo;
 using testing::TestTensor;
 using testing::UniformIntegers;
-
-// What the experts' matrices are of.
-enum class Experts { kAsX, kFp8Blocks, kFp8Rows };
 
 struct Problem {
   int64_t tokens = 1;
@@ -61,72 +58,6 @@ inline std::vector<T> Repeat(std::vector<T> rows, int64_t width, int64_t period,
   }
   return values;
 }
-
-// Matrices of all experts with their scales, if they are fp8.
-class Weights {
- public:
-  Weights() = default;
-  Weights(Device device, DType dtype, Experts experts,
-          std::vector<int64_t> shape, int64_t padding, uint64_t seed)
-      : experts_(experts) {
-    const int64_t count = shape[0] * shape[1] * shape[2];
-    const float stddev = 1.0f / std::sqrt(static_cast<float>(shape[2]));
-    const int64_t stride = shape[2] + padding;
-    const std::vector<int64_t> strides = {shape[1] * stride, stride, 1};
-    if (experts == Experts::kAsX) {
-      elements_ = TestTensor(device, dtype, shape, strides,
-                             Normal(count, seed, 0.0f, stddev));
-      return;
-    }
-    elements_ = TestTensor(device, DType::kFloat8E4M3, shape, strides,
-                           Normal(count, seed, 0.0f, 100.0f));
-    const bool blocks = experts == Experts::kFp8Blocks;
-    const int64_t rows = blocks ? (shape[1] + 127) / 128 : shape[1];
-    const int64_t cols = blocks ? (shape[2] + 127) / 128 : 1;
-    const int64_t row_stride = cols + padding;
-    scales_ = TestTensor(device, DType::kFloat32, {shape[0], rows, cols},
-                         {rows * row_stride + padding, row_stride, 1},
-                         Normal(shape[0] * rows * cols, seed + 100,
-                                stddev / 100.0f, stddev / 400.0f));
-  }
-
-  ExpertMatrices matrices() const {
-    ExpertMatrices m = MakeExpertMatrices(elements_.view());
-    if (experts_ == Experts::kAsX) return m;
-    m.scales = MakeExpertScales(scales_.view());
-    if (experts_ == Experts::kFp8Rows) {
-      m.scales.block_rows = 1;
-      m.scales.block_cols = 0;
-    }
-    return m;
-  }
-
-  // What the elements stand for.
-  std::vector<double> Values() const {
-    std::vector<double> values = elements_.InitialValues();
-    if (experts_ == Experts::kAsX) return values;
-    const std::vector<double> scales = scales_.InitialValues();
-    const TensorView& view = elements_.view();
-    const TensorView& of_scales = scales_.view();
-    const bool blocks = experts_ == Experts::kFp8Blocks;
-    const int64_t rows = view.shape[1], cols = view.shape[2];
-    for (int64_t i = 0; i < static_cast<int64_t>(values.size()); ++i) {
-      const int64_t r = i / cols % rows, c = i % cols;
-      const int64_t block = blocks ? r / 128 * of_scales.shape[2] + c / 128 : r;
-      values[i] *=
-          scales[i / cols / rows * of_scales.shape[1] * of_scales.shape[2] +
-                 block];
-    }
-    return values;
-  }
-
-  const TestTensor& elements() const { return elements_; }
-  const TestTensor& scales() const { return scales_; }
-
- private:
-  Experts experts_ = Experts::kAsX;
-  TestTensor elements_, scales_;
-};
 
 // The tensors of one call.
 class Call {
@@ -199,7 +130,7 @@ class Call {
   std::vector<double> Expected(const std::vector<int64_t>& tokens) const {
     const std::vector<double> x = x_.InitialValues();
     const std::vector<double> gate = gate_.Values();
-    const bool packed = problem_.experts == Experts::kAsX;
+    const bool packed = !IsFp8(problem_.experts);
     const std::vector<double> up =
         packed ? std::vector<double>() : up_.Values();
     const std::vector<double> down = down_.Values();
@@ -234,12 +165,6 @@ class Call {
   }
 
  private:
-  // A row of activations as fp8 keeps it.
-  static reference::MoeRow Quantised(const reference::MoeRow& row) {
-    const auto cols = static_cast<int64_t>(row.size());
-    return reference::QuantizeFp8(row, 1, cols, 1, 128).Dequantized();
-  }
-
   Problem problem_;
   DType dtype_;
   std::vector<int64_t> ids_;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "ops/moe/moe_grouped_matmul.h"
+#include "tests/ops/expert_weights.h"
 #include "tests/reference/moe_grouped_matmul_reference.h"
 #include "tests/testing/compare.h"
 #include "tests/testing/op_test.h"
@@ -19,6 +20,8 @@
 
 namespace tenon::moe_grouped_matmul_test {
 
+using moe_test::Experts;
+using moe_test::Weights;
 using testing::Normal;
 using testing::RelativeFrobeniusError;
 using testing::TestTensor;
@@ -38,6 +41,7 @@ struct Problem {
   int64_t weight_padding = 0;
   int64_t expert_padding = 0;
   int64_t out_padding = 0;
+  Experts experts = Experts::kAsX;
 
   int64_t num_slots() const { return static_cast<int64_t>(ids.size()); }
   bool IsExpert(int64_t id) const { return id >= 0 && id < num_experts; }
@@ -67,14 +71,13 @@ class Call {
     } else {
       x_ = TestTensor(device, dtype, {x_rows, cols},
                       {cols + problem.x_padding, 1}, Normal(x_rows * cols, 1));
-      weights_ =
-          TestTensor(device, dtype, {problem.num_experts, problem.rows, cols},
-                     {problem.rows * weight_stride + problem.expert_padding,
-                      weight_stride, 1},
-                     Normal(problem.num_experts * problem.rows * cols, 2, 0.0f,
-                            1.0f / std::sqrt(static_cast<float>(cols))));
+      weights_ = Weights(device, dtype, problem.experts,
+                         {problem.num_experts, problem.rows, cols},
+                         {problem.rows * weight_stride + problem.expert_padding,
+                          weight_stride, 1},
+                         problem.weight_padding, 2);
       p_.x = x_.view();
-      p_.weights = MakeExpertMatrices(weights_.view());
+      p_.weights = weights_.matrices();
     }
     out_ = TestTensor(device, dtype, {slots, problem.rows},
                       {problem.rows + problem.out_padding, 1}, {});
@@ -101,13 +104,13 @@ class Call {
   MoeGroupedMatmulParams& params() { return p_; }
   const TestTensor& out() const { return out_; }
   const TestTensor& x() const { return x_; }
-  const TestTensor& weights() const { return weights_; }
+  const TestTensor& weights() const { return weights_.elements(); }
   const TestTensor& workspace() const { return workspace_; }
 
   // The reference of some slots, in fp64 without rounding.
   std::vector<double> Expected(const std::vector<int64_t>& slots) const {
     const std::vector<double> x = x_.InitialValues();
-    const std::vector<double> weights = weights_.InitialValues();
+    const std::vector<double> weights = weights_.Values();
     const std::vector<double> bias =
         problem_.bias ? bias_.InitialValues() : std::vector<double>();
     const std::vector<double> routing =
@@ -118,15 +121,16 @@ class Call {
       const int64_t e = problem_.ids[slot];
       std::vector<double> y(static_cast<size_t>(rows));
       if (problem_.IsExpert(e)) {
-        const auto row = x.begin() + slot / problem_.slots_per_row * cols;
+        const auto from = x.begin() + slot / problem_.slots_per_row * cols;
+        const std::vector<double> row(from, from + cols);
         std::vector<double> expert_bias;
         if (problem_.bias) {
           expert_bias.assign(bias.begin() + e * rows,
                              bias.begin() + (e + 1) * rows);
         }
         y = reference::MoeGroupedMatmulRow(
-            {row, row + cols}, &weights[e * rows * cols],
-            static_cast<size_t>(rows), expert_bias,
+            moe_test::IsFp8(problem_.experts) ? moe_test::Quantised(row) : row,
+            &weights[e * rows * cols], static_cast<size_t>(rows), expert_bias,
             problem_.routing ? routing[slot] : 1.0);
       }
       expected.insert(expected.end(), y.begin(), y.end());
@@ -155,7 +159,8 @@ class Call {
   }
 
   Problem problem_;
-  TestTensor x_, weights_, offsets_, sorted_, bias_, routing_, out_, workspace_;
+  TestTensor x_, offsets_, sorted_, bias_, routing_, out_, workspace_;
+  Weights weights_;
   MoeGroupedMatmulParams p_;
 };
 
@@ -174,13 +179,16 @@ class Fixture : public testing::OpTest {
  protected:
   bool on_cuda() const { return device().type == DeviceType::kCuda; }
 
-  // One rounding to the dtype, of about 0.6 of half an ulp.
-  double MaxError() const {
+  // One rounding to the dtype, of about 0.6 of half an ulp. Tensor cores add
+  // products of fp8 with less than float32.
+  double MaxError(Experts experts = Experts::kAsX) const {
+    const bool tensor_cores = moe_test::IsFp8(experts) && on_cuda();
     switch (dtype()) {
       case DType::kFloat32:
+        if (tensor_cores) return 1e-3;
         return 4e-6;  // sums of thousands of products in float32
       case DType::kFloat16:
-        return 4e-4;
+        return tensor_cores ? 1e-3 : 4e-4;
       default:
         return 2.5e-3;
     }
@@ -223,7 +231,8 @@ class Fixture : public testing::OpTest {
     const std::vector<int64_t> slots = AllSlots(problem.num_slots());
     const std::vector<double> actual = call.out().Values();
     const std::vector<double> expected = call.Expected(slots);
-    EXPECT_LT(RelativeFrobeniusError(actual, expected), MaxError());
+    EXPECT_LT(RelativeFrobeniusError(actual, expected),
+              MaxError(problem.experts));
     for (int64_t s : slots) {
       if (problem.IsExpert(problem.ids[s])) continue;
       for (int64_t n = 0; n < problem.rows; ++n) {
