@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <random>
+#include <numeric>
 #include <vector>
 
 namespace tenon::bench {
@@ -28,26 +28,47 @@ inline const char* RoutingName(Routing routing) {
   return "all-to-one";
 }
 
+// A number from 0 to 1, exclusive, for each seed and index: the same everywhere
+// and in peers/inputs.py (splitmix64).
+inline double RouterUniform(uint64_t seed, uint64_t index) {
+  const auto mix = [](uint64_t v) {
+    v += 0x9e3779b97f4a7c15u;
+    v = (v ^ (v >> 30)) * 0xbf58476d1ce4e5b9u;
+    v = (v ^ (v >> 27)) * 0x94d049bb133111ebu;
+    return v ^ (v >> 31);
+  };
+  return (static_cast<double>(mix(mix(seed) + index) >> 40) + 0.5) / (1 << 24);
+}
+
 // [tokens, num_experts] logits that route so; which experts are popular depends
 // on the seed. The best of log(popularity) + Gumbel noise are drawn without
 // replacement in proportion to popularity.
 inline std::vector<float> RouterLogits(int64_t tokens, int32_t num_experts,
                                        Routing routing, int seed) {
-  std::mt19937 rng(seed);
-  std::vector<float> base(static_cast<size_t>(num_experts));
-  for (size_t rank = 0; rank < base.size(); ++rank) {
-    if (routing == Routing::kSkewed) base[rank] = -std::log(rank + 1.0f);
-    if (routing == Routing::kAllToOne) base[rank] = -0.05f * rank;
+  constexpr uint64_t kNoise = (1 << 14) - 3;  // odd: rows do not repeat soon
+  const auto experts = static_cast<size_t>(num_experts);
+  std::vector<size_t> by_rank(experts);
+  std::iota(by_rank.begin(), by_rank.end(), size_t{0});
+  std::sort(by_rank.begin(), by_rank.end(), [&](size_t a, size_t b) {
+    return RouterUniform(seed, kNoise + a) < RouterUniform(seed, kNoise + b);
+  });
+  std::vector<float> base(experts);
+  for (size_t rank = 0; rank < experts; ++rank) {
+    double logit = 0.0;
+    if (routing == Routing::kSkewed) logit = -std::log(rank + 1.0);
+    if (routing == Routing::kAllToOne) logit = -0.05 * rank;
+    base[by_rank[rank]] = static_cast<float>(logit);
   }
-  std::shuffle(base.begin(), base.end(), rng);
-  std::vector<float> noise((1 << 14) - 3);
+  std::vector<float> noise(kNoise);
   if (routing != Routing::kAllToOne) {
-    std::uniform_real_distribution<float> uniform(0.001f, 0.999f);
-    for (float& v : noise) v = -std::log(-std::log(uniform(rng)));
+    for (size_t i = 0; i < noise.size(); ++i) {
+      noise[i] =
+          static_cast<float>(-std::log(-std::log(RouterUniform(seed, i))));
+    }
   }
-  std::vector<float> logits(static_cast<size_t>(tokens) * base.size());
+  std::vector<float> logits(static_cast<size_t>(tokens) * experts);
   for (size_t i = 0; i < logits.size(); ++i) {
-    logits[i] = base[i % base.size()] + noise[i % noise.size()];
+    logits[i] = base[i % experts] + noise[i % kNoise];
   }
   return logits;
 }
