@@ -18,20 +18,6 @@
 
 namespace tenon::cuda {
 
-// Two values of T, the first in the low half.
-template <class T>
-__device__ __forceinline__ uint32_t Pack(float low, float high) {
-  uint32_t bits;
-  if constexpr (std::is_same_v<T, __half>) {
-    const __half2 v = __floats2half2_rn(low, high);
-    memcpy(&bits, &v, sizeof(bits));
-  } else {
-    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-    memcpy(&bits, &v, sizeof(bits));
-  }
-  return bits;
-}
-
 // Two float8 e4m3 values as two of T, which is exact.
 template <class T>
 __device__ __forceinline__ uint32_t WidenFloat8(uint16_t pair) {

@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "ops/core/status.h"
@@ -181,6 +183,20 @@ __device__ __forceinline__ __half FromFloat<__half>(float v) {
 template <>
 __device__ __forceinline__ __nv_bfloat16 FromFloat<__nv_bfloat16>(float v) {
   return __float2bfloat16_rn(v);
+}
+
+// Two floats rounded to __half or __nv_bfloat16, the first in the low half.
+template <class T>
+__device__ __forceinline__ uint32_t Pack(float low, float high) {
+  uint32_t bits;
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 v = __floats2half2_rn(low, high);
+    memcpy(&bits, &v, sizeof(bits));
+  } else {
+    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+    memcpy(&bits, &v, sizeof(bits));
+  }
+  return bits;
 }
 
 // N elements moved by one access of N * sizeof(T) <= 16 bytes.

@@ -1,6 +1,8 @@
 #include "ops/core/gemm_tile_cuda.cuh"
 #include "ops/moe/moe_backend.h"
 #include "ops/moe/moe_gemm_cuda.cuh"
+#include "ops/moe/moe_hopper_cuda.cuh"
+#include "ops/moe/moe_kernel_choice.h"
 #include "ops/moe/moe_tile_rows.h"
 #include "ops/quantize/quantize_cuda.cuh"
 
@@ -184,8 +186,34 @@ Status LaunchFp8GateUp(const MoeTileSource& source, const MoeParams& p,
   return LaunchMoeFp8GateUp(kOp, g, tile_rows, aligned, stream);
 }
 
+// On Hopper: wgmma kernels, in sizes from tables.
+Status ComputeHopper(const MoeParams& p, const MoeScratch& scratch,
+                     Stream stream) {
+  int bus_bits = 0;
+  TENON_RETURN_IF_ERROR(cuda::ToStatus(
+      cudaDeviceGetAttribute(&bus_bits, cudaDevAttrGlobalMemoryBusWidth,
+                             p.x.device.index),
+      kOp));
+  MoeKernelQuery query;
+  query.weights = p.gate.dtype;
+  query.hidden = p.x.shape[1];
+  query.intermediate = p.gate.rows;
+  query.slots_per_expert = static_cast<double>(NumElements(p.topk_ids)) /
+                           static_cast<double>(p.gate.num_experts);
+  const MoeKernelConfig config =
+      ChooseMoeKernel(MoeGpuOf(90, bus_bits), p.kernels, query);
+  TENON_RETURN_IF_ERROR(MoePrepareCuda(p, scratch, stream));
+  TENON_RETURN_IF_ERROR(
+      LaunchMoeHopperGateUp(p, scratch, config.gate_up, stream));
+  return LaunchMoeHopperDown(p, scratch, config.down, stream);
+}
+
 template <class T>
-Status Compute(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
+Status ComputePortable(const MoeParams& p, const MoeScratch& scratch,
+                       Stream stream) {
+  if (p.router != nullptr) {
+    TENON_RETURN_IF_ERROR(MoeRouter(*p.router, stream));
+  }
   const Device device = p.x.device;
   const int64_t num_experts = p.gate.num_experts;
   const int32_t top_k = static_cast<int32_t>(p.topk_ids.shape[1]);
@@ -238,8 +266,14 @@ Status Compute(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
   down.out = MakeTensor(scratch.weighted, p.x.dtype, device,
                         {num_slots, p.x.shape[1]});
   down.dependent = true;
-  TENON_RETURN_IF_ERROR(
-      LaunchMoeGroupedGemm(kOp, down, tile_rows, aligned, stream));
+  return LaunchMoeGroupedGemm(kOp, down, tile_rows, aligned, stream);
+}
+
+template <class T>
+Status Compute(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
+  TENON_RETURN_IF_ERROR(CanUseMoeHopper(p)
+                            ? ComputeHopper(p, scratch, stream)
+                            : ComputePortable<T>(p, scratch, stream));
   return LaunchSum<T>(p, scratch, stream);
 }
 

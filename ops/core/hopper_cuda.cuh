@@ -1,0 +1,232 @@
+#ifndef TENON_OPS_CORE_HOPPER_CUDA_CUH_
+#define TENON_OPS_CORE_HOPPER_CUDA_CUH_
+
+#include <cuda.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "ops/core/core_cuda.cuh"
+#include "ops/core/mma_cuda.cuh"
+
+// Hopper's own instructions (sm_90a): transaction barriers, the tensor memory
+// accelerator (TMA), warpgroup matrix products (wgmma). Kernels that use them
+// have an empty body on other architectures and are not launched there.
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define TENON_SM90A 1
+#else
+#define TENON_SM90A 0
+#endif
+
+namespace tenon::cuda {
+
+// A map of a row-major tensor [planes, rows, cols] for TMA, whose boxes are
+// box_rows rows of 128 bytes of one plane, swizzled by 128 bytes; what lies
+// outside of the tensor reads as zeros. Strides are in elements. All addresses
+// and strides have to be multiples of 16 bytes.
+Status MakeTensorMap(const char* op, DType dtype, const void* data,
+                     int64_t planes, int64_t plane_stride, int64_t rows,
+                     int64_t row_stride, int64_t cols, int box_rows,
+                     CUtensorMap* map);
+
+#if TENON_SM90A
+
+// ---------------------------------------------------------------------------
+// Barriers in shared memory
+// ---------------------------------------------------------------------------
+
+__device__ __forceinline__ void InitBarrier(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier),
+               "r"(arrivals)
+               : "memory");
+}
+// Makes initialised barriers known to TMA; then __syncthreads().
+__device__ __forceinline__ void FenceBarrierInit() {
+  asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+}
+__device__ __forceinline__ void Arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier)
+               : "memory");
+}
+// Arrives, and lets the phase wait for `bytes` of TMA as well.
+__device__ __forceinline__ void ArriveExpectBytes(uint32_t barrier, int bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier),
+      "r"(bytes)
+      : "memory");
+}
+// Arrives once all of this thread's earlier cp.async are done.
+__device__ __forceinline__ void ArriveAfterCopies(uint32_t barrier) {
+  asm volatile(
+      "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(barrier)
+      : "memory");
+}
+// Waits for the end of the phase with this parity.
+__device__ __forceinline__ void Wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "WAIT:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra.uni DONE;\n"
+      "bra.uni WAIT;\n"
+      "DONE:\n"
+      "}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+// Writes to shared memory by ordinary accesses and cp.async, ahead of reads of
+// it by wgmma and TMA.
+__device__ __forceinline__ void FenceAsyncProxy() {
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+}
+// __syncthreads() for some of the warps. Id 0 is that of __syncthreads().
+__device__ __forceinline__ void SyncThreads(int id, int num_threads) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(num_threads) : "memory");
+}
+
+// ---------------------------------------------------------------------------
+// Tensor memory accelerator
+// ---------------------------------------------------------------------------
+
+__device__ __forceinline__ void PrefetchTensorMap(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
+}
+// Copies the box that begins at (plane, row, col) to shared memory (aligned to
+// 1024 bytes); `barrier` counts its bytes.
+__device__ __forceinline__ void LoadBox(uint32_t to, const CUtensorMap* map,
+                                        int plane, int row, int col,
+                                        uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::"
+      "bytes [%0], [%1, {%2, %3, %4}], [%5];\n" ::"r"(to),
+      "l"(map), "r"(col), "r"(row), "r"(plane), "r"(barrier)
+      : "memory");
+}
+
+// ---------------------------------------------------------------------------
+// Warpgroup matrix product
+// ---------------------------------------------------------------------------
+
+template <int kRegisters>
+__device__ __forceinline__ void IncreaseRegisters() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void DecreaseRegisters() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+
+// Orders accesses to accumulators and shared memory ahead of the next Wgmma.
+__device__ __forceinline__ void FenceWgmma() {
+  asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
+}
+__device__ __forceinline__ void CommitWgmma() {
+  asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
+}
+// Waits for all but the latest kPending groups.
+template <int kPending>
+__device__ __forceinline__ void WaitForWgmma() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending)
+               : "memory");
+}
+
+// Describes rows of 128 bytes in shared memory, aligned to 1024 bytes and
+// swizzled by 128 bytes, as LoadBox writes them: chunk c of 16 bytes of row r
+// lies at chunk c ^ (r % 8). Adding 2 goes on by 32 bytes along the rows.
+__device__ __forceinline__ uint64_t MatrixDescriptor(uint32_t shared) {
+  constexpr uint64_t kGroupBytes = 1024;  // of 8 rows
+  constexpr uint64_t kSwizzle128 = 1;
+  return kSwizzle128 << 62 | (kGroupBytes >> 4) << 32 | uint64_t{1} << 16 |
+         (shared & 0x3ffff) >> 4;
+}
+
+// d (+)= a * b^T for 64 rows of a and kN rows of b, over 32 bytes of each. Lane
+// l of warp w of the group has, in d[4 * j + {0, 1, 2, 3}], row 16 * w + l / 4
+// and (the last two) that + 8, columns 8 * j + l % 4 * 2 + {0, 1}.
+template <class T, int kN>
+__device__ __forceinline__ void Wgmma(float (&d)[kN / 2], uint64_t a,
+                                      uint64_t b, bool accumulate);
+
+#define TENON_WGMMA(T, N, TYPES, TRANSPOSED, REGISTERS, A, B, P, ...)        \
+  template <>                                                                \
+  __device__ __forceinline__ void Wgmma<T, N>(float(&d)[N / 2], uint64_t a,  \
+                                              uint64_t b, bool accumulate) { \
+    asm volatile(                                                            \
+        "{\n"                                                                \
+        ".reg .pred p;\n"                                                    \
+        "setp.ne.b32 p, " P                                                  \
+        ", 0;\n"                                                             \
+        "wgmma.mma_async.sync.aligned.m64n" #N TYPES " {" REGISTERS "}, " A  \
+        ", " B ", p, 1, 1" TRANSPOSED                                        \
+        ";\n"                                                                \
+        "}\n"                                                                \
+        : __VA_ARGS__                                                        \
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                \
+  }
+#define TENON_WGMMA_TYPES(N, REGISTERS, A, B, P, ...)                        \
+  TENON_WGMMA(__nv_bfloat16, N, "k16.f32.bf16.bf16", ", 0, 0", REGISTERS, A, \
+              B, P, __VA_ARGS__)                                             \
+  TENON_WGMMA(__half, N, "k16.f32.f16.f16", ", 0, 0", REGISTERS, A, B, P,    \
+              __VA_ARGS__)                                                   \
+  TENON_WGMMA(__nv_fp8_e4m3, N, "k32.f32.e4m3.e4m3", "", REGISTERS, A, B, P, \
+              __VA_ARGS__)
+#define TENON_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define TENON_D16(i) \
+  TENON_D4(i), TENON_D4(i + 4), TENON_D4(i + 8), TENON_D4(i + 12)
+
+// clang-format off
+TENON_WGMMA_TYPES(8,
+    "%0, %1, %2, %3",
+    "%4", "%5", "%6", TENON_D4(0))
+TENON_WGMMA_TYPES(32,
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15",
+    "%16", "%17", "%18", TENON_D16(0))
+TENON_WGMMA_TYPES(64,
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31",
+    "%32", "%33", "%34", TENON_D16(0), TENON_D16(16))
+TENON_WGMMA_TYPES(96,
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47",
+    "%48", "%49", "%50", TENON_D16(0), TENON_D16(16), TENON_D16(32))
+TENON_WGMMA_TYPES(128,
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63",
+    "%64", "%65", "%66", TENON_D16(0), TENON_D16(16), TENON_D16(32), TENON_D16(48))
+// clang-format on
+
+#undef TENON_D16
+#undef TENON_D4
+#undef TENON_WGMMA_TYPES
+#undef TENON_WGMMA
+
+// Stores 8x8 matrices of 16-bit elements with rows and columns exchanged: lane
+// l holds elements l % 4 * 2 + {0, 1} of row l / 4 of each matrix, and gives
+// the address for column l % 8 of matrix l / 8.
+__device__ __forceinline__ void StoreMatricesTransposed(
+    uint32_t to, const uint32_t (&v)[4]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, "
+      "%4};\n" ::"r"(to),
+      "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+      : "memory");
+}
+__device__ __forceinline__ void StoreMatricesTransposed(
+    uint32_t to, const uint32_t (&v)[2]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};\n" ::"r"(
+          to),
+      "r"(v[0]), "r"(v[1])
+      : "memory");
+}
+
+#endif  // TENON_SM90A
+
+}  // namespace tenon::cuda
+
+#endif  // TENON_OPS_CORE_HOPPER_CUDA_CUH_
