@@ -101,7 +101,7 @@ void RunLayer(bench::Bench& b, bench::Case what,
 }
 
 void RunShape(bench::Bench& b, const testing::ModelShape& shape,
-              const bench::MoeFormat& format,
+              const bench::MoeFormat& format, bool with_stages,
               const std::string& routing_filter) {
   // Enough layers that the experts of one token are cold in the next round; on
   // the CPU two, which differ in the experts that are hit.
@@ -124,7 +124,7 @@ void RunShape(bench::Bench& b, const testing::ModelShape& shape,
       bench::Case what;
       what.shape = shape.name;
       what.tokens = tokens;
-      RunStages(b, what, shape, routing);
+      if (with_stages) RunStages(b, what, shape, routing);
       RunLayer(b, what, shape, routing, format, layers);
     }
   }
@@ -148,9 +148,14 @@ int main(int argc, char** argv) {
                  scales.c_str());
     return 2;
   }
-  for (DType dtype : b.DTypes({DType::kBFloat16})) {
+  const std::vector<DType> dtypes =
+      b.cuda() ? b.DTypes({DType::kBFloat16, DType::kFloat8E4M3})
+               : b.DTypes({DType::kBFloat16});
+  for (DType dtype : dtypes) {
     for (const auto& shape : b.Shapes()) {
-      tenon::RunShape(b, shape, {dtype, scales == "channel"}, routing);
+      // Router and align know nothing of the weights.
+      tenon::RunShape(b, shape, {dtype, scales == "channel"},
+                      dtype == dtypes[0], routing);
     }
   }
   return b.Finish();
