@@ -16,64 +16,9 @@ namespace {
 constexpr int kHotCalls = 48;
 constexpr int kMinCalls = 8;  // of a graph
 
-[[noreturn]] void ExitUsage(const std::string& message) {
-  std::fprintf(stderr, "%s\n", message.c_str());
-  std::exit(2);
-}
-
 double Median(const StatusOr<std::vector<double>>& values) {
   CheckOk(values.status());
   return bench::Median(*values);
-}
-
-Device ParseDevice(const std::string& value) {
-  if (value == "cpu") return {DeviceType::kCpu, 0};
-  if (value == "cuda") return {DeviceType::kCuda, 0};
-  char* rest = nullptr;
-  const long index = std::strtol(value.c_str(), &rest, 10);
-  if (value.empty() || *rest != '\0' || index < 0 || index > 1023) {
-    ExitUsage("--device: not cpu, cuda or the number of a CUDA device: " +
-              value);
-  }
-  return {DeviceType::kCuda, static_cast<int32_t>(index)};
-}
-
-std::vector<std::string> Split(const std::string& text) {
-  std::vector<std::string> items;
-  size_t begin = 0;
-  while (begin <= text.size()) {
-    const size_t end = std::min(text.find(',', begin), text.size());
-    items.push_back(text.substr(begin, end - begin));
-    begin = end + 1;
-  }
-  return items;
-}
-
-DType ParseDType(const std::string& name, bool fp8) {
-  const std::pair<const char*, DType> short_names[] = {
-      {"fp32", DType::kFloat32},
-      {"fp16", DType::kFloat16},
-      {"bf16", DType::kBFloat16},
-      {"fp8", DType::kFloat8E4M3}};
-  for (const auto& [short_name, dtype] : short_names) {
-    if (dtype == DType::kFloat8E4M3 && !fp8) continue;
-    if (name == short_name || name == DTypeName(dtype)) return dtype;
-  }
-  ExitUsage(std::string("--dtype: not fp32, fp16") +
-            (fp8 ? ", bf16 or fp8: " : " or bf16: ") + name);
-}
-
-std::vector<int64_t> ParseList(const std::string& flag,
-                               const std::string& text) {
-  std::vector<int64_t> values;
-  for (const std::string& item : Split(text)) {
-    char* rest = nullptr;
-    values.push_back(std::strtoll(item.c_str(), &rest, 10));
-    if (item.empty() || *rest != '\0' || values.back() < 1) {
-      ExitUsage(flag + ": not a list of counts: " + text);
-    }
-  }
-  return values;
 }
 
 // The shortest of call(0) to call(count - 1), in seconds. Other programs on the
@@ -115,7 +60,10 @@ Bench::Bench(int argc, char** argv, const std::string& name,
   if (NumCudaDevices() > 0) info_.device.type = DeviceType::kCuda;
   ParseFlags(argc, argv);
   const StatusOr<DeviceInfo> info = GetDeviceInfo(device());
-  if (!info.ok()) ExitUsage(info.status().message());
+  if (!info.ok()) {
+    std::fprintf(stderr, "%s\n", info.status().message());
+    std::exit(2);
+  }
   info_ = *info;
   StatusOr<OwnedStream> stream = OwnedStream::Create(device(), num_threads_);
   CheckOk(stream.status());
@@ -129,51 +77,6 @@ Bench::Bench(int argc, char** argv, const std::string& name,
 }
 
 Bench::~Bench() = default;
-
-void Bench::ParseFlags(int argc, char** argv) {
-  for (int i = 1; i < argc; ++i) {
-    const std::string flag = argv[i];
-    if (flag == "--json" || flag == "--hot") {
-      (flag == "--json" ? json_ : hot_) = true;
-      continue;
-    }
-    if (i + 1 == argc) ExitUsage(flag + ": unknown flag or value missing");
-    ParseFlag(flag, argv[++i]);
-  }
-}
-
-void Bench::ParseFlag(const std::string& flag, const std::string& value) {
-  for (const auto& [name, destination] : options_.flags) {
-    if (flag != name) continue;
-    *destination = value;
-    return;
-  }
-  if (flag == "--device") {
-    info_.device = ParseDevice(value);
-  } else if (flag == "--op") {
-    op_ = value;
-  } else if (flag == "--shape") {
-    shape_ = value;
-  } else if (flag == "--dtype") {
-    dtypes_.clear();
-    for (const std::string& item : Split(value)) {
-      dtypes_.push_back(ParseDType(item, options_.fp8));
-    }
-  } else if (flag == "--tokens") {
-    tokens_ = ParseList(flag, value);
-  } else if (flag == "--threads") {
-    num_threads_ = static_cast<int>(ParseList(flag, value)[0]);
-  } else if (flag == "--replays") {
-    replays_ = static_cast<int>(ParseList(flag, value)[0]);
-  } else {
-    std::string own;
-    for (const auto& [name, destination] : options_.flags) own += name + ", ";
-    ExitUsage(
-        flag + " " + value + ": unknown; flags are " + own +
-        "--device cpu|cuda|N, --op TEXT, --shape TEXT, --dtype NAME[,NAME]"
-        ", --tokens N[,N], --threads N, --replays N, --hot, --json");
-  }
-}
 
 std::vector<testing::ModelShape> Bench::Shapes() const {
   std::vector<testing::ModelShape> shapes;
