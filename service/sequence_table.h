@@ -18,32 +18,31 @@ using Time = Clock::time_point;
 
 // A sequence as the service knows it.
 struct Sequence {
+  // What every step of it looks at comes first, close together.
   uint64_t handle = 0;
   uint64_t session_id = 0;  // 0: of a Generate call
   SequenceId engine_id;
+  uint64_t check = 0;  // the last Step call that was looked at with it
+  Time lease_end;
+  std::chrono::milliseconds lease{0};
+  int32_t length = 0;      // tokens in the cache
+  int32_t next_input = 0;  // the token drawn last
+  int32_t num_generated = 0;
+  int32_t max_tokens = 0;
+  v1::RowStatus status = v1::ROW_STATUS_OK;  // otherwise it is finished
+  bool in_call = false;  // a call under way owns it: the lease does not run
+  bool ignore_eos = false;
+  std::vector<int32_t> stop_tokens;
+  SamplingParams sampling;
 
   std::vector<int32_t> prompt;
   int32_t prefilled = 0;   // tokens of the prompt that are in the cache
-  int32_t length = 0;      // tokens in the cache
-  int32_t max_length = 0;  // ... at most, until it is finished
-  int32_t next_input = 0;  // the token drawn last
-
-  SamplingParams sampling;
-  std::vector<int32_t> stop_tokens;
-  bool ignore_eos = false;
-  int32_t max_tokens = 0;
-  int32_t num_generated = 0;
-  v1::RowStatus status = v1::ROW_STATUS_OK;  // otherwise it is finished
+  int32_t max_length = 0;  // tokens in the cache when it is finished
 
   // Pages of `max_length` tokens: those that no other sequence shares, and
   // those it does since a fork.
   PageClaim own_pages;
   std::vector<std::shared_ptr<PageClaim>> shared_pages;
-
-  std::chrono::milliseconds lease{0};
-  Time lease_end;
-  bool in_call = false;  // a call under way owns it: the lease does not run
-  uint64_t check = 0;    // the last Step call that was looked at with it
 
   bool finished() const { return status != v1::ROW_STATUS_OK; }
 };

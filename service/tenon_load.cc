@@ -3,7 +3,8 @@
 //   tenon_load --target unix:/tmp/tenon-0.sock overhead
 //     One client on one stream. A step's time at the client less the engine's
 //     own time, beside a server that answers messages of the same sizes and
-//     does nothing, in turn: what remains is what the service adds to gRPC.
+//     does nothing ("null echo"), or spins for as long as the engine worked
+//     ("late null echo"), in turn: what remains is what the service adds.
 //
 //   tenon_load --target ... open --rate 500 --sessions 16 --rows 4
 //     Steps sent at a fixed rate, whatever has been answered. Latencies count
@@ -86,13 +87,24 @@ Json Summary(std::vector<double> us) {
   return json;
 }
 
-// A reply as large as a real one, at once.
+void SpinFor(Clock::duration duration) {
+  const Time end = Clock::now() + duration;
+  while (Clock::now() < end) {
+  }
+}
+
+// A reply as large as a real one, at once; or after the nanoseconds that the
+// request's overrides.seed asks for, in which the client sleeps as long, and
+// gets up as slowly, as it does while an engine works.
 class NullStream final
     : public grpc::ServerBidiReactor<v1::StepRequest, v1::StepResponse> {
  public:
   NullStream() { StartRead(&request_); }
   void OnReadDone(bool ok) override {
     if (!ok) return Finish(grpc::Status::OK);
+    const Time begin = Clock::now();
+    SpinFor(std::chrono::nanoseconds(request_.overrides().seed()));
+    const Clock::duration spun = Clock::now() - begin;
     response_.Clear();
     response_.set_step_id(request_.step_id());
     response_.set_server_epoch(~uint64_t{0});
@@ -102,7 +114,8 @@ class NullStream final
     }
     v1::Timing* timing = response_.mutable_timing();
     timing->set_queue_ns(10000);
-    timing->set_step_ns(1000000);
+    timing->set_step_ns(
+        static_cast<uint64_t>(std::chrono::nanoseconds(spun).count()));
     timing->set_total_ns(1000000);
     response_.mutable_load()->set_free_pages(10000);
     StartWrite(&response_);
@@ -240,15 +253,20 @@ Json OverheadOf(int rows, const Flags& flags, v1::Decode::Stub* stub,
   session.Renew(stub, rows, flags.steps, flags.prompt);
   TimedStream real(stub);
   TimedStream null(null_stub);
-  std::vector<double> total, overhead, echo, inside;
+  std::vector<double> total, overhead, echo, late_echo, inside;
   v1::StepResponse response;
+  v1::StepRequest late_request = session.request;
   const int warm_up = std::max(flags.steps / 10, 1);
   for (int i = 0; i < flags.steps; ++i) {
     session.request.set_step_id(static_cast<uint64_t>(i) + 1);
     const double null_us = null.Step(session.request, &response);
     const double us = real.Step(session.request, &response);
+    const v1::Timing timing = response.timing();
+    late_request.mutable_overrides()->set_seed(timing.step_ns());
+    const double late_us = null.Step(late_request, &response);
     if (i < warm_up) continue;
-    const v1::Timing& timing = response.timing();
+    late_echo.push_back(
+        late_us - 1e-3 * static_cast<double>(response.timing().step_ns()));
     echo.push_back(null_us);
     total.push_back(us);
     overhead.push_back(us - 1e-3 * static_cast<double>(timing.step_ns()));
@@ -263,11 +281,16 @@ Json OverheadOf(int rows, const Flags& flags, v1::Decode::Stub* stub,
   json["step"] = Summary(total);
   json["step_less_engine"] = Summary(overhead);
   json["null_echo"] = Summary(echo);
+  json["late_null_echo"] = Summary(late_echo);
   json["inside_server_less_engine"] = Summary(inside);
-  json["above_null_p50_us"] = json["step_less_engine"]["p50_us"].get<double>() -
-                              json["null_echo"]["p50_us"].get<double>();
-  json["above_null_p99_us"] = json["step_less_engine"]["p99_us"].get<double>() -
-                              json["null_echo"]["p99_us"].get<double>();
+  const auto above = [&json](const char* null_name, const char* quantile) {
+    return json["step_less_engine"][quantile].get<double>() -
+           json[null_name][quantile].get<double>();
+  };
+  json["above_null_p50_us"] = above("null_echo", "p50_us");
+  json["above_null_p99_us"] = above("null_echo", "p99_us");
+  json["above_late_null_p50_us"] = above("late_null_echo", "p50_us");
+  json["above_late_null_p99_us"] = above("late_null_echo", "p99_us");
   return json;
 }
 

@@ -32,23 +32,23 @@ def fuzz_test(name, srcs, deps, runs, min_mutated = 0, seeds = [], regressions =
         testonly = True,
         srcs = srcs,
         alwayslink = True,
-        deps = deps + [":check"],
+        deps = deps + ["//tests/fuzz:check"],
     )
     native.cc_test(
         name = name,
         size = "large",
-        srcs = ["fuzzer_init.cc"],
+        srcs = ["//tests/fuzz:fuzzer_init.cc"],
         args = args + ["--min_mutated=%d" % min_mutated],
         data = data,
         linkopts = ["-fsanitize=fuzzer"],
         tags = ["manual"],
-        deps = [":%s_lib" % name, ":check"],
+        deps = [":%s_lib" % name, "//tests/fuzz:check"],
     )
     native.cc_test(
         name = name + "_replay",
         size = "small",
-        srcs = ["replay_main.cc"],
+        srcs = ["//tests/fuzz:replay_main.cc"],
         args = ["--random=%d" % random] + ["$(rootpath %s)" % f for f in inputs],
         data = inputs,
-        deps = [":%s_lib" % name, ":check"],
+        deps = [":%s_lib" % name, "//tests/fuzz:check"],
     )

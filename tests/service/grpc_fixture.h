@@ -35,11 +35,12 @@ inline std::string SocketPath() {
 class TestServer {
  public:
   explicit TestServer(const Limits& limits = TestLimits(),
-                      ServerOptions options = {}, int64_t num_pages = 128)
+                      ServerOptions options = {}, int64_t num_pages = 128,
+                      const std::shared_ptr<const Model>& model = TestModel())
       : num_pages_(num_pages) {
     SessionOptions engine = TestEngineOptions(limits);
     engine.num_pages = num_pages;
-    loop_ = std::make_unique<StepLoop>(TestEngine(engine),
+    loop_ = std::make_unique<StepLoop>(TestEngine(engine, model),
                                        StepLoopOptions{limits, true});
     options.limits = limits;
     if (options.listen.empty()) {

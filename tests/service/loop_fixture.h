@@ -111,8 +111,10 @@ inline Limits TestLimits() {
   return limits;
 }
 
-inline std::unique_ptr<Session> TestEngine(const SessionOptions& options) {
-  auto session = Session::Create(TestModel(), options);
+inline std::unique_ptr<Session> TestEngine(
+    const SessionOptions& options,
+    const std::shared_ptr<const Model>& model = TestModel()) {
+  auto session = Session::Create(model, options);
   EXPECT_TRUE(session.ok()) << session.status().message();
   return *std::move(session);
 }

@@ -1,0 +1,116 @@
+// Streams text from a decode service with a byte-level model, such as the
+// shipped one:
+//
+//   ./bazelw run //service:tenon_server &
+//   ./bazelw run //examples/grpc_client -- "It was a truth"
+//
+// The text goes to stdout, a line about progress to stderr.
+
+#include <grpcpp/grpcpp.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+
+#include "service/proto/decode.grpc.pb.h"
+
+namespace {
+
+namespace v1 = tenon::v1;
+
+struct Flags {
+  std::string target = "unix:/tmp/tenon-" + std::to_string(getuid()) + ".sock";
+  std::string prompt = "It was a truth";
+  std::string token;  // bearer
+  uint32_t max_tokens = 300;
+  float temperature = 0.8f;
+  uint64_t seed = 0;
+};
+
+constexpr char kUsage[] =
+    "grpc_client [--target ADDRESS] [--max-tokens N] [--temperature X]\n"
+    "            [--seed N] [--token BEARER] [PROMPT]\n";
+
+bool ParseFlags(int argc, char** argv, Flags* flags) {
+  for (int i = 1; i < argc; ++i) {
+    const std::string flag = argv[i];
+    if (flag.rfind("--", 0) != 0) {
+      flags->prompt = flag;
+      continue;
+    }
+    if (i + 1 >= argc) return false;
+    const char* value = argv[++i];
+    if (flag == "--target") {
+      flags->target = value;
+    } else if (flag == "--token") {
+      flags->token = value;
+    } else if (flag == "--max-tokens") {
+      flags->max_tokens =
+          static_cast<uint32_t>(std::strtoul(value, nullptr, 10));
+    } else if (flag == "--temperature") {
+      flags->temperature = std::strtof(value, nullptr);
+    } else if (flag == "--seed") {
+      flags->seed = std::strtoull(value, nullptr, 10);
+    } else {
+      return false;
+    }
+  }
+  return !flags->prompt.empty();
+}
+
+int Generate(const Flags& flags) {
+  const auto stub = v1::Decode::NewStub(
+      grpc::CreateChannel(flags.target, grpc::InsecureChannelCredentials()));
+  grpc::ClientContext context;
+  context.set_wait_for_ready(true);
+  context.set_deadline(std::chrono::system_clock::now() +
+                       std::chrono::minutes(5));
+  if (!flags.token.empty()) {
+    context.AddMetadata("authorization", "Bearer " + flags.token);
+  }
+  v1::GenerateRequest request;
+  v1::NewSequence* sequence = request.mutable_sequence();
+  for (unsigned char byte : flags.prompt) sequence->add_prompt(byte);
+  sequence->set_max_tokens(flags.max_tokens);
+  sequence->mutable_sampling()->set_temperature(flags.temperature);
+  sequence->mutable_sampling()->set_top_p(0.95f);
+  sequence->mutable_sampling()->set_seed(flags.seed);
+
+  const auto begin = std::chrono::steady_clock::now();
+  const auto reader = stub->Generate(&context, request);
+  std::printf("%s", flags.prompt.c_str());
+  v1::GenerateResponse response;
+  int tokens = 0;
+  while (reader->Read(&response)) {
+    for (uint32_t token : response.token()) {
+      std::putchar(static_cast<int>(token));
+    }
+    std::fflush(stdout);
+    tokens += response.token_size();
+  }
+  const grpc::Status status = reader->Finish();
+  const double seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - begin)
+          .count();
+  std::printf("\n");
+  if (!status.ok()) {
+    std::fprintf(stderr, "grpc_client: %s\n", status.error_message().c_str());
+    return 1;
+  }
+  std::fprintf(stderr, "%d tokens in %.2f s, %.0f tokens/s\n", tokens, seconds,
+               tokens / seconds);
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Flags flags;
+  if (!ParseFlags(argc, argv, &flags)) {
+    std::fprintf(stderr, "%s", kUsage);
+    return 2;
+  }
+  return Generate(flags);
+}
