@@ -19,19 +19,12 @@ bool HasTile(const MoeWgmmaTile& tile) {
   return false;
 }
 
-bool HasMmaTile(int32_t rows) {
-  for (int32_t known : kMoeMmaTileRows) {
-    if (rows == known) return true;
-  }
-  return false;
-}
-
 std::string Describe(const MoeWgmmaTile& tile) {
   return StrCat("token_tile ", tile.token_tile, ", row_warpgroups ",
                 tile.row_warpgroups, ", blocks_per_sm ", tile.blocks_per_sm);
 }
 
-Status CheckRows(const char* what, const char* dtype,
+Status CheckRows(const char* what, const char* dtype, DType weights,
                  const MoeKernelRows& rows) {
   if (rows.count < 0 || (rows.count > 0 && rows.rows == nullptr)) {
     return InvalidArgumentError(what, ": ", dtype, " has ", rows.count,
@@ -66,7 +59,7 @@ Status CheckRows(const char* what, const char* dtype,
     if (!HasTile(config.down)) {
       return fail("down has no kernel of " + Describe(config.down));
     }
-    if (!HasMmaTile(config.mma_tile_rows)) {
+    if (!HasMoeMmaTile(weights, config.mma_tile_rows)) {
       return fail(StrCat("no kernel has mma_tile_rows ", config.mma_tile_rows));
     }
   }
@@ -76,9 +69,11 @@ Status CheckRows(const char* what, const char* dtype,
 }  // namespace
 
 Status CheckMoeKernelTable(const char* what, const MoeKernelTable& table) {
-  TENON_RETURN_IF_ERROR(CheckRows(what, "float32", table.float32));
-  TENON_RETURN_IF_ERROR(CheckRows(what, "float16", table.float16));
-  return CheckRows(what, "float8", table.float8);
+  TENON_RETURN_IF_ERROR(
+      CheckRows(what, "float32", DType::kFloat32, table.float32));
+  TENON_RETURN_IF_ERROR(
+      CheckRows(what, "float16", DType::kFloat16, table.float16));
+  return CheckRows(what, "float8", DType::kFloat8E4M3, table.float8);
 }
 
 }  // namespace tenon

@@ -42,19 +42,19 @@ struct MoeKernelQuery {
   double slots_per_expert = 0.0;  // tokens * top_k / num_experts
 };
 
-// The first row that the call is within; null: none.
-constexpr const MoeKernelRow* FindMoeKernelRow(const MoeKernelTable& table,
-                                               const MoeKernelQuery& query) {
+// Of table.For(query.weights), the first row that the call is within; -1: none.
+constexpr int32_t FindMoeKernelRow(const MoeKernelTable& table,
+                                   const MoeKernelQuery& query) {
   const MoeKernelRows& rows = table.For(query.weights);
   for (int32_t i = 0; i < rows.count; ++i) {
     const MoeKernelRow& row = rows.rows[i];
     if (query.hidden <= row.max_hidden &&
         query.intermediate <= row.max_intermediate &&
         query.slots_per_expert <= row.max_slots_per_expert) {
-      return &row;
+      return i;
     }
   }
-  return nullptr;
+  return -1;
 }
 
 // Looks in `tuned` (may be null), in the GPU's own table, and in that for other
@@ -62,14 +62,13 @@ constexpr const MoeKernelRow* FindMoeKernelRow(const MoeKernelTable& table,
 constexpr MoeKernelConfig ChooseMoeKernel(MoeGpu gpu,
                                           const MoeKernelTable* tuned,
                                           const MoeKernelQuery& query) {
-  const MoeKernelTable* tables[] = {tuned, &BuiltInMoeKernels(gpu),
-                                    &kMoeKernelsOther};
-  for (const MoeKernelTable* table : tables) {
-    if (table == nullptr) continue;
-    const MoeKernelRow* row = FindMoeKernelRow(*table, query);
-    if (row != nullptr) return row->config;
-  }
-  return MoeKernelConfig();
+  const MoeKernelTable& built_in = BuiltInMoeKernels(gpu);
+  int32_t row = tuned != nullptr ? FindMoeKernelRow(*tuned, query) : -1;
+  if (row >= 0) return tuned->For(query.weights).rows[row].config;
+  row = FindMoeKernelRow(built_in, query);
+  if (row >= 0) return built_in.For(query.weights).rows[row].config;
+  row = FindMoeKernelRow(kMoeKernelsOther, query);
+  return kMoeKernelsOther.For(query.weights).rows[row].config;
 }
 
 // Requires what MoeKernelTable says of the rows, and sizes that kernels

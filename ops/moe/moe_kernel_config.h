@@ -46,6 +46,13 @@ inline constexpr MoeWgmmaTile kMoeWgmmaTiles[] = {
     {8, 1, 1}, {32, 2, 1}, {128, 2, 1}};
 inline constexpr int32_t kMoeMmaTileRows[] = {16, 64, 128};
 
+// The tallest ones exist for 16-bit weights alone.
+constexpr bool HasMoeMmaTile(DType weights, int32_t rows) {
+  const bool is_16_bit =
+      weights == DType::kFloat16 || weights == DType::kBFloat16;
+  return rows == 16 || rows == 64 || (rows == 128 && is_16_bit);
+}
+
 // Bytes of shared memory that a block of any wgmma kernel of this size needs at
 // least: three stages of 128 bytes of depth, and room for results.
 constexpr int64_t MoeWgmmaMinSharedBytes(const MoeWgmmaTile& tile) {

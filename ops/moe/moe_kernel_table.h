@@ -42,15 +42,13 @@ inline constexpr MoeKernelRow kMoeKernelsOtherFloat8[] = {
      {{32, 2, 1}, {32, 2, 1}, 16}},
     {MoeKernelRow::kAnySize, MoeKernelRow::kAnySize, 24,
      {{32, 2, 1}, {32, 2, 1}, 64}},
-    {MoeKernelRow::kAnySize, MoeKernelRow::kAnySize, 192,
-     {{128, 2, 1}, {128, 2, 1}, 64}},
     {MoeKernelRow::kAnySize, MoeKernelRow::kAnySize, MoeKernelRow::kAnyLoad,
-     {{128, 2, 1}, {128, 2, 1}, 128}},
+     {{128, 2, 1}, {128, 2, 1}, 64}},
 };
 inline constexpr MoeKernelTable kMoeKernelsOther = {
     {kMoeKernelsOtherFloat32, 2},
     {kMoeKernelsOtherFloat16, 5},
-    {kMoeKernelsOtherFloat8, 5}};
+    {kMoeKernelsOtherFloat8, 4}};
 
 inline constexpr char kMoeKernelsH100Device[] =
     "NVIDIA H100 80GB HBM3";

@@ -12,7 +12,7 @@ namespace {
 class MoeKernelsTest : public Fixture {
  protected:
   // Every size for each projection on its own. The CPU reads none.
-  std::vector<MoeKernelConfig> AllConfigs() const {
+  std::vector<MoeKernelConfig> AllConfigs(DType weights) const {
     if (!on_cuda()) return {MoeKernelConfig()};
     std::vector<MoeKernelConfig> configs;
     for (const MoeWgmmaTile& tile : kMoeWgmmaTiles) {
@@ -24,6 +24,7 @@ class MoeKernelsTest : public Fixture {
       configs.push_back(config);
     }
     for (int32_t rows : kMoeMmaTileRows) {
+      if (!HasMoeMmaTile(weights, rows)) continue;
       MoeKernelConfig config;
       config.mma_tile_rows = rows;
       configs.push_back(config);
@@ -31,18 +32,28 @@ class MoeKernelsTest : public Fixture {
     return configs;
   }
 
+  static MoeKernelTable TableFor(DType weights, const MoeKernelRow& row) {
+    MoeKernelTable table;
+    const MoeKernelRows rows = {&row, 1};
+    (weights == DType::kFloat32      ? table.float32
+     : weights == DType::kFloat8E4M3 ? table.float8
+                                     : table.float16) = rows;
+    return table;
+  }
+
   void ExpectSameBits(const Problem& problem) {
     SCOPED_TRACE(problem.Text());
     Call call(device(), dtype(), problem);
     Run(call);
     const std::vector<uint8_t> expected = call.out().Bytes();
-    for (const MoeKernelConfig& config : AllConfigs()) {
+    const DType weights = call.params().gate.dtype;
+    for (const MoeKernelConfig& config : AllConfigs(weights)) {
       SCOPED_TRACE(StrCat("token tiles ", config.gate_up.token_tile, ", ",
                           config.down.token_tile, ", rows ",
                           config.mma_tile_rows));
       MoeKernelRow row;
       row.config = config;
-      const MoeKernelTable table = {{&row, 1}, {&row, 1}, {&row, 1}};
+      const MoeKernelTable table = TableFor(weights, row);
       Call again(device(), dtype(), problem);
       again.params().kernels = &table;
       Run(again);

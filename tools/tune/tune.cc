@@ -33,25 +33,20 @@ struct Flags {
   std::exit(code);
 }
 
-// A table with one row, for calls of any size.
-class OneRow {
- public:
-  explicit OneRow(const MoeKernelConfig& config) {
-    row_.config = config;
-    table_ = {{&row_, 1}, {&row_, 1}, {&row_, 1}};
-  }
-  OneRow(const OneRow&) = delete;
-  OneRow& operator=(const OneRow&) = delete;
-  const MoeKernelTable* table() const { return &table_; }
-
- private:
-  MoeKernelRow row_;
-  MoeKernelTable table_;
-};
-
 std::string Describe(const MoeWgmmaTile& tile) {
   return StrCat(tile.token_tile, "x", tile.row_warpgroups, "x",
                 tile.blocks_per_sm);
+}
+
+std::vector<MoeKernelRow>& RowsOf(MoeKernelFile* file, DType weights) {
+  switch (weights) {
+    case DType::kFloat32:
+      return file->float32;
+    case DType::kFloat8E4M3:
+      return file->float8;
+    default:
+      return file->float16;
+  }
 }
 
 // Finds the best sizes for one shape, dtype and number of tokens.
@@ -99,6 +94,7 @@ class Search {
       }
     } else {
       for (int32_t rows : kMoeMmaTileRows) {
+        if (!HasMoeMmaTile(format_.dtype, rows)) continue;
         MoeKernelConfig config = base_;
         config.mma_tile_rows = rows;
         consider(config);
@@ -123,8 +119,12 @@ class Search {
   }
 
   double Time(const char* name, const MoeKernelConfig& config) {
-    const OneRow row(config);
-    for (auto& set : calls_.sets) set.moe.kernels = row.table();
+    MoeKernelRow row;  // for calls of any size
+    row.config = config;
+    MoeKernelFile file;
+    RowsOf(&file, format_.dtype) = {row};
+    const MoeKernelTable table = file.table();
+    for (auto& set : calls_.sets) set.moe.kernels = &table;
     what_.op = name;
     what_.note = UsesWgmma() ? StrCat("gate_up ", Describe(config.gate_up),
                                       ", down ", Describe(config.down))
@@ -160,17 +160,6 @@ class Search {
   MoeMeasurement result_;
   std::vector<char> bits_;  // of the first set's result
 };
-
-std::vector<MoeKernelRow>& RowsOf(MoeKernelFile* file, DType weights) {
-  switch (weights) {
-    case DType::kFloat32:
-      return file->float32;
-    case DType::kFloat8E4M3:
-      return file->float8;
-    default:
-      return file->float16;
-  }
-}
 
 std::string Today() {
   const std::time_t now = std::time(nullptr);
