@@ -205,9 +205,19 @@ TENON_WGMMA_TYPES(128,
 #undef TENON_WGMMA_TYPES
 #undef TENON_WGMMA
 
-// Stores 8x8 matrices of 16-bit elements with rows and columns exchanged: lane
-// l holds elements l % 4 * 2 + {0, 1} of row l / 4 of each matrix, and gives
-// the address for column l % 8 of matrix l / 8.
+// Stores four 8x8 matrices of 16-bit elements: lane l holds elements l % 4 * 2
+// + {0, 1} of row l / 4 of each, and gives the address of row l % 8 of matrix
+// l / 8.
+__device__ __forceinline__ void StoreMatrices(uint32_t to,
+                                              const uint32_t (&v)[4]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::
+          "r"(to),
+      "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+      : "memory");
+}
+// The same, of 4 or 2, with rows and columns exchanged: lane
+// l gives the address for column l % 8 of matrix l / 8.
 __device__ __forceinline__ void StoreMatricesTransposed(
     uint32_t to, const uint32_t (&v)[4]) {
   asm volatile(

@@ -282,7 +282,6 @@ Status Compute(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
 Status MoeCuda(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
   const cuda::DeviceGuard guard(p.x.device);
   TENON_RETURN_IF_ERROR(guard.status());
-  if (p.router != nullptr) TENON_RETURN_IF_ERROR(MoeRouter(*p.router, stream));
   return cuda::WithFloatType(p.x.dtype, [&](auto zero) {
     return Compute<decltype(zero)>(p, scratch, stream);
   });

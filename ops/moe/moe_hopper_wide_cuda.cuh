@@ -1,0 +1,362 @@
+#ifndef TENON_OPS_MOE_MOE_HOPPER_WIDE_CUDA_CUH_
+#define TENON_OPS_MOE_MOE_HOPPER_WIDE_CUDA_CUH_
+
+#include <cstdint>
+
+#include "ops/moe/moe_hopper_loader_cuda.cuh"
+#include "ops/quantize/quantize_cuda.cuh"
+
+// The warpgroups that multiply, for many tokens. Each of the two has 64 tokens,
+// as the 64-row operand of wgmma, times 128 rows of gate and of up (or twice
+// 128 rows of down). A lane has two tokens, so scales are few, and a warp has
+// whole rows of results, so it waits for no other to write them.
+
+namespace tenon::moe_hopper {
+
+#if TENON_SM90A
+
+template <class S>
+class WideMultiplier : private Ring<S> {
+ public:
+  __device__ __forceinline__ WideMultiplier(const Params& p, uint32_t shared)
+      : Ring<S>(shared),
+        p_(p),
+        lane_(threadIdx.x % 32),
+        group_(static_cast<int>(threadIdx.x) / 128 - 1),
+        warp_(static_cast<int>(threadIdx.x) / 32 % 4) {}
+
+  __device__ __forceinline__ void Multiply() {
+    TileFinder finder(p_, S::kTokens, S::kTileRows);
+    Stage<kStages> stage;
+    Tile tile;
+    for (int i = blockIdx.x; finder.Find(i, &tile); i += gridDim.x) {
+      if (group_ * 64 < tile.count) {
+        MultiplyTile(tile, &stage);
+      } else {
+        SkipTile(&stage);
+      }
+    }
+  }
+
+ private:
+  using T = typename S::T;
+  using Ring<S>::Full;
+  using Ring<S>::Empty;
+  using Ring<S>::Weights;
+  using Ring<S>::Tokens;
+  using Ring<S>::Scales;
+  using Ring<S>::Out;
+  static constexpr int kStages = S::kStages;
+  static constexpr int kCols = 128;  // rows of weights in one product
+  static constexpr int kOutStride = 144;
+
+  // acc[q][4 * j + {0, 1, 2, 3}]: token TokenOf(0) and (the last two)
+  // TokenOf(1), columns 8 * j + lane % 4 * 2 + {0, 1}.
+  using Accumulators = float[2][kCols / 2];
+
+  // Of the tile.
+  __device__ __forceinline__ int TokenOf(int half) const {
+    return FirstToken() + half * 8 + lane_ / 4;
+  }
+  // The first of the warp's 16.
+  __device__ __forceinline__ int FirstToken() const {
+    return group_ * 64 + warp_ * 16;
+  }
+
+  __device__ __forceinline__ void MultiplyTile(const Tile& tile,
+                                               Stage<kStages>* stage) {
+    // Lane t of the first 16 has the warp's token t; on its way during the
+    // products.
+    int slot = -1;
+    float weight = 0.0f;
+    if (!S::kGateUp && lane_ < 16 && FirstToken() + lane_ < tile.count) {
+      slot = p_.sorted_slots[tile.begin + FirstToken() + lane_];
+      const int token = slot / p_.top_k;
+      weight = p_.topk_weights[token * p_.topk_weights_stride +
+                               (slot - token * p_.top_k)];
+    }
+    Accumulators acc;
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+#pragma unroll
+      for (int i = 0; i < kCols / 2; ++i) acc[q][i] = 0.0f;
+    }
+    if constexpr (S::kFp8) {
+      AddScaledProducts(tile, stage, acc);
+    } else {
+      AddProducts(stage, acc);
+    }
+    if constexpr (S::kGateUp) {
+      FinishGateUp(tile, acc);
+    } else {
+      FinishDown(tile, slot, weight, acc);
+    }
+  }
+
+  // The warp is done with a stage.
+  __device__ __forceinline__ void Release(int stage) const {
+    __syncwarp();
+    if (lane_ == 0) cuda::Arrive(Empty(stage));
+  }
+
+  __device__ __forceinline__ void SkipTile(Stage<kStages>* stage) const {
+    for (int step = 0; step < p_.depth_steps; ++step) {
+      cuda::Wait(Full(stage->index), stage->parity);
+      Release(stage->index);
+      stage->Next();
+    }
+  }
+
+  // The operands of a stage: this group's tokens; weights, the second block
+  // kCols rows further on.
+  struct Operands {
+    uint64_t a, b;
+  };
+  __device__ __forceinline__ Operands
+  WaitFor(const Stage<kStages>& stage) const {
+    cuda::Wait(Full(stage.index), stage.parity);
+    if (S::kGateUp) cuda::FenceAsyncProxy();  // tokens came by cp.async
+    return {cuda::MatrixDescriptor(Tokens(stage.index) + group_ * 64 * 128),
+            cuda::MatrixDescriptor(Weights(stage.index))};
+  }
+  static constexpr uint64_t kNextBlock = kCols * 128 >> 4;
+
+  __device__ __forceinline__ void AddProducts(Stage<kStages>* stage,
+                                              Accumulators& acc) const {
+    int previous = 0;
+#pragma unroll 1
+    for (int step = 0; step < p_.depth_steps; ++step) {
+      const Operands operands = WaitFor(*stage);
+      cuda::FenceWgmma();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+#pragma unroll
+        for (int q = 0; q < 2; ++q) {
+          cuda::Wgmma<T, kCols>(acc[q], operands.a + 2 * k,
+                                operands.b + q * kNextBlock + 2 * k, true);
+        }
+      }
+      cuda::CommitWgmma();
+      cuda::WaitForWgmma<1>();
+      if (step > 0) Release(previous);
+      previous = stage->index;
+      stage->Next();
+    }
+    cuda::WaitForWgmma<0>();
+    Release(previous);
+  }
+
+  // fp8: each step is a block of the scales.
+  __device__ __forceinline__ void AddScaledProducts(const Tile& tile,
+                                                    Stage<kStages>* stage,
+                                                    Accumulators& acc) const {
+    const float* scales[2];
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+      const ExpertScales& s = p_.weight_scales[q];
+      scales[q] = s.block_rows == 1
+                      ? nullptr  // applied at the end
+                      : s.data + tile.expert * s.expert_stride +
+                            FirstRow(tile, q) / s.block_rows * s.row_stride;
+    }
+#pragma unroll 1
+    for (int step = 0; step < p_.depth_steps; ++step) {
+      const float scale[2] = {scales[0] != nullptr ? scales[0][step] : 1.0f,
+                              scales[1] != nullptr ? scales[1][step] : 1.0f};
+      const Operands operands = WaitFor(*stage);
+      const uint32_t token_scales = Scales(stage->index);
+      const float token_scale[2] = {
+          cuda::LoadShared<float>(token_scales + TokenOf(0) * 4),
+          cuda::LoadShared<float>(token_scales + TokenOf(1) * 4)};
+#pragma unroll
+      for (int q = 0; q < 2; ++q) {
+        float products[kCols / 2];
+        cuda::FenceWgmma();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          cuda::Wgmma<T, kCols>(products, operands.a + 2 * k,
+                                operands.b + q * kNextBlock + 2 * k, k > 0);
+        }
+        cuda::CommitWgmma();
+        cuda::WaitForWgmma<0>();
+        if (q == 1) Release(stage->index);
+        const float s0 = token_scale[0] * scale[q];
+        const float s1 = token_scale[1] * scale[q];
+#pragma unroll
+        for (int i = 0; i < kCols / 2; i += 4) {
+          acc[q][i] = fmaf(products[i], s0, acc[q][i]);
+          acc[q][i + 1] = fmaf(products[i + 1], s0, acc[q][i + 1]);
+          acc[q][i + 2] = fmaf(products[i + 2], s1, acc[q][i + 2]);
+          acc[q][i + 3] = fmaf(products[i + 3], s1, acc[q][i + 3]);
+        }
+      }
+      stage->Next();
+    }
+    ScaleRows(tile, acc);
+  }
+
+  // First row of weights of product q.
+  static __device__ __forceinline__ int FirstRow(const Tile& tile, int q) {
+    return tile.row + (S::kGateUp ? 0 : q * kCols);
+  }
+
+  // Weights with a scale for each row.
+  __device__ __forceinline__ void ScaleRows(const Tile& tile,
+                                            Accumulators& acc) const {
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+      const ExpertScales& s = p_.weight_scales[q];
+      if (s.block_rows != 1) continue;
+      const float* const scales = s.data + tile.expert * s.expert_stride;
+#pragma unroll
+      for (int i = 0; i < kCols / 2; ++i) {
+        const int row = FirstRow(tile, q) + i / 4 * 8 + lane_ % 4 * 2 + i % 2;
+        acc[q][i] *= row < p_.rows ? scales[row * s.row_stride] : 0.0f;
+      }
+    }
+  }
+
+  // -------------------------------------------------------------------------
+  // Results
+  // -------------------------------------------------------------------------
+
+  // Room for 128 bytes of each of the warp's tokens.
+  __device__ __forceinline__ uint32_t WarpOut() const {
+    return Out(group_) + warp_ * (16 * kOutStride);
+  }
+
+  // Writes those, of which `bytes` exist (a multiple of 16), to row_of(token of
+  // the warp), which is null where there is no such token. All lanes take part.
+  template <class RowOf>
+  __device__ __forceinline__ void WriteOut(int bytes,
+                                           const RowOf& row_of) const {
+    __syncwarp();
+    const int at = lane_ % 8 * 16;
+#pragma unroll
+    for (int t = 0; t < 16; t += 4) {
+      const int token = t + lane_ / 8;
+      char* const row = row_of(token);
+      if (row != nullptr && at < bytes) {
+        *reinterpret_cast<uint4*>(row + at) =
+            cuda::LoadShared<uint4>(WarpOut() + token * kOutStride + at);
+      }
+    }
+    __syncwarp();
+  }
+
+  // The same of 64 columns, given as packed pairs: packed[2 * j + half] of
+  // columns 8 * j + lane % 4 * 2.
+  template <class RowOf>
+  __device__ __forceinline__ void Write16Bit(const uint32_t (&packed)[16],
+                                             int columns,
+                                             const RowOf& row_of) const {
+    // Matrices of 8 tokens by 8 columns: two by tokens, then two by columns.
+    const uint32_t to = WarpOut() + (lane_ % 16) * kOutStride + lane_ / 16 * 16;
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+      cuda::StoreMatrices(to + j * 16, {packed[2 * j], packed[2 * j + 1],
+                                        packed[2 * j + 2], packed[2 * j + 3]});
+    }
+    WriteOut(columns * 2, row_of);
+  }
+
+  __device__ __forceinline__ void FinishGateUp(const Tile& tile,
+                                               Accumulators& acc) const {
+#pragma unroll
+    for (int i = 0; i < kCols / 2; ++i) {
+      acc[0][i] = SwiGlu(acc[0][i], acc[1][i]);
+    }
+    const int count = tile.count - FirstToken();  // of the warp; may be below 0
+    char* const first_row = static_cast<char*>(p_.out) +
+                            (tile.begin + FirstToken()) * p_.out_row_bytes;
+    if constexpr (S::kFp8) {
+      WriteQuantized(tile, acc[0], count, first_row + tile.row);
+    } else {
+#pragma unroll
+      for (int c = 0; c < kCols; c += 64) {
+        uint32_t packed[16];
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+          packed[i] =
+              cuda::Pack<T>(acc[0][c / 2 + 2 * i], acc[0][c / 2 + 2 * i + 1]);
+        }
+        char* const to = first_row + (tile.row + c) * sizeof(T);
+        Write16Bit(packed, p_.rows - tile.row - c, [&](int token) -> char* {
+          return token < count ? to + token * p_.out_row_bytes : nullptr;
+        });
+      }
+    }
+  }
+
+  // A token's columns of the tile are a group with one scale.
+  __device__ __forceinline__ void WriteQuantized(const Tile& tile,
+                                                 const float (&v)[kCols / 2],
+                                                 int count, char* to) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float m = 0.0f;  // columns past the last are zeros
+#pragma unroll
+      for (int j = 0; j < kCols / 8; ++j) {
+        m = fmaxf(m, fmaxf(fabsf(v[4 * j + 2 * half]),
+                           fabsf(v[4 * j + 2 * half + 1])));
+      }
+      const Fp8Scale scale = Fp8ScaleOf(cuda::LanesMax<4>(m));
+      const int token = half * 8 + lane_ / 4;
+      if (lane_ % 4 == 0 && token < count) {
+        p_.out_scales[(tile.begin + FirstToken() + token) *
+                          NumFp8Groups(p_.rows) +
+                      tile.row / kFp8GroupSize] = scale.scale;
+      }
+      const uint32_t row = WarpOut() + token * kOutStride + lane_ % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < kCols / 8; ++j) {
+        cuda::StoreShared(
+            row + j * 8,
+            cuda::ToFp8x2(v[4 * j + 2 * half] * scale.inverse,
+                          v[4 * j + 2 * half + 1] * scale.inverse));
+      }
+    }
+    WriteOut(p_.rows - tile.row, [&](int token) -> char* {
+      return token < count ? to + token * p_.out_row_bytes : nullptr;
+    });
+  }
+
+  __device__ __forceinline__ void FinishDown(const Tile& tile, int slot,
+                                             float weight,
+                                             const Accumulators& acc) const {
+    const float weights[2] = {__shfl_sync(~0u, weight, lane_ / 4),
+                              __shfl_sync(~0u, weight, 8 + lane_ / 4)};
+#pragma unroll
+    for (int c = 0; c < 2 * kCols; c += 64) {
+      const float* const v = &acc[c / kCols][c % kCols / 2];
+      uint32_t packed[16];
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const float v0 = v[2 * i] * weights[i % 2];
+        const float v1 = v[2 * i + 1] * weights[i % 2];
+        if constexpr (S::kFp8) {
+          packed[i] = p_.out_is_half ? cuda::Pack<__half>(v0, v1)
+                                     : cuda::Pack<__nv_bfloat16>(v0, v1);
+        } else {
+          packed[i] = cuda::Pack<T>(v0, v1);
+        }
+      }
+      char* const to = static_cast<char*>(p_.out) + (tile.row + c) * 2;
+      Write16Bit(packed, p_.rows - tile.row - c, [&](int token) -> char* {
+        const int to_slot = __shfl_sync(~0u, slot, token);
+        return to_slot < 0 ? nullptr : to + to_slot * p_.out_row_bytes;
+      });
+    }
+  }
+
+  const Params& p_;
+  const int lane_;
+  const int group_;
+  const int warp_;
+};
+
+#endif  // TENON_SM90A
+
+}  // namespace tenon::moe_hopper
+
+#endif  // TENON_OPS_MOE_MOE_HOPPER_WIDE_CUDA_CUH_
