@@ -12,6 +12,10 @@ int64_t SourceRowBytes(const WeightPart& part) {
   return part.cols.size * static_cast<int64_t>(DTypeSize(part.source.dtype));
 }
 
+int64_t SourceBytes(const WeightPart& part) {
+  return part.rows.size * SourceRowBytes(part);
+}
+
 // Whole blocks, at least one.
 int64_t StripRows(const WeightPart& part, int64_t strip_bytes) {
   const int64_t blocks = strip_bytes / (SourceRowBytes(part) * kFp8BlockSize);
@@ -53,7 +57,6 @@ class Quantizer {
 
   Status Run(const WeightPart& part) {
     const int64_t rows = StripRows(part, strip_bytes_);
-    PrefetchPart(part, 0, part.rows.size * SourceRowBytes(part));
     for (int64_t row = 0; row < part.rows.size; row += rows) {
       TENON_RETURN_IF_ERROR(
           RunStrip(part, row, std::min(rows, part.rows.size - row)));
@@ -125,8 +128,15 @@ Status QuantizeParts(const std::vector<WeightPart>& parts, void* base,
   TENON_RETURN_IF_ERROR(quantizer.Create(chosen));
   Status status;
   int64_t done = 0;
+  int64_t ahead_bytes = 0;  // asked for, and not yet quantised
+  auto ahead = chosen.begin();
   for (const WeightPart& part : chosen) {
+    for (; ahead != chosen.end() && ahead_bytes < 2 * strip_bytes; ++ahead) {
+      PrefetchPart(*ahead, 0, SourceBytes(*ahead));
+      ahead_bytes += SourceBytes(*ahead);
+    }
     status = quantizer.Run(part);
+    ahead_bytes -= SourceBytes(part);
     done += part.bytes() + part.scale_bytes();
     if (status.ok()) status = ReportProgress(progress, done, total_bytes);
     if (!status.ok()) break;
