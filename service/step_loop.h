@@ -144,6 +144,7 @@ class StepLoop {
   void Fail(const Placed& placed, const Status& status);
   void Append(Sequence* sequence, int32_t num_tokens,
               const StepRowResult& result);
+  void CountSampled();
   void FillTiming(const Call& call, v1::Timing* timing) const;
   void FinishStep(StepCall* call, const Failure& failure);
 
@@ -180,6 +181,7 @@ class StepLoop {
   std::vector<int32_t> inputs_;  // of decode rows; does not grow
   int32_t prefill_left_ = 0;
   Time launch_;
+  uint64_t sampled_ = 0;  // tokens that are not in the metrics yet
   Clock::duration last_step_{0};
   std::vector<StepRowResult> results_;
   StepStats stats_;

@@ -200,6 +200,12 @@ void StepLoop::RunBatch() {
   }
 }
 
+// Not a counter of metrics_ for every row: those wait for all loads before.
+void StepLoop::CountSampled() {
+  metrics_.sampled_tokens.fetch_add(sampled_, std::memory_order_relaxed);
+  sampled_ = 0;
+}
+
 // After an error: one unit at a time, so that none fails for another's sake.
 // False if there is nothing to separate.
 bool StepLoop::RunSeparately() {
@@ -243,7 +249,7 @@ void StepLoop::Append(Sequence* sequence, int32_t num_tokens,
     sequence->status = v1::ROW_STATUS_NO_TOKEN;
     return;
   }
-  metrics_.sampled_tokens.fetch_add(1, std::memory_order_relaxed);
+  ++sampled_;
   sequence->next_input = result.token;
   ++sequence->num_generated;
   const std::vector<int32_t>& eos = engine_->model().config.eos_token_ids;
@@ -280,8 +286,13 @@ void StepLoop::DeliverStep(const Placed& placed, const StepRowResult* results) {
   response->set_step_id(request.step_id());
   const bool want_logprob = (request.want() & v1::WANT_LOGPROB) != 0;
   const Time now = Clock::now();
+  response->mutable_token()->Reserve(request.seq_size());
+  response->mutable_row_status()->Reserve(request.seq_size());
+  Sequence* const* sequences = &row_sequences_[placed.first_row];
   for (size_t i = 0; i < placed.num_rows; ++i) {
-    Sequence* sequence = row_sequences_[placed.first_row + i];
+    // The engine's step has left none of them in the caches.
+    if (i + 8 < placed.num_rows) Prefetch(sequences[i + 8]);
+    Sequence* sequence = sequences[i];
     Append(sequence, 1, results[i]);
     Touch(sequence, now);
     response->add_token(static_cast<uint32_t>(sequence->next_input));
@@ -293,6 +304,7 @@ void StepLoop::DeliverStep(const Placed& placed, const StepRowResult* results) {
   ClientSession* session = sessions_.Find(request.session_id());
   session->Remember(request.step_id(), placed.digest, *response,
                     options_.limits.replayable_steps);
+  CountSampled();
   metrics_.queue.Add(static_cast<int64_t>(response->timing().queue_ns()));
   metrics_.request.Add(static_cast<int64_t>(response->timing().total_ns()));
   FinishStep(call, Failure());
@@ -323,6 +335,7 @@ void StepLoop::DeliverJob(const Placed& placed, const StepRowResult& result) {
   } else {
     Append(sequence, 1, result);
   }
+  CountSampled();
   if (job->create != nullptr) {
     job->logprobs[placed.unit.index] = result.logprob;
     if (++job->num_prefilled == job->sequences.size()) FinishCreate(job);
