@@ -51,6 +51,15 @@ inline constexpr size_t kFirstSize<tenon_session_options> =
 template <>
 inline constexpr size_t kFirstSize<tenon_session_info> =
     offsetof(tenon_session_info, kv_cache_bytes);
+template <>
+inline constexpr size_t kFirstSize<tenon_linear_args> =
+    offsetof(tenon_linear_args, weight_scales);
+template <>
+inline constexpr size_t kFirstSize<tenon_moe_grouped_matmul_args> =
+    offsetof(tenon_moe_grouped_matmul_args, weight_scales);
+template <>
+inline constexpr size_t kFirstSize<tenon_moe_args> = offsetof(tenon_moe_args,
+                                                              gate_scales);
 
 // The longest struct that a caller may claim to have; more is taken for
 // garbage, and not read.

@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "abi/op_call.h"
+#include "ops/core/validate.h"
 #include "ops/moe/moe_align.h"
 #include "ops/moe/moe_grouped_matmul.h"
 #include "ops/moe/moe_router.h"
@@ -22,8 +23,11 @@ static_assert(TENON_SWIGLU_BLOCKED ==
               TENON_SWIGLU_INTERLEAVED ==
                   static_cast<int>(SwiGluLayout::kInterleaved));
 
-// Experts' matrices as a tensor [num_experts, rows, cols].
+// Experts' matrices as a tensor [num_experts, rows, cols], and their scales,
+// where present, as one of [num_experts, blocks of rows, blocks of cols] or
+// [num_experts, rows].
 Status ToExpertMatrices(const char* name, const TensorView& view,
+                        const char* scales_name, const TensorView& scales,
                         ExpertMatrices* matrices) {
   if (view.rank != 3) {
     return InvalidArgumentError(name, ".ndim is ", view.rank, ", expected 3");
@@ -33,6 +37,22 @@ Status ToExpertMatrices(const char* name, const TensorView& view,
                                 ", expected 1");
   }
   *matrices = MakeExpertMatrices(view);
+  if (!scales.present()) return Status();
+  const int64_t num_experts = view.shape[0], rows = view.shape[1];
+  const DTypeSet float32 = DTypes({DType::kFloat32});
+  const auto blocks = [](int64_t n) {
+    return n / kFp8Block + (n % kFp8Block != 0);
+  };
+  if (scales.rank == 2) {
+    TENON_RETURN_IF_ERROR(CheckTensor(
+        "", scales_name, scales, {num_experts, rows}, float32, view.device));
+  } else {
+    TENON_RETURN_IF_ERROR(
+        CheckTensor("Moe", scales_name, scales,
+                    {num_experts, blocks(rows), blocks(view.shape[2])}, float32,
+                    view.device));
+  }
+  matrices->scales = MakeExpertScales(scales);
   return Status();
 }
 
@@ -77,10 +97,11 @@ Status ReadMoeGroupedMatmul(const tenon_moe_grouped_matmul_args& args,
   TENON_RETURN_IF_ERROR(CheckReserved("reserved", args.reserved));
   TENON_RETURN_IF_ERROR(
       CheckFlags("flags", args.flags, TENON_FLAG_BATCH_INVARIANT));
-  TensorView weights;
+  TensorView weights, scales;
   TENON_RETURN_IF_ERROR(call->ReadTensors(
       {{"x", args.x, &p->x},
        {"weights", args.weights, &weights},
+       Optional("weight_scales", args.weight_scales, &scales),
        {"expert_offsets", args.expert_offsets, &p->expert_offsets},
        {"sorted_slots", args.sorted_slots, &p->sorted_slots},
        Optional("bias", args.bias, &p->bias),
@@ -90,7 +111,10 @@ Status ReadMoeGroupedMatmul(const tenon_moe_grouped_matmul_args& args,
   p->batch_invariant = (args.flags & TENON_FLAG_BATCH_INVARIANT) != 0;
   p->workspace = args.workspace;
   p->workspace_size = args.workspace_size;
-  return ToExpertMatrices("weights", weights, &p->weights);
+  TENON_RETURN_IF_ERROR(
+      CheckScalesGiven("weight_scales", args.weight_scales, weights));
+  return ToExpertMatrices("weights", weights, "weight_scales", scales,
+                          &p->weights);
 }
 
 Status ReadMoeSwiGlu(const tenon_moe_swiglu_args& args, OpCall* call,
@@ -107,25 +131,51 @@ Status ReadMoeSumReduce(const tenon_moe_sum_reduce_args& args, OpCall* call,
   return call->ReadTensors({{"x", args.x, &p->x}, {"out", args.out, &p->out}});
 }
 
-Status ReadMoe(const tenon_moe_args& args, OpCall* call, MoeParams* p) {
+// With room for what `router` points to.
+struct MoeCallParams : MoeParams {
+  MoeRouterParams router_params;
+};
+
+Status ReadMoe(const tenon_moe_args& args, OpCall* call, MoeCallParams* p) {
   TENON_RETURN_IF_ERROR(
       CheckFlags("flags", args.flags, TENON_FLAG_BATCH_INVARIANT));
-  TensorView experts[3];
+  TensorView experts[3], scales[3];
   TENON_RETURN_IF_ERROR(
       call->ReadTensors({{"x", args.x, &p->x},
                          {"gate", args.gate, &experts[0]},
                          {"up", args.up, &experts[1]},
                          {"down", args.down, &experts[2]},
+                         Optional("gate_scales", args.gate_scales, &scales[0]),
+                         Optional("up_scales", args.up_scales, &scales[1]),
+                         Optional("down_scales", args.down_scales, &scales[2]),
                          {"topk_weights", args.topk_weights, &p->topk_weights},
                          {"topk_ids", args.topk_ids, &p->topk_ids},
                          {"out", args.out, &p->out}}));
   p->batch_invariant = (args.flags & TENON_FLAG_BATCH_INVARIANT) != 0;
   p->workspace = args.workspace;
   p->workspace_size = args.workspace_size;
-  TENON_RETURN_IF_ERROR(ToExpertMatrices("gate", experts[0], &p->gate));
-  TENON_RETURN_IF_ERROR(ToExpertMatrices("up", experts[1], &p->up));
-  return ToExpertMatrices("down", experts[2], &p->down);
+  TENON_RETURN_IF_ERROR(
+      CheckScalesGiven("gate_scales", args.gate_scales, experts[0]));
+  TENON_RETURN_IF_ERROR(
+      CheckScalesGiven("up_scales", args.up_scales, experts[1]));
+  TENON_RETURN_IF_ERROR(
+      CheckScalesGiven("down_scales", args.down_scales, experts[2]));
+  TENON_RETURN_IF_ERROR(
+      ToExpertMatrices("gate", experts[0], "gate_scales", scales[0], &p->gate));
+  TENON_RETURN_IF_ERROR(
+      ToExpertMatrices("up", experts[1], "up_scales", scales[1], &p->up));
+  TENON_RETURN_IF_ERROR(
+      ToExpertMatrices("down", experts[2], "down_scales", scales[2], &p->down));
+  if (args.router == nullptr) return Status();
+  tenon_moe_router_args router;
+  TENON_RETURN_IF_ERROR(ReadStruct("router", args.router, &router));
+  p->router = &p->router_params;
+  return ReadMoeRouter(router, call, &p->router_params);
 }
+
+Status RunMoe(const MoeCallParams& p, Stream stream) { return Moe(p, stream); }
+Status ValidateMoe(const MoeCallParams& p) { return ValidateMoeShapes(p); }
+size_t MoeBytes(const MoeCallParams& p) { return MoeWorkspaceBytes(p); }
 
 }  // namespace
 }  // namespace tenon::abi
@@ -197,12 +247,12 @@ int32_t tenon_moe_workspace_size(tenon_context context,
                                  const tenon_moe_args* args, uint64_t* bytes,
                                  tenon_error* error) {
   return QueryWorkspace(__func__, context, args, bytes, error,
-                        tenon::abi::ReadMoe, tenon::ValidateMoeShapes,
-                        tenon::MoeWorkspaceBytes);
+                        tenon::abi::ReadMoe, tenon::abi::ValidateMoe,
+                        tenon::abi::MoeBytes);
 }
 
 int32_t tenon_moe(tenon_context context, const tenon_moe_args* args,
                   void* stream, tenon_error* error) {
   return RunOp(__func__, context, args, stream, error, tenon::abi::ReadMoe,
-               tenon::Moe);
+               tenon::abi::RunMoe);
 }

@@ -54,6 +54,13 @@ CublasLt* OpCall::cublas_lt() const {
   return context_.get() == nullptr ? nullptr : context_->cublas_lt.get();
 }
 
+Status CheckScalesGiven(const char* name, const DLTensor* scales,
+                        const TensorView& weights) {
+  if (scales != nullptr || weights.dtype != DType::kFloat8E4M3) return Status();
+  return InvalidArgumentError(
+      name, " is null, expected scales of float8_e4m3 weights");
+}
+
 Status CheckFlags(const char* field, uint32_t flags, uint32_t known) {
   if ((flags & ~known) == 0) return Status();
   return InvalidArgumentError(field, " is ", flags, ", expected bits of ",

@@ -58,6 +58,10 @@ class OpCall {
 // Requires no bits but those of `known`.
 Status CheckFlags(const char* field, uint32_t flags, uint32_t known);
 
+// Requires the scales of float8_e4m3 weights.
+Status CheckScalesGiven(const char* name, const DLTensor* scales,
+                        const TensorView& weights);
+
 // A field for which 0 means 1.
 template <class T>
 T ZeroMeansOne(T value) {

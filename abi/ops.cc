@@ -3,6 +3,7 @@
 #include "ops/embedding/embedding.h"
 #include "ops/linear/linear.h"
 #include "ops/qk_norm/qk_norm.h"
+#include "ops/quantize/quantize.h"
 #include "ops/rms_norm/rms_norm.h"
 
 namespace tenon::abi {
@@ -45,10 +46,23 @@ Status ReadLinear(const tenon_linear_args& args, OpCall* call,
   p->cublas_lt = call->cublas_lt();
   p->workspace = args.workspace;
   p->workspace_size = args.workspace_size;
+  TENON_RETURN_IF_ERROR(call->ReadTensors(
+      {{"x", args.x, &p->x},
+       {"weight", args.weight, &p->weight},
+       Optional("bias", args.bias, &p->bias),
+       Optional("weight_scales", args.weight_scales, &p->weight_scales),
+       {"out", args.out, &p->out}}));
+  return CheckScalesGiven("weight_scales", args.weight_scales, p->weight);
+}
+
+Status ReadQuantizeFp8(const tenon_quantize_fp8_args& args, OpCall* call,
+                       QuantizeFp8Params* p) {
+  TENON_RETURN_IF_ERROR(CheckReserved("reserved", args.reserved));
+  p->block_rows = args.block_rows;
+  p->block_cols = args.block_cols;
   return call->ReadTensors({{"x", args.x, &p->x},
-                            {"weight", args.weight, &p->weight},
-                            Optional("bias", args.bias, &p->bias),
-                            {"out", args.out, &p->out}});
+                            {"out", args.out, &p->out},
+                            {"scales", args.scales, &p->scales}});
 }
 
 Status ReadQkNorm(const tenon_qk_norm_args& args, OpCall* call,
@@ -138,6 +152,13 @@ int32_t tenon_linear(tenon_context context, const tenon_linear_args* args,
                      void* stream, tenon_error* error) {
   return RunOp(__func__, context, args, stream, error, tenon::abi::ReadLinear,
                tenon::Linear);
+}
+
+int32_t tenon_quantize_fp8(tenon_context context,
+                           const tenon_quantize_fp8_args* args, void* stream,
+                           tenon_error* error) {
+  return RunOp(__func__, context, args, stream, error,
+               tenon::abi::ReadQuantizeFp8, tenon::QuantizeFp8);
 }
 
 int32_t tenon_qk_norm(tenon_context context, const tenon_qk_norm_args* args,

@@ -83,7 +83,7 @@ extern "C" {
 
 /* This header's version; tenon_abi_version() has the library's. */
 #define TENON_ABI_MAJOR 1
-#define TENON_ABI_MINOR 1
+#define TENON_ABI_MINOR 2
 
 /* Status codes; equal to absl::StatusCode and to gRPC's. */
 #define TENON_OK 0
@@ -267,16 +267,30 @@ TENON_API int32_t tenon_rms_norm(tenon_context context,
  * Numerics: products and sums in float32 (no TF32), one rounding. Through
  * cuBLASLt, where the context has it and TENON_FLAG_BATCH_INVARIANT is not set,
  * the order of the sum may depend on the number of tokens. The first call of a
- * shape then looks up an algorithm on the host, which allocates. */
+ * shape then looks up an algorithm on the host, which allocates.
+ *
+ * fp8 weights (of this op and of the MoE ops), whatever the dtype of x: element
+ * * scale is what they stand for, with a scale for each block of 128 x 128 (the
+ * last ones may be partial) or for each row. x is quantised as by
+ * tenon_quantize_fp8 with blocks of 1 x 128. For every 128 of the depth,
+ * products and sum are in float32 (in the accumulators of tensor cores), times
+ * activation scale and block scale, added in float32 in ascending order; a
+ * scale per row multiplies the end result. */
 typedef struct tenon_linear_args {
   uint32_t struct_size;
   uint32_t flags;
   const DLTensor* x;      /* [tokens, in_features] float */
-  const DLTensor* weight; /* [out_features, in_features], dtype of x */
+  const DLTensor* weight; /* [out_features, in_features], dtype of x or, since
+                             ABI 1.2, float8_e4m3fn */
   const DLTensor* bias;   /* [out_features], dtype of x, optional */
   const DLTensor* out;    /* [tokens, out_features], dtype of x or float32 */
   void* workspace;
   uint64_t workspace_size; /* bytes */
+  /* Since ABI 1.2. */
+  const DLTensor* weight_scales; /* of float8_e4m3fn weight: float32
+                                    [ceil(out_features / 128),
+                                    ceil(in_features / 128)] or
+                                    [out_features] */
 } tenon_linear_args;
 
 TENON_THREAD(any)
@@ -288,6 +302,33 @@ TENON_THREAD(any)
 TENON_API int32_t tenon_linear(tenon_context context,
                                const tenon_linear_args* args, void* stream,
                                tenon_error* error);
+
+/* Quantises to float8_e4m3fn with a scale for each block, so that element *
+ * scale is about x (since ABI 1.2):
+ *   amax  = max(largest |x| of the block, 1e-10)
+ *   scale = amax / 448
+ *   out   = e4m3(x * (448 / amax))
+ * Blocks of block_rows x block_cols: 1 x 128 (activations), 128 x 128 (weights,
+ * as published fp8 models have them), 1 x 0 (a scale per row); the last ones
+ * may be partial. out and scales overlap neither each other nor x.
+ * Numerics: float32, one rounding to nearest even, saturating; NaN stays NaN
+ * and does not count for amax. The same bits on every device. */
+typedef struct tenon_quantize_fp8_args {
+  uint32_t struct_size;
+  int32_t block_rows; /* 1 or 128 */
+  int32_t block_cols; /* 128; 0: all columns, with block_rows 1 */
+  uint32_t reserved;
+  const DLTensor* x;      /* [rows, cols] float */
+  const DLTensor* out;    /* [rows, cols] float8_e4m3fn */
+  const DLTensor* scales; /* float32 [ceil(rows / block_rows),
+                             ceil(cols / block_cols)], or [rows] with
+                             block_cols 0 */
+} tenon_quantize_fp8_args;
+
+TENON_THREAD(any)
+TENON_API int32_t tenon_quantize_fp8(tenon_context context,
+                                     const tenon_quantize_fp8_args* args,
+                                     void* stream, tenon_error* error);
 
 /* Attention pre-processing in one launch, in place: RMSNorm of every Q and K
  * head, then the rotary embedding (with cos_sin), then the write of K and V
@@ -481,7 +522,8 @@ typedef struct tenon_moe_grouped_matmul_args {
   uint32_t flags;
   const DLTensor* x;               /* [ceil(num_slots / slots_per_row), cols]
                                       float */
-  const DLTensor* weights;         /* [num_experts, rows, cols], dtype of x */
+  const DLTensor* weights;         /* [num_experts, rows, cols], dtype of x or,
+                                      since ABI 1.2, float8_e4m3fn */
   const DLTensor* expert_offsets;  /* [num_experts + 1] int32 */
   const DLTensor* sorted_slots;    /* [num_slots] int32 */
   const DLTensor* bias;            /* [num_experts, rows], dtype of x,
@@ -492,6 +534,11 @@ typedef struct tenon_moe_grouped_matmul_args {
   uint32_t reserved;
   void* workspace;
   uint64_t workspace_size; /* bytes */
+  /* Since ABI 1.2. */
+  const DLTensor* weight_scales; /* of float8_e4m3fn weights (see
+                                    tenon_linear_args): float32 [num_experts,
+                                    ceil(rows / 128), ceil(cols / 128)] or
+                                    [num_experts, rows] */
 } tenon_moe_grouped_matmul_args;
 
 TENON_THREAD(any)
@@ -551,7 +598,11 @@ TENON_API int32_t tenon_moe_sum_reduce(tenon_context context,
  * else. Numerics: both projections accumulate in float32; h is rounded once;
  * the down projection is multiplied by the routing weight and rounded; the
  * top_k rounded rows are summed in float32 in the order of j and rounded once.
- */
+ * fp8 experts (see tenon_linear_args): x is quantised once; h is quantised from
+ * float32, with a scale for every 128 of intermediate, instead of rounded.
+ * With router, tenon_moe_router(router) is part of the call: topk_weights and
+ * topk_ids must be its outputs, and it must choose among num_experts experts,
+ * num_fused_shared_experts included. */
 typedef struct tenon_moe_args {
   uint32_t struct_size;
   uint32_t flags;
@@ -559,12 +610,23 @@ typedef struct tenon_moe_args {
   const DLTensor* topk_weights; /* [tokens, top_k] float32 */
   const DLTensor* topk_ids;     /* [tokens, top_k] int32 */
   const DLTensor* gate;         /* [num_experts, intermediate, hidden], dtype of
-                                   x */
+                                   x or, since ABI 1.2 and then up and down
+                                   too, float8_e4m3fn */
   const DLTensor* up;           /* like gate */
   const DLTensor* down;         /* [num_experts, hidden, intermediate] */
   const DLTensor* out;          /* like x */
   void* workspace;
   uint64_t workspace_size; /* bytes */
+  /* Since ABI 1.2. */
+  const DLTensor* gate_scales;         /* of float8_e4m3fn experts: float32
+                                          [num_experts, ceil(intermediate / 128),
+                                          ceil(hidden / 128)] or [num_experts,
+                                          intermediate] */
+  const DLTensor* up_scales;           /* like gate_scales */
+  const DLTensor* down_scales;         /* [num_experts, ceil(hidden / 128),
+                                          ceil(intermediate / 128)] or [num_experts,
+                                          hidden] */
+  const tenon_moe_router_args* router; /* optional */
 } tenon_moe_args;
 
 TENON_THREAD(any)

@@ -17,6 +17,7 @@
   X(rms_norm)                          \
   X(linear_workspace_size)             \
   X(linear)                            \
+  X(quantize_fp8)                      \
   X(qk_norm)                           \
   X(attention_workspace_size)          \
   X(attention)                         \

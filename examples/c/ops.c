@@ -60,6 +60,7 @@ static int32_t run_linear(struct call* call) {
   args.weight = case_tensor(test, "weight");
   args.bias = case_tensor(test, "bias");
   args.out = case_tensor(test, "out");
+  args.weight_scales = case_tensor(test, "weight_scales");
   int32_t code = call->library->linear_workspace_size(
       call->context, &args, &args.workspace_size, call->error);
   if (code == TENON_OK) {
@@ -67,6 +68,18 @@ static int32_t run_linear(struct call* call) {
   }
   if (code != TENON_OK) return code;
   return call->library->linear(call->context, &args, NULL, call->error);
+}
+
+static int32_t run_quantize_fp8(struct call* call) {
+  const struct test_case* const test = call->test;
+  tenon_quantize_fp8_args args = {0};
+  args.struct_size = sizeof(args);
+  args.block_rows = (int32_t)case_integer(test, "block_rows");
+  args.block_cols = (int32_t)case_integer(test, "block_cols");
+  args.x = case_tensor(test, "x");
+  args.out = case_tensor(test, "out");
+  args.scales = case_tensor(test, "scales");
+  return call->library->quantize_fp8(call->context, &args, NULL, call->error);
 }
 
 static int32_t run_qk_norm(struct call* call) {
@@ -176,6 +189,7 @@ static int32_t run_moe_grouped_matmul(struct call* call) {
   args.routing_weights = case_tensor(test, "routing_weights");
   args.out = case_tensor(test, "out");
   args.slots_per_row = (int32_t)case_integer(test, "slots_per_row");
+  args.weight_scales = case_tensor(test, "weight_scales");
   int32_t code = call->library->moe_grouped_matmul_workspace_size(
       call->context, &args, &args.workspace_size, call->error);
   if (code == TENON_OK) {
@@ -219,6 +233,9 @@ static int32_t run_moe(struct call* call) {
   args.up = case_tensor(test, "up");
   args.down = case_tensor(test, "down");
   args.out = case_tensor(test, "out");
+  args.gate_scales = case_tensor(test, "gate_scales");
+  args.up_scales = case_tensor(test, "up_scales");
+  args.down_scales = case_tensor(test, "down_scales");
   int32_t code = call->library->moe_workspace_size(
       call->context, &args, &args.workspace_size, call->error);
   if (code == TENON_OK) {
@@ -253,6 +270,7 @@ static const struct {
     {"embedding", run_embedding},
     {"rms_norm", run_rms_norm},
     {"linear", run_linear},
+    {"quantize_fp8", run_quantize_fp8},
     {"qk_norm", run_qk_norm},
     {"attention", run_attention},
     {"moe_router", run_moe_router},

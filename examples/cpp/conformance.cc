@@ -39,6 +39,15 @@ void Fill(Case* c, tenon_linear_args* args) {
   c->Get("weight", &args->weight);
   c->Get("bias", &args->bias);
   c->Get("out", &args->out);
+  c->Get("weight_scales", &args->weight_scales);
+}
+
+void Fill(Case* c, tenon_quantize_fp8_args* args) {
+  c->Get("block_rows", &args->block_rows);
+  c->Get("block_cols", &args->block_cols);
+  c->Get("x", &args->x);
+  c->Get("out", &args->out);
+  c->Get("scales", &args->scales);
 }
 
 void Fill(Case* c, tenon_qk_norm_args* args) {
@@ -116,6 +125,7 @@ void Fill(Case* c, tenon_moe_grouped_matmul_args* args) {
   c->Get("routing_weights", &args->routing_weights);
   c->Get("out", &args->out);
   c->Get("slots_per_row", &args->slots_per_row);
+  c->Get("weight_scales", &args->weight_scales);
 }
 
 void Fill(Case* c, tenon_moe_swiglu_args* args) {
@@ -140,6 +150,9 @@ void Fill(Case* c, tenon_moe_args* args) {
   c->Get("up", &args->up);
   c->Get("down", &args->down);
   c->Get("out", &args->out);
+  c->Get("gate_scales", &args->gate_scales);
+  c->Get("up_scales", &args->up_scales);
+  c->Get("down_scales", &args->down_scales);
 }
 
 void Fill(Case* c, tenon_sampler_args* args) {
@@ -218,6 +231,7 @@ std::map<std::string, Runner> Runners(const tenon::Context& context,
       {"embedding", op(RunOp<tenon_embedding_args>)},
       {"rms_norm", op(RunOp<tenon_rms_norm_args>)},
       {"linear", op(RunOp<tenon_linear_args>)},
+      {"quantize_fp8", op(RunOp<tenon_quantize_fp8_args>)},
       {"qk_norm", op(RunOp<tenon_qk_norm_args>)},
       {"attention", op(RunOp<tenon_attention_args>)},
       {"moe_router", op(RunOp<tenon_moe_router_args>)},

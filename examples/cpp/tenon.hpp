@@ -63,6 +63,7 @@ Struct Make() {
   X(rms_norm)                          \
   X(linear_workspace_size)             \
   X(linear)                            \
+  X(quantize_fp8)                      \
   X(qk_norm)                           \
   X(attention_workspace_size)          \
   X(attention)                         \
@@ -237,6 +238,7 @@ struct OpOf;
 TENON_HPP_OP(embedding, nullptr)
 TENON_HPP_OP(rms_norm, nullptr)
 TENON_HPP_OP(linear, &Functions::linear_workspace_size)
+TENON_HPP_OP(quantize_fp8, nullptr)
 TENON_HPP_OP(qk_norm, nullptr)
 TENON_HPP_OP(attention, &Functions::attention_workspace_size)
 TENON_HPP_OP(moe_router, nullptr)

@@ -81,21 +81,23 @@ func (c *Context) RMSNorm(args *RMSNorm) error {
 
 // Linear has the arguments of [Context.Linear].
 type Linear struct {
-	Flags  uint32
-	X      *Tensor
-	Weight *Tensor
-	Bias   *Tensor
-	Out    *Tensor
+	Flags        uint32
+	X            *Tensor
+	Weight       *Tensor
+	Bias         *Tensor
+	Out          *Tensor
+	WeightScales *Tensor
 }
 
 func (a *Linear) raw() C.tenon_linear_args {
 	return C.tenon_linear_args{
-		struct_size: C.sizeof_tenon_linear_args,
-		flags:       C.uint32_t(a.Flags),
-		x:           a.X.pointer(),
-		weight:      a.Weight.pointer(),
-		bias:        a.Bias.pointer(),
-		out:         a.Out.pointer(),
+		struct_size:   C.sizeof_tenon_linear_args,
+		flags:         C.uint32_t(a.Flags),
+		x:             a.X.pointer(),
+		weight:        a.Weight.pointer(),
+		bias:          a.Bias.pointer(),
+		out:           a.Out.pointer(),
+		weight_scales: a.WeightScales.pointer(),
 	}
 }
 
@@ -116,6 +118,34 @@ func (c *Context) Linear(args *Linear, workspace *Workspace) error {
 	raw.workspace_size = workspace.size
 	return check(func(e *C.tenon_error) C.int32_t {
 		return C.tenon_linear(c.handle, &raw, c.stream, e)
+	})
+}
+
+// QuantizeFp8 has the arguments of [Context.QuantizeFp8].
+type QuantizeFp8 struct {
+	BlockRows int32
+	BlockCols int32
+	X         *Tensor
+	Out       *Tensor
+	Scales    *Tensor
+}
+
+func (a *QuantizeFp8) raw() C.tenon_quantize_fp8_args {
+	return C.tenon_quantize_fp8_args{
+		struct_size: C.sizeof_tenon_quantize_fp8_args,
+		block_rows:  C.int32_t(a.BlockRows),
+		block_cols:  C.int32_t(a.BlockCols),
+		x:           a.X.pointer(),
+		out:         a.Out.pointer(),
+		scales:      a.Scales.pointer(),
+	}
+}
+
+// QuantizeFp8 calls tenon_quantize_fp8.
+func (c *Context) QuantizeFp8(args *QuantizeFp8) error {
+	raw := args.raw()
+	return check(func(e *C.tenon_error) C.int32_t {
+		return C.tenon_quantize_fp8(c.handle, &raw, c.stream, e)
 	})
 }
 
@@ -332,6 +362,7 @@ type MoEGroupedMatmul struct {
 	RoutingWeights *Tensor
 	Out            *Tensor
 	SlotsPerRow    int32
+	WeightScales   *Tensor
 }
 
 func (a *MoEGroupedMatmul) raw() C.tenon_moe_grouped_matmul_args {
@@ -346,6 +377,7 @@ func (a *MoEGroupedMatmul) raw() C.tenon_moe_grouped_matmul_args {
 		routing_weights: a.RoutingWeights.pointer(),
 		out:             a.Out.pointer(),
 		slots_per_row:   C.int32_t(a.SlotsPerRow),
+		weight_scales:   a.WeightScales.pointer(),
 	}
 }
 
@@ -429,6 +461,9 @@ type MoE struct {
 	Up          *Tensor
 	Down        *Tensor
 	Out         *Tensor
+	GateScales  *Tensor
+	UpScales    *Tensor
+	DownScales  *Tensor
 }
 
 func (a *MoE) raw() C.tenon_moe_args {
@@ -442,6 +477,9 @@ func (a *MoE) raw() C.tenon_moe_args {
 		up:           a.Up.pointer(),
 		down:         a.Down.pointer(),
 		out:          a.Out.pointer(),
+		gate_scales:  a.GateScales.pointer(),
+		up_scales:    a.UpScales.pointer(),
+		down_scales:  a.DownScales.pointer(),
 	}
 }
 

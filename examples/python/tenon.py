@@ -61,7 +61,7 @@ from typing import (
 # The ABI that this module was written for: a library of the same major version
 # and at least this minor version will do.
 ABI_MAJOR = 1
-ABI_MINOR = 1
+ABI_MINOR = 2
 
 OK = 0
 CANCELLED = 1
@@ -331,7 +331,12 @@ RmsNormArgs = _fields(
     "u32 struct_size; i32 rounding; ptr x residual weight out; f32 epsilon; u32 " "reserved",
 )
 LinearArgs = _fields(
-    "LinearArgs", "u32 struct_size flags; ptr x weight bias out workspace; u64 workspace_size"
+    "LinearArgs",
+    "u32 struct_size flags; ptr x weight bias out workspace; u64 workspace_size; ptr "
+    "weight_scales",
+)
+QuantizeFp8Args = _fields(
+    "QuantizeFp8Args", "u32 struct_size; i32 block_rows block_cols; u32 reserved; ptr x out scales"
 )
 QkNormArgs = _fields(
     "QkNormArgs",
@@ -361,14 +366,14 @@ MoeGroupedMatmulArgs = _fields(
     "MoeGroupedMatmulArgs",
     "u32 struct_size flags; ptr x weights expert_offsets sorted_slots bias "
     "routing_weights out; i32 slots_per_row; u32 reserved; ptr workspace; u64 "
-    "workspace_size",
+    "workspace_size; ptr weight_scales",
 )
 MoeSwigluArgs = _fields("MoeSwigluArgs", "u32 struct_size; i32 layout; ptr x out; f32 limit alpha")
 MoeSumReduceArgs = _fields("MoeSumReduceArgs", "u32 struct_size reserved; ptr x out")
 MoeArgs = _fields(
     "MoeArgs",
     "u32 struct_size flags; ptr x topk_weights topk_ids gate up down out workspace; "
-    "u64 workspace_size",
+    "u64 workspace_size; ptr gate_scales up_scales down_scales router",
 )
 SamplerArgs = _fields(
     "SamplerArgs",
@@ -1015,6 +1020,7 @@ _ops = {
         "embedding": EmbeddingArgs,
         "rms_norm": RmsNormArgs,
         "linear": LinearArgs,
+        "quantize_fp8": QuantizeFp8Args,
         "qk_norm": QkNormArgs,
         "attention": AttentionArgs,
         "moe_router": MoeRouterArgs,
@@ -1109,7 +1115,9 @@ def rms_norm(
     return out
 
 
-def _linear(x, weight, bias, out, out_dtype, batch_invariant, stream) -> tuple[_Call, Any]:
+def _linear(
+    x, weight, bias, weight_scales, out, out_dtype, batch_invariant, stream
+) -> tuple[_Call, Any]:
     if out is None:
         out = _empty(x, (x.shape[0], weight.shape[0]), out_dtype, stream)
     call = _ops["linear"].call()
@@ -1117,6 +1125,7 @@ def _linear(x, weight, bias, out, out_dtype, batch_invariant, stream) -> tuple[_
     call.set("x", x)
     call.set("weight", weight)
     call.set("bias", bias)
+    call.set("weight_scales", weight_scales)
     call.set("out", out, True)
     return call, out
 
@@ -1126,6 +1135,7 @@ def linear(
     weight: TensorLike,
     *,
     bias: TensorLike | None = None,
+    weight_scales: TensorLike | None = None,
     out: T | None = None,
     out_dtype: str | None = None,
     batch_invariant: bool = False,
@@ -1137,9 +1147,10 @@ def linear(
 
     x [tokens, in_features]; weight [out_features, in_features]; bias
     [out_features]; out [tokens, out_features] of x's dtype or float32. On CUDA a
-    context with cuBLASLt makes it fast.
+    context with cuBLASLt makes it fast. A float8_e4m3fn weight has weight_scales,
+    float32 [ceil(out_features / 128), ceil(in_features / 128)] or [out_features].
     """
-    call, out = _linear(x, weight, bias, out, out_dtype, batch_invariant, stream)
+    call, out = _linear(x, weight, bias, weight_scales, out, out_dtype, batch_invariant, stream)
     call.set_workspace(context, workspace, x, stream)
     call.run(context, stream)
     return out
@@ -1150,15 +1161,39 @@ def linear_workspace_size(
     weight: TensorLike,
     *,
     bias: TensorLike | None = None,
+    weight_scales: TensorLike | None = None,
     out: TensorLike | None = None,
     out_dtype: str | None = None,
     batch_invariant: bool = False,
     context: Context | None = None,
 ) -> int:
     """Bytes of `workspace` for a linear of these shapes."""
-    return _linear(x, weight, bias, out, out_dtype, batch_invariant, None)[0].workspace_size(
-        context
-    )
+    call, _ = _linear(x, weight, bias, weight_scales, out, out_dtype, batch_invariant, None)
+    return call.workspace_size(context)
+
+
+def quantize_fp8(
+    x: TensorLike,
+    out: TensorLike,
+    scales: TensorLike,
+    *,
+    block_rows: int = 1,
+    block_cols: int = 128,
+    context: Context | None = None,
+    stream: Stream = None,
+) -> None:
+    """Quantises x [rows, cols] to float8_e4m3fn with a float32 scale for each block.
+
+    Blocks are 1 x 128 (activations), 128 x 128 (weights; scales are [ceil(rows /
+    128), ceil(cols / 128)]) or 1 x 0, a scale for each row (scales are [rows]).
+    """
+    call = _ops["quantize_fp8"].call()
+    call.args.block_rows = block_rows
+    call.args.block_cols = block_cols
+    call.set("x", x)
+    call.set("out", out, True)
+    call.set("scales", scales, True)
+    call.run(context, stream)
 
 
 def qk_norm(
@@ -1474,7 +1509,8 @@ def moe_align_workspace_size(
 
 
 def _moe_grouped_matmul(
-    x, weights, offsets, slots, slots_per_row, bias, routing_weights, out, batch_invariant, stream
+    x, weights, offsets, slots, slots_per_row, bias, routing_weights, weight_scales, out,
+    batch_invariant, stream,
 ) -> tuple[_Call, Any]:
     if out is None:
         out = _empty(x, (slots.shape[0], weights.shape[1]), None, stream)
@@ -1486,6 +1522,7 @@ def _moe_grouped_matmul(
     call.set("sorted_slots", slots)
     call.set("bias", bias)
     call.set("routing_weights", routing_weights)
+    call.set("weight_scales", weight_scales)
     call.set("out", out, True)
     call.set("x", x)
     return call, out
@@ -1500,6 +1537,7 @@ def moe_grouped_matmul(
     slots_per_row: int,
     bias: TensorLike | None = None,
     routing_weights: TensorLike | None = None,
+    weight_scales: TensorLike | None = None,
     out: T | None = None,
     batch_invariant: bool = False,
     workspace: TensorLike | None = None,
@@ -1512,11 +1550,12 @@ def moe_grouped_matmul(
     x [ceil(num_slots / slots_per_row), cols]; weights [num_experts, rows, cols];
     bias [num_experts, rows]; routing_weights [num_slots] float32; out
     [num_slots, rows]. slots_per_row is top_k for the up projection, 1 for the
-    down projection.
+    down projection. float8_e4m3fn weights have weight_scales, float32 [num_experts,
+    ceil(rows / 128), ceil(cols / 128)] or [num_experts, rows].
     """
     call, out = _moe_grouped_matmul(
-        x, weights, expert_offsets, sorted_slots, slots_per_row, bias, routing_weights, out,
-        batch_invariant, stream,
+        x, weights, expert_offsets, sorted_slots, slots_per_row, bias, routing_weights,
+        weight_scales, out, batch_invariant, stream,
     )  # fmt: skip
     call.set_workspace(context, workspace, x, stream)
     call.run(context, stream)
@@ -1532,14 +1571,15 @@ def moe_grouped_matmul_workspace_size(
     slots_per_row: int,
     bias: TensorLike | None = None,
     routing_weights: TensorLike | None = None,
+    weight_scales: TensorLike | None = None,
     out: TensorLike | None = None,
     batch_invariant: bool = False,
     context: Context | None = None,
 ) -> int:
     """Bytes of `workspace` for a moe_grouped_matmul of these shapes."""
     call, _ = _moe_grouped_matmul(
-        x, weights, expert_offsets, sorted_slots, slots_per_row, bias, routing_weights, out,
-        batch_invariant, None,
+        x, weights, expert_offsets, sorted_slots, slots_per_row, bias, routing_weights,
+        weight_scales, out, batch_invariant, None,
     )  # fmt: skip
     return call.workspace_size(context)
 
@@ -1583,7 +1623,7 @@ def moe_sum_reduce(
 
 
 def _moe(
-    x, topk_weights, topk_ids, gate, up, down, out, batch_invariant, stream
+    x, topk_weights, topk_ids, gate, up, down, scales, out, batch_invariant, stream
 ) -> tuple[_Call, Any]:
     if out is None:
         out = _empty(x, x.shape, None, stream)
@@ -1594,6 +1634,8 @@ def _moe(
     call.set("gate", gate)
     call.set("up", up)
     call.set("down", down)
+    for field, tensor in zip(("gate_scales", "up_scales", "down_scales"), scales or (None,) * 3):
+        call.set(field, tensor)
     call.set("out", out, True)
     call.set("x", x)
     return call, out
@@ -1607,6 +1649,7 @@ def moe(
     up: TensorLike,
     down: TensorLike,
     *,
+    scales: tuple[TensorLike, TensorLike, TensorLike] | None = None,
     out: T | None = None,
     batch_invariant: bool = False,
     workspace: TensorLike | None = None,
@@ -1620,8 +1663,12 @@ def moe(
     top_k]; gate, up [num_experts, intermediate, hidden]; down [num_experts,
     hidden, intermediate]. Experts packed as w13 [num_experts, 2 * intermediate,
     hidden] are w13[:, :intermediate] and w13[:, intermediate:]. out may be x.
+    float8_e4m3fn experts have scales, float32, of gate, up and down: [num_experts,
+    ceil(rows / 128), ceil(cols / 128)] or [num_experts, rows].
     """
-    call, out = _moe(x, topk_weights, topk_ids, gate, up, down, out, batch_invariant, stream)
+    call, out = _moe(
+        x, topk_weights, topk_ids, gate, up, down, scales, out, batch_invariant, stream
+    )
     call.set_workspace(context, workspace, x, stream)
     call.run(context, stream)
     return out
@@ -1635,11 +1682,12 @@ def moe_workspace_size(
     up: TensorLike,
     down: TensorLike,
     *,
+    scales: tuple[TensorLike, TensorLike, TensorLike] | None = None,
     batch_invariant: bool = False,
     context: Context | None = None,
 ) -> int:
     """Bytes of `workspace` for a moe of these shapes."""
-    call, _ = _moe(x, topk_weights, topk_ids, gate, up, down, x, batch_invariant, None)
+    call, _ = _moe(x, topk_weights, topk_ids, gate, up, down, scales, x, batch_invariant, None)
     return call.workspace_size(context)
 
 

@@ -15,6 +15,7 @@ pub fn run(context: &Context, fields: &Fields) -> Outcome {
         "embedding" => embedding,
         "rms_norm" => rms_norm,
         "linear" => linear,
+        "quantize_fp8" => quantize_fp8,
         "qk_norm" => qk_norm,
         "attention" => attention,
         "sampler" => sampler,
@@ -123,10 +124,21 @@ fn linear(context: &Context, fields: &Fields) -> Outcome {
         weight: fields.read("weight"),
         bias: fields.read("bias"),
         out: fields.write("out"),
+        weight_scales: fields.read("weight_scales"),
     };
     Ok(context
         .linear_workspace_size(&args)
         .and_then(|size| context.linear(&args, &mut Workspace::new(size))))
+}
+
+fn quantize_fp8(context: &Context, fields: &Fields) -> Outcome {
+    Ok(context.quantize_fp8(&QuantizeFp8 {
+        block_rows: fields.number("block_rows")?,
+        block_cols: fields.number("block_cols")?,
+        x: fields.read("x"),
+        out: fields.write("out"),
+        scales: fields.write("scales"),
+    }))
 }
 
 fn qk_norm(context: &Context, fields: &Fields) -> Outcome {
@@ -232,6 +244,7 @@ fn moe_grouped_matmul(context: &Context, fields: &Fields) -> Outcome {
         routing_weights: fields.read("routing_weights"),
         out: fields.write("out"),
         slots_per_row: fields.number("slots_per_row")?,
+        weight_scales: fields.read("weight_scales"),
     };
     Ok(context
         .moe_grouped_matmul_workspace_size(&args)
@@ -265,6 +278,9 @@ fn moe(context: &Context, fields: &Fields) -> Outcome {
         up: fields.read("up"),
         down: fields.read("down"),
         out: fields.write("out"),
+        gate_scales: fields.read("gate_scales"),
+        up_scales: fields.read("up_scales"),
+        down_scales: fields.read("down_scales"),
     };
     Ok(context
         .moe_workspace_size(&args)

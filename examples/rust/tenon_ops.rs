@@ -69,6 +69,7 @@ pub struct Linear<'a> {
     pub weight: Option<&'a Tensor<'a>>,
     pub bias: Option<&'a Tensor<'a>>,
     pub out: Option<&'a TensorMut<'a>>,
+    pub weight_scales: Option<&'a Tensor<'a>>,
 }
 
 impl Linear<'_> {
@@ -79,6 +80,7 @@ impl Linear<'_> {
             weight: Tensor::pointer(self.weight),
             bias: Tensor::pointer(self.bias),
             out: TensorMut::pointer(self.out),
+            weight_scales: Tensor::pointer(self.weight_scales),
             ..Default::default()
         }
     }
@@ -95,6 +97,35 @@ impl Context {
         raw.workspace = workspace.data();
         raw.workspace_size = workspace.size();
         self.launch(self.library.api.tenon_linear, &raw)
+    }
+}
+
+/// Arguments of [`Context::quantize_fp8`].
+#[derive(Clone, Copy, Default)]
+pub struct QuantizeFp8<'a> {
+    pub block_rows: i32,
+    pub block_cols: i32,
+    pub x: Option<&'a Tensor<'a>>,
+    pub out: Option<&'a TensorMut<'a>>,
+    pub scales: Option<&'a TensorMut<'a>>,
+}
+
+impl QuantizeFp8<'_> {
+    fn raw(&self) -> sys::tenon_quantize_fp8_args {
+        sys::tenon_quantize_fp8_args {
+            block_rows: self.block_rows,
+            block_cols: self.block_cols,
+            x: Tensor::pointer(self.x),
+            out: TensorMut::pointer(self.out),
+            scales: TensorMut::pointer(self.scales),
+            ..Default::default()
+        }
+    }
+}
+
+impl Context {
+    pub fn quantize_fp8(&self, args: &QuantizeFp8) -> Result<()> {
+        self.launch(self.library.api.tenon_quantize_fp8, &args.raw())
     }
 }
 
@@ -308,6 +339,7 @@ pub struct MoeGroupedMatmul<'a> {
     pub routing_weights: Option<&'a Tensor<'a>>,
     pub out: Option<&'a TensorMut<'a>>,
     pub slots_per_row: i32,
+    pub weight_scales: Option<&'a Tensor<'a>>,
 }
 
 impl MoeGroupedMatmul<'_> {
@@ -322,6 +354,7 @@ impl MoeGroupedMatmul<'_> {
             routing_weights: Tensor::pointer(self.routing_weights),
             out: TensorMut::pointer(self.out),
             slots_per_row: self.slots_per_row,
+            weight_scales: Tensor::pointer(self.weight_scales),
             ..Default::default()
         }
     }
@@ -411,6 +444,9 @@ pub struct Moe<'a> {
     pub up: Option<&'a Tensor<'a>>,
     pub down: Option<&'a Tensor<'a>>,
     pub out: Option<&'a TensorMut<'a>>,
+    pub gate_scales: Option<&'a Tensor<'a>>,
+    pub up_scales: Option<&'a Tensor<'a>>,
+    pub down_scales: Option<&'a Tensor<'a>>,
 }
 
 impl Moe<'_> {
@@ -424,6 +460,9 @@ impl Moe<'_> {
             up: Tensor::pointer(self.up),
             down: Tensor::pointer(self.down),
             out: TensorMut::pointer(self.out),
+            gate_scales: Tensor::pointer(self.gate_scales),
+            up_scales: Tensor::pointer(self.up_scales),
+            down_scales: Tensor::pointer(self.down_scales),
             ..Default::default()
         }
     }

@@ -16,7 +16,7 @@ pub const TENON_DL_FLOAT: u8 = 2;
 pub const TENON_DL_BFLOAT: u8 = 4;
 pub const TENON_DL_FLOAT8_E4M3FN: u8 = 10;
 pub const TENON_ABI_MAJOR: u32 = 1;
-pub const TENON_ABI_MINOR: u32 = 1;
+pub const TENON_ABI_MINOR: u32 = 2;
 pub const TENON_OK: i32 = 0;
 pub const TENON_CANCELLED: i32 = 1;
 pub const TENON_UNKNOWN: i32 = 2;
@@ -274,9 +274,34 @@ pub struct tenon_linear_args {
     pub out: *const DLTensor,
     pub workspace: *mut c_void,
     pub workspace_size: u64,
+    pub weight_scales: *const DLTensor,
 }
 
 impl Default for tenon_linear_args {
+    /// All zero, but for struct_size.
+    fn default() -> Self {
+        // SAFETY: zero is a value of every field.
+        let zero: Self = unsafe { std::mem::zeroed() };
+        Self {
+            struct_size: std::mem::size_of::<Self>() as u32,
+            ..zero
+        }
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct tenon_quantize_fp8_args {
+    pub struct_size: u32,
+    pub block_rows: i32,
+    pub block_cols: i32,
+    pub reserved: u32,
+    pub x: *const DLTensor,
+    pub out: *const DLTensor,
+    pub scales: *const DLTensor,
+}
+
+impl Default for tenon_quantize_fp8_args {
     /// All zero, but for struct_size.
     fn default() -> Self {
         // SAFETY: zero is a value of every field.
@@ -437,6 +462,7 @@ pub struct tenon_moe_grouped_matmul_args {
     pub reserved: u32,
     pub workspace: *mut c_void,
     pub workspace_size: u64,
+    pub weight_scales: *const DLTensor,
 }
 
 impl Default for tenon_moe_grouped_matmul_args {
@@ -509,6 +535,10 @@ pub struct tenon_moe_args {
     pub out: *const DLTensor,
     pub workspace: *mut c_void,
     pub workspace_size: u64,
+    pub gate_scales: *const DLTensor,
+    pub up_scales: *const DLTensor,
+    pub down_scales: *const DLTensor,
+    pub router: *const tenon_moe_router_args,
 }
 
 impl Default for tenon_moe_args {
@@ -815,6 +845,12 @@ pub struct Api {
         stream: *mut c_void,
         error: *mut tenon_error,
     ) -> i32,
+    pub tenon_quantize_fp8: unsafe extern "C" fn(
+        context: tenon_context,
+        args: *const tenon_quantize_fp8_args,
+        stream: *mut c_void,
+        error: *mut tenon_error,
+    ) -> i32,
     pub tenon_qk_norm: unsafe extern "C" fn(
         context: tenon_context,
         args: *const tenon_qk_norm_args,
@@ -1033,6 +1069,7 @@ impl Api {
             tenon_rms_norm: function(library, "tenon_rms_norm\0")?,
             tenon_linear_workspace_size: function(library, "tenon_linear_workspace_size\0")?,
             tenon_linear: function(library, "tenon_linear\0")?,
+            tenon_quantize_fp8: function(library, "tenon_quantize_fp8\0")?,
             tenon_qk_norm: function(library, "tenon_qk_norm\0")?,
             tenon_attention_workspace_size: function(library, "tenon_attention_workspace_size\0")?,
             tenon_attention: function(library, "tenon_attention\0")?,
@@ -1152,7 +1189,7 @@ pub fn check_layout() -> Result<(), String> {
         out = 32,
         epsilon = 40,
         reserved = 44);
-    expect_layout!(tenon_linear_args, 56,
+    expect_layout!(tenon_linear_args, 64,
         struct_size = 0,
         flags = 4,
         x = 8,
@@ -1160,7 +1197,16 @@ pub fn check_layout() -> Result<(), String> {
         bias = 24,
         out = 32,
         workspace = 40,
-        workspace_size = 48);
+        workspace_size = 48,
+        weight_scales = 56);
+    expect_layout!(tenon_quantize_fp8_args, 40,
+        struct_size = 0,
+        block_rows = 4,
+        block_cols = 8,
+        reserved = 12,
+        x = 16,
+        out = 24,
+        scales = 32);
     expect_layout!(tenon_qk_norm_args, 152,
         struct_size = 0,
         rounding = 4,
@@ -1230,7 +1276,7 @@ pub fn check_layout() -> Result<(), String> {
         reserved = 44,
         workspace = 48,
         workspace_size = 56);
-    expect_layout!(tenon_moe_grouped_matmul_args, 88,
+    expect_layout!(tenon_moe_grouped_matmul_args, 96,
         struct_size = 0,
         flags = 4,
         x = 8,
@@ -1243,7 +1289,8 @@ pub fn check_layout() -> Result<(), String> {
         slots_per_row = 64,
         reserved = 68,
         workspace = 72,
-        workspace_size = 80);
+        workspace_size = 80,
+        weight_scales = 88);
     expect_layout!(tenon_moe_swiglu_args, 32,
         struct_size = 0,
         layout = 4,
@@ -1256,7 +1303,7 @@ pub fn check_layout() -> Result<(), String> {
         reserved = 4,
         x = 8,
         out = 16);
-    expect_layout!(tenon_moe_args, 80,
+    expect_layout!(tenon_moe_args, 112,
         struct_size = 0,
         flags = 4,
         x = 8,
@@ -1267,7 +1314,11 @@ pub fn check_layout() -> Result<(), String> {
         down = 48,
         out = 56,
         workspace = 64,
-        workspace_size = 72);
+        workspace_size = 72,
+        gate_scales = 80,
+        up_scales = 88,
+        down_scales = 96,
+        router = 104);
     expect_layout!(tenon_sampling_params, 128,
         temperature = 0,
         top_k = 4,

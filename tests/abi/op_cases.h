@@ -53,6 +53,9 @@ struct OpCase {
   }
   Operand& operand(const std::string& name);
 
+  // Of the arguments in the first version that had them.
+  uint32_t first_struct_size = 0;
+
   std::shared_ptr<void> args_;
   std::shared_ptr<void> params_;  // of the C++ op
   std::vector<Buffer> scratch_;
@@ -76,6 +79,11 @@ OpCasePtr MakeMoeSwiGlu(const testing::Target& target, int64_t tokens);
 OpCasePtr MakeMoeSumReduce(const testing::Target& target, int64_t tokens);
 OpCasePtr MakeMoe(const testing::Target& target, int64_t tokens);
 OpCasePtr MakeSampler(const testing::Target& target, int64_t tokens);
+OpCasePtr MakeQuantizeFp8(const testing::Target& target, int64_t tokens);
+OpCasePtr MakeFp8Linear(const testing::Target& target, int64_t tokens);
+OpCasePtr MakeFp8MoeGroupedMatmul(const testing::Target& target,
+                                  int64_t tokens);
+OpCasePtr MakeFp8Moe(const testing::Target& target, int64_t tokens);
 
 // All of these.
 using OpMaker = OpCasePtr (*)(const testing::Target& target, int64_t tokens);

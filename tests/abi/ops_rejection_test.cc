@@ -132,6 +132,9 @@ TEST(AbiOpsRejectionTest, WrongRankAndDType) {
     o->tensor.shape = o->shape.data();
     o->tensor.strides = o->strides.data();
     if (++o->tensor.ndim > 4) return {o->name + ".ndim is 5"};
+    const bool of_rows = o->name == "gate_scales" || o->name == "up_scales" ||
+                         o->name == "down_scales";
+    if (of_rows) return {o->name + " has shape"};  // taken for blocks
     return {o->name, std::to_string(o->tensor.ndim)};
   });
   ForEachOperand(true, [](Operand* o) -> Parts {
@@ -237,8 +240,8 @@ TEST(AbiOpsRejectionTest, StructSizes) {
   for (const OpCasePtr& op : Ops()) {
     SCOPED_TRACE(op->function);
     auto& size = *static_cast<uint32_t*>(op->args_.get());
-    const uint32_t right = size;
-    for (uint32_t bad : {0u, 4u, right - 8, 4097u, 0xffffffffu}) {
+    const uint32_t too_small = op->first_struct_size - 8;
+    for (uint32_t bad : {0u, 4u, too_small, 4097u, 0xffffffffu}) {
       size = bad;
       ExpectRefused(*op, {"args.struct_size is " + std::to_string(bad)});
       ExpectQueryRefused(*op, {"args.struct_size is " + std::to_string(bad)});
@@ -428,6 +431,54 @@ TEST(AbiOpsRejectionTest, FieldsOfMoe) {
         const_cast<DLTensor*>(a.out)->data = a.down->data;
       },
       false);
+}
+
+TEST(AbiOpsRejectionTest, FieldsOfFp8) {
+  using Quantize = tenon_quantize_fp8_args;
+  const auto quantize = [](std::vector<std::string> parts, auto change) {
+    ExpectField<Quantize>(MakeQuantizeFp8, parts, change, false);
+  };
+  quantize({"block_rows is 0"}, [](Quantize& a) { a.block_rows = 0; });
+  quantize({"block_cols is 64"}, [](Quantize& a) { a.block_cols = 64; });
+  quantize({"reserved is 2"}, [](Quantize& a) { a.reserved = 2; });
+  quantize({"scales has"}, [](Quantize& a) { a.block_cols = 0; });
+
+  using Grouped = tenon_moe_grouped_matmul_args;
+  ExpectField<Grouped>(
+      MakeFp8MoeGroupedMatmul,
+      {"weight_scales has shape [4, 1, 2], expected [4, 2, 2]"},
+      [](Grouped& a) { a.weight_scales->shape[1] = 1; });
+
+  using Moe = tenon_moe_args;
+  const auto moe = [](std::vector<std::string> parts, auto change) {
+    ExpectField<Moe>(MakeFp8Moe, parts, change);
+  };
+  moe({"down_scales has shape [4, 63], expected [4, 64]"},
+      [](Moe& a) { a.down_scales->shape[1] = 63; });
+  moe({"gate_scales has dtype int32"}, [](Moe& a) {
+    const_cast<DLTensor*>(a.gate_scales)->dtype = {TENON_DL_INT, 32, 1};
+  });
+}
+
+TEST(AbiOpsRejectionTest, FieldsOfTheRouterInMoe) {
+  using Router = tenon_moe_router_args;
+  const auto router = [](std::vector<std::string> parts, bool also_query,
+                         auto change) {
+    ExpectField<tenon_moe_args>(
+        MakeFp8Moe, parts,
+        [&](tenon_moe_args& a) { change(*const_cast<Router*>(a.router)); },
+        also_query);
+  };
+  router({"router.struct_size is 4"}, true,
+         [](Router& r) { r.struct_size = 4; });
+  router({"logits is null"}, true, [](Router& r) { r.logits = nullptr; });
+  router({"renormalize is 2"}, true, [](Router& r) { r.renormalize = 2; });
+  // A query is about shapes alone.
+  router({"top_k is 0"}, false, [](Router& r) { r.top_k = 0; });
+  router({"num_fused_shared_experts is -1"}, false,
+         [](Router& r) { r.num_fused_shared_experts = -1; });
+  router({"topk_weights"}, false,
+         [](Router& r) { r.topk_weights = r.topk_ids; });
 }
 
 TEST(AbiOpsRejectionTest, FieldsOfTheSampler) {

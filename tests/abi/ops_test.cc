@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -106,6 +107,24 @@ TEST_P(AbiOpsTest, LinearUsesCublasLtOfTheContext) {
   ASSERT_NO_FATAL_FAILURE(Call(*op, context));
   ASSERT_NO_FATAL_FAILURE(CallCpp(*op));
   ExpectEqualBytes(*op);
+}
+
+// Structs that have grown, as clients of the first version pass them.
+TEST_P(AbiOpsTest, StructsOfTheFirstVersion) {
+  for (OpMaker make : {MakeLinear, MakeMoeGroupedMatmul, MakeMoe}) {
+    const OpCasePtr op = make(GetParam(), 5);
+    SCOPED_TRACE(op->function);
+    auto& struct_size = *static_cast<uint32_t*>(op->args_.get());
+    ASSERT_LT(op->first_struct_size, struct_size);
+    // What lies behind is the client's own.
+    std::memset(static_cast<char*>(op->args_.get()) + op->first_struct_size,
+                0xcc, struct_size - op->first_struct_size);
+    struct_size = op->first_struct_size;
+    ASSERT_NO_FATAL_FAILURE(AddWorkspace(context_, device(), op.get()));
+    ASSERT_NO_FATAL_FAILURE(Call(*op, context_));
+    ASSERT_NO_FATAL_FAILURE(CallCpp(*op));
+    ExpectEqualBytes(*op);
+  }
 }
 
 TEST_P(AbiOpsTest, OptionalTensorsMayBeAbsent) {

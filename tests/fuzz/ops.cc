@@ -79,9 +79,29 @@ void BuildLinear(Input& in, OpCase& c) {
   const int64_t out_features = in.Between(1, 20);
   args.flags = Flags(in);
   args.x = c.Add(dtype, {tokens, in_features});
-  args.weight = c.Add(dtype, {out_features, in_features});
+  const bool fp8 = in.OneIn(3);
+  args.weight = c.Add(fp8 ? kFloat8 : dtype, {out_features, in_features});
+  if (fp8) {
+    args.weight_scales =
+        in.OneIn(2) ? c.Add(kFloat32, {1, 1}) : c.Add(kFloat32, {out_features});
+  }
   if (in.OneIn(2)) args.bias = c.Add(dtype, {out_features});
   args.out = c.Add(in.OneIn(3) ? kFloat32 : dtype, {tokens, out_features});
+  c.SetArgs(args);
+}
+
+void BuildQuantizeFp8(Input& in, OpCase& c) {
+  auto args = Zeroed<tenon_quantize_fp8_args>();
+  const int64_t rows = NumTokens(in);
+  const int64_t cols = in.Between(1, 150);
+  args.block_rows = in.OneIn(2) ? 1 : 128;
+  args.block_cols = args.block_rows == 1 && in.OneIn(2) ? 0 : 128;
+  args.x = c.Add(FloatType(in), {rows, cols});
+  args.out = c.Add(kFloat8, {rows, cols});
+  const int64_t of_rows = args.block_rows == 1 ? rows : (rows + 127) / 128;
+  args.scales = args.block_cols == 0
+                    ? c.Add(kFloat32, {rows})
+                    : c.Add(kFloat32, {of_rows, (cols + 127) / 128});
   c.SetArgs(args);
 }
 
@@ -218,7 +238,12 @@ void BuildMoeGroupedMatmul(Input& in, OpCase& c) {
   const int64_t cols = in.Between(1, 20);
   args.flags = Flags(in);
   args.x = c.Add(dtype, {x_rows, cols});
-  args.weights = c.Add(dtype, {experts, rows, cols});
+  const bool fp8 = in.OneIn(3);
+  args.weights = c.Add(fp8 ? kFloat8 : dtype, {experts, rows, cols});
+  if (fp8) {
+    args.weight_scales = in.OneIn(2) ? c.Add(kFloat32, {experts, rows})
+                                     : c.Add(kFloat32, {experts, 1, 1});
+  }
   args.expert_offsets = c.AddInts(kInt32, {experts + 1}, 0, 0);
   int64_t used = 0;  // slots in their order, some skipped
   for (int64_t e = 0; e < experts; ++e) {
@@ -271,9 +296,21 @@ void BuildMoe(Input& in, OpCase& c) {
   args.x = c.Add(dtype, {tokens, hidden});
   args.topk_weights = c.Add(kFloat32, {tokens, top_k});
   args.topk_ids = c.AddInts(kInt32, {tokens, top_k}, -1, experts);
-  args.gate = c.Add(dtype, {experts, inner, hidden});
-  args.up = c.Add(dtype, {experts, inner, hidden});
-  args.down = c.Add(dtype, {experts, hidden, inner});
+  const bool fp8 = in.OneIn(3);
+  const DLDataType weights = fp8 ? kFloat8 : dtype;
+  args.gate = c.Add(weights, {experts, inner, hidden});
+  args.up = c.Add(weights, {experts, inner, hidden});
+  args.down = c.Add(weights, {experts, hidden, inner});
+  if (fp8) {
+    const bool rows = in.OneIn(2);
+    const auto scales = [&](int64_t count) {
+      return rows ? c.Add(kFloat32, {experts, count})
+                  : c.Add(kFloat32, {experts, 1, 1});
+    };
+    args.gate_scales = scales(inner);
+    args.up_scales = scales(inner);
+    args.down_scales = scales(hidden);
+  }
   args.out = in.OneIn(3) ? args.x : c.Add(dtype, {tokens, hidden});
   c.SetArgs(args);
 }
@@ -351,12 +388,28 @@ Op Linear() {
           sizeof(Args),
           {FIELD(kFlags, flags), FIELD(kIn, x), FIELD(kIn, weight),
            FIELD(kOptionalIn, bias), FIELD(kOut, out),
-           FIELD(kWorkspace, workspace), FIELD(kWorkspaceSize, workspace_size)},
+           FIELD(kWorkspace, workspace), FIELD(kWorkspaceSize, workspace_size),
+           FIELD(kOptionalIn, weight_scales)},
           nullptr,
           nullptr,
           BuildLinear,
           Run<Args, tenon_linear>,
           Query<Args, tenon_linear_workspace_size>};
+}
+
+Op QuantizeFp8() {
+  using Args = tenon_quantize_fp8_args;
+  return {"tenon_quantize_fp8",
+          nullptr,
+          sizeof(Args),
+          {FIELD(kInt32, block_rows), FIELD(kInt32, block_cols),
+           FIELD(kReserved, reserved), FIELD(kIn, x), FIELD(kOut, out),
+           FIELD(kOut, scales)},
+          nullptr,
+          nullptr,
+          BuildQuantizeFp8,
+          Run<Args, tenon_quantize_fp8>,
+          nullptr};
 }
 
 Op QkNorm() {
@@ -459,7 +512,8 @@ Op MoeGroupedMatmul() {
            FIELD(kOptionalIn, bias), FIELD(kOptionalIn, routing_weights),
            FIELD(kOut, out), FIELD(kInt32, slots_per_row),
            FIELD(kReserved, reserved), FIELD(kWorkspace, workspace),
-           FIELD(kWorkspaceSize, workspace_size)},
+           FIELD(kWorkspaceSize, workspace_size),
+           FIELD(kOptionalIn, weight_scales)},
           nullptr,
           nullptr,
           BuildMoeGroupedMatmul,
@@ -496,18 +550,20 @@ Op MoeSumReduce() {
 
 Op Moe() {
   using Args = tenon_moe_args;
-  return {"tenon_moe",
-          "tenon_moe_workspace_size",
-          sizeof(Args),
-          {FIELD(kFlags, flags), FIELD(kIn, x), FIELD(kIn, topk_weights),
-           FIELD(kIn, topk_ids), FIELD(kIn, gate), FIELD(kIn, up),
-           FIELD(kIn, down), FIELD(kOut, out), FIELD(kWorkspace, workspace),
-           FIELD(kWorkspaceSize, workspace_size)},
-          "out",
-          "x",
-          BuildMoe,
-          Run<Args, tenon_moe>,
-          Query<Args, tenon_moe_workspace_size>};
+  return {
+      "tenon_moe",
+      "tenon_moe_workspace_size",
+      sizeof(Args),
+      {FIELD(kFlags, flags), FIELD(kIn, x), FIELD(kIn, topk_weights),
+       FIELD(kIn, topk_ids), FIELD(kIn, gate), FIELD(kIn, up), FIELD(kIn, down),
+       FIELD(kOut, out), FIELD(kWorkspace, workspace),
+       FIELD(kWorkspaceSize, workspace_size), FIELD(kOptionalIn, gate_scales),
+       FIELD(kOptionalIn, up_scales), FIELD(kOptionalIn, down_scales)},
+      "out",
+      "x",
+      BuildMoe,
+      Run<Args, tenon_moe>,
+      Query<Args, tenon_moe_workspace_size>};
 }
 
 Op Sampler() {
@@ -533,9 +589,9 @@ Op Sampler() {
 
 const std::vector<Op>& Ops() {
   static const std::vector<Op> ops = {
-      Embedding(), RmsNorm(),      Linear(),   QkNorm(),
-      Attention(), MoeRouter(),    MoeAlign(), MoeGroupedMatmul(),
-      MoeSwiGlu(), MoeSumReduce(), Moe(),      Sampler()};
+      Embedding(), RmsNorm(),  Linear(),           QkNorm(),    Attention(),
+      MoeRouter(), MoeAlign(), MoeGroupedMatmul(), MoeSwiGlu(), MoeSumReduce(),
+      Moe(),       Sampler(),  QuantizeFp8()};
   return ops;
 }
 

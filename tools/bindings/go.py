@@ -63,7 +63,10 @@ def align(pairs, indent):
 
 def write_op(op, struct):
     name, c_name = camel(op), struct["name"]
-    fields = [field for field in struct["fields"] if field["name"] not in HIDDEN]
+    # Another op's arguments (router of moe) are left to users of cgo.
+    fields = [field for field in struct["fields"]
+              if field["name"] not in HIDDEN
+              and not field["type"].endswith("_args*")]
     has_workspace = any(f["name"] == "workspace" for f in struct["fields"])
     columns, values = [], []
     size = f"C.sizeof_{c_name}"

@@ -41,17 +41,19 @@ CONSTANT_TYPES = {
 TENSORS = {
     "embedding": "ids table out!",
     "rms_norm": "x residual! weight out!",
-    "linear": "x weight bias out!",
+    "linear": "x weight bias out! weight_scales",
+    "quantize_fp8": "x out! scales!",
     "qk_norm": "qkv! q! k! v q_weight k_weight cos_sin positions k_cache! "
                "v_cache! slot_mapping",
     "attention": "q k_cache v_cache block_table query_start kv_len out!",
     "moe_router": "logits correction_bias topk_weights! topk_ids!",
     "moe_align": "topk_ids expert_offsets! sorted_slots! tiles!",
     "moe_grouped_matmul": "x weights expert_offsets sorted_slots bias "
-                          "routing_weights out!",
+                          "routing_weights out! weight_scales",
     "moe_swiglu": "x out!",
     "moe_sum_reduce": "x out!",
-    "moe": "x topk_weights topk_ids gate up down out!",
+    "moe": "x topk_weights topk_ids gate up down out! gate_scales up_scales "
+           "down_scales",
     "sampler": "logits params tokens! logprobs! statuses!",
 }
 
@@ -289,6 +291,8 @@ def write_op(op, struct):
             raw.append(f"            {name_}: {convert}(self.{name_}),")
         elif name_ == "workspace":
             needs_workspace = True
+        elif field["type"].endswith("_args*"):
+            pass  # another op's arguments (router of moe): for users of sys
         elif name_ not in ("struct_size", "workspace_size", "reserved"):
             fields.append(f"    pub {name_}: {rust_type(field['type'])},")
             raw.append(f"            {name_}: self.{name_},")

@@ -18,7 +18,7 @@ public final class Layout {
   public static final int DL_BFLOAT = 4;
   public static final int DL_FLOAT8_E4M3FN = 10;
   public static final int ABI_MAJOR = 1;
-  public static final int ABI_MINOR = 1;
+  public static final int ABI_MINOR = 2;
   public static final int OK = 0;
   public static final int CANCELLED = 1;
   public static final int UNKNOWN = 2;
@@ -135,7 +135,7 @@ public final class Layout {
           .field("reserved", Kind.UINT32, 44);
 
   static final Struct.Type LINEAR_ARGS =
-      new Struct.Type("tenon_linear_args", 56)
+      new Struct.Type("tenon_linear_args", 64)
           .field("struct_size", Kind.UINT32, 0)
           .field("flags", Kind.UINT32, 4)
           .field("x", Kind.POINTER, 8)
@@ -143,7 +143,18 @@ public final class Layout {
           .field("bias", Kind.POINTER, 24)
           .field("out", Kind.POINTER, 32)
           .field("workspace", Kind.POINTER, 40)
-          .field("workspace_size", Kind.UINT64, 48);
+          .field("workspace_size", Kind.UINT64, 48)
+          .field("weight_scales", Kind.POINTER, 56);
+
+  static final Struct.Type QUANTIZE_FP8_ARGS =
+      new Struct.Type("tenon_quantize_fp8_args", 40)
+          .field("struct_size", Kind.UINT32, 0)
+          .field("block_rows", Kind.INT32, 4)
+          .field("block_cols", Kind.INT32, 8)
+          .field("reserved", Kind.UINT32, 12)
+          .field("x", Kind.POINTER, 16)
+          .field("out", Kind.POINTER, 24)
+          .field("scales", Kind.POINTER, 32);
 
   static final Struct.Type QK_NORM_ARGS =
       new Struct.Type("tenon_qk_norm_args", 152)
@@ -223,7 +234,7 @@ public final class Layout {
           .field("workspace_size", Kind.UINT64, 56);
 
   static final Struct.Type MOE_GROUPED_MATMUL_ARGS =
-      new Struct.Type("tenon_moe_grouped_matmul_args", 88)
+      new Struct.Type("tenon_moe_grouped_matmul_args", 96)
           .field("struct_size", Kind.UINT32, 0)
           .field("flags", Kind.UINT32, 4)
           .field("x", Kind.POINTER, 8)
@@ -236,7 +247,8 @@ public final class Layout {
           .field("slots_per_row", Kind.INT32, 64)
           .field("reserved", Kind.UINT32, 68)
           .field("workspace", Kind.POINTER, 72)
-          .field("workspace_size", Kind.UINT64, 80);
+          .field("workspace_size", Kind.UINT64, 80)
+          .field("weight_scales", Kind.POINTER, 88);
 
   static final Struct.Type MOE_SWIGLU_ARGS =
       new Struct.Type("tenon_moe_swiglu_args", 32)
@@ -255,7 +267,7 @@ public final class Layout {
           .field("out", Kind.POINTER, 16);
 
   static final Struct.Type MOE_ARGS =
-      new Struct.Type("tenon_moe_args", 80)
+      new Struct.Type("tenon_moe_args", 112)
           .field("struct_size", Kind.UINT32, 0)
           .field("flags", Kind.UINT32, 4)
           .field("x", Kind.POINTER, 8)
@@ -266,7 +278,11 @@ public final class Layout {
           .field("down", Kind.POINTER, 48)
           .field("out", Kind.POINTER, 56)
           .field("workspace", Kind.POINTER, 64)
-          .field("workspace_size", Kind.UINT64, 72);
+          .field("workspace_size", Kind.UINT64, 72)
+          .field("gate_scales", Kind.POINTER, 80)
+          .field("up_scales", Kind.POINTER, 88)
+          .field("down_scales", Kind.POINTER, 96)
+          .field("router", Kind.POINTER, 104);
 
   static final Struct.Type SAMPLING_PARAMS =
       new Struct.Type("tenon_sampling_params", 128)
@@ -399,6 +415,7 @@ public final class Layout {
           EMBEDDING_ARGS,
           RMS_NORM_ARGS,
           LINEAR_ARGS,
+          QUANTIZE_FP8_ARGS,
           QK_NORM_ARGS,
           ATTENTION_ARGS,
           MOE_ROUTER_ARGS,

@@ -95,6 +95,43 @@ public final class Ops {
       set("out", value);
       return this;
     }
+
+    public Linear weightScales(Tensor value) {
+      set("weight_scales", value);
+      return this;
+    }
+  }
+
+  /** tenon_quantize_fp8_args. */
+  public static final class QuantizeFp8 extends Op {
+    public QuantizeFp8() {
+      super(Layout.QUANTIZE_FP8_ARGS);
+    }
+
+    public QuantizeFp8 blockRows(int value) {
+      set("block_rows", value);
+      return this;
+    }
+
+    public QuantizeFp8 blockCols(int value) {
+      set("block_cols", value);
+      return this;
+    }
+
+    public QuantizeFp8 x(Tensor value) {
+      set("x", value);
+      return this;
+    }
+
+    public QuantizeFp8 out(Tensor value) {
+      set("out", value);
+      return this;
+    }
+
+    public QuantizeFp8 scales(Tensor value) {
+      set("scales", value);
+      return this;
+    }
   }
 
   /** tenon_qk_norm_args. */
@@ -440,6 +477,11 @@ public final class Ops {
       set("slots_per_row", value);
       return this;
     }
+
+    public MoeGroupedMatmul weightScales(Tensor value) {
+      set("weight_scales", value);
+      return this;
+    }
   }
 
   /** tenon_moe_swiglu_args. */
@@ -534,6 +576,21 @@ public final class Ops {
 
     public Moe out(Tensor value) {
       set("out", value);
+      return this;
+    }
+
+    public Moe gateScales(Tensor value) {
+      set("gate_scales", value);
+      return this;
+    }
+
+    public Moe upScales(Tensor value) {
+      set("up_scales", value);
+      return this;
+    }
+
+    public Moe downScales(Tensor value) {
+      set("down_scales", value);
       return this;
     }
   }

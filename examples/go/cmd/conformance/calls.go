@@ -123,6 +123,7 @@ var ops = map[string]func(*tenon.Context, *fields) error{
 	"embedding":          embedding,
 	"rms_norm":           rmsNorm,
 	"linear":             linear,
+	"quantize_fp8":       quantizeFp8,
 	"qk_norm":            qkNorm,
 	"attention":          attention,
 	"moe_router":         moeRouter,
@@ -155,13 +156,24 @@ func rmsNorm(c *tenon.Context, f *fields) error {
 
 func linear(c *tenon.Context, f *fields) error {
 	args := tenon.Linear{
-		Flags:  f.uint32("flags"),
-		X:      f.tensor("x"),
-		Weight: f.tensor("weight"),
-		Bias:   f.tensor("bias"),
-		Out:    f.tensor("out"),
+		Flags:        f.uint32("flags"),
+		X:            f.tensor("x"),
+		Weight:       f.tensor("weight"),
+		Bias:         f.tensor("bias"),
+		Out:          f.tensor("out"),
+		WeightScales: f.tensor("weight_scales"),
 	}
 	return withWorkspace(c.LinearWorkspaceSize, c.Linear, &args)
+}
+
+func quantizeFp8(c *tenon.Context, f *fields) error {
+	return c.QuantizeFp8(&tenon.QuantizeFp8{
+		BlockRows: f.int32("block_rows"),
+		BlockCols: f.int32("block_cols"),
+		X:         f.tensor("x"),
+		Out:       f.tensor("out"),
+		Scales:    f.tensor("scales"),
+	})
 }
 
 func qkNorm(c *tenon.Context, f *fields) error {
@@ -250,6 +262,7 @@ func moeGroupedMatmul(c *tenon.Context, f *fields) error {
 		RoutingWeights: f.tensor("routing_weights"),
 		Out:            f.tensor("out"),
 		SlotsPerRow:    f.int32("slots_per_row"),
+		WeightScales:   f.tensor("weight_scales"),
 	}
 	return withWorkspace(c.MoEGroupedMatmulWorkspaceSize, c.MoEGroupedMatmul, &args)
 }
@@ -281,6 +294,9 @@ func moe(c *tenon.Context, f *fields) error {
 		Up:          f.tensor("up"),
 		Down:        f.tensor("down"),
 		Out:         f.tensor("out"),
+		GateScales:  f.tensor("gate_scales"),
+		UpScales:    f.tensor("up_scales"),
+		DownScales:  f.tensor("down_scales"),
 	}
 	return withWorkspace(c.MoEWorkspaceSize, c.MoE, &args)
 }
