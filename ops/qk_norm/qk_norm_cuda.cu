@@ -2,6 +2,7 @@
 
 #include "ops/core/core_cuda.cuh"
 #include "ops/qk_norm/qk_norm_backend.h"
+#include "ops/qk_norm/qk_norm_element_kernel_cuda.cuh"
 #include "ops/qk_norm/qk_norm_kernel_cuda.cuh"
 
 namespace tenon {
@@ -9,40 +10,48 @@ namespace {
 
 using namespace qk_norm;  // NOLINT: this file is the host half of the kernel
 
-HeadArray ToHeadArray(const TensorView& heads) {
-  return {heads.data, heads.stride[0], heads.stride[1],
-          static_cast<int32_t>(heads.shape[1]), 0};
+HeadArray ToHeadArray(const TensorView& heads, const TensorView& weight) {
+  HeadArray array = {};
+  array.data = heads.data;
+  array.token_stride = heads.stride[0];
+  array.head_stride = heads.stride[1];
+  array.weight = weight.data;
+  array.count = static_cast<int32_t>(heads.shape[1]);
+  array.steps = 1;
+  return array;
 }
 
 CacheArray ToCacheArray(const TensorView& cache, float scale) {
-  return {cache.data, cache.stride[0], cache.stride[1], cache.stride[2], scale};
+  return {cache.data,      cache.stride[0], cache.stride[1],
+          cache.stride[2], scale,           1.0f / scale};
 }
 
 KernelParams MakeKernelParams(const QkNormParams& p) {
-  const int64_t head_dim = p.q.shape[2];
   KernelParams kernel = {};
   kernel.tokens = p.q.shape[0];
-  kernel.heads[kQ] = ToHeadArray(p.q);
-  kernel.heads[kK] = ToHeadArray(p.k);
-  while (kPerLane << kernel.log2_lanes < head_dim) ++kernel.log2_lanes;
-  const TensorView* const weights[] = {&p.q_weight, &p.k_weight};
-  for (Role role : {kQ, kK}) {
-    kernel.weight[role] = weights[role]->data;
-    kernel.float_weight[role] = weights[role]->dtype == DType::kFloat32;
-  }
+  kernel.tile_tokens = 1;
+  kernel.heads[kQ] = ToHeadArray(p.q, p.q_weight);
+  kernel.heads[kK] = ToHeadArray(p.k, p.k_weight);
+  kernel.head_dim = static_cast<int32_t>(p.q.shape[2]);
+  kernel.float_weight[kQ] = p.q_weight.dtype == DType::kFloat32;
+  kernel.float_weight[kK] = p.k_weight.dtype == DType::kFloat32;
   kernel.cast_first = p.rounding == NormRounding::kCastThenMultiply;
   kernel.epsilon = p.epsilon;
-  kernel.inv_head_dim = 1.0f / static_cast<float>(head_dim);
-  if (p.rotary.cos_sin.present()) {
+  kernel.inv_head_dim = 1.0f / static_cast<float>(kernel.head_dim);
+  if (p.rotary.cos_sin.present() && p.rotary.cos_sin.shape[0] > 0) {
+    const int chunk = 16 / static_cast<int>(DTypeSize(p.q.dtype));
     kernel.rotary_dim = p.rotary.rotary_dim;
+    kernel.rotary_lanes = kernel.rotary_dim / (2 * chunk);
     kernel.wide_positions = p.rotary.positions.dtype == DType::kInt64;
     kernel.positions = p.rotary.positions.data;
     kernel.cos_sin = p.rotary.cos_sin.As<const float>();
     kernel.cos_sin_stride = p.rotary.cos_sin.stride[0];
-    kernel.max_positions = p.rotary.cos_sin.shape[0];
+    const int64_t rows = p.rotary.cos_sin.shape[0];
+    kernel.max_positions =
+        kernel.wide_positions ? rows : std::min(rows, int64_t{1} << 31);
   }
   if (p.cache.k_cache.present()) {
-    kernel.heads[kV] = ToHeadArray(p.v);
+    kernel.heads[kV] = ToHeadArray(p.v, p.k_weight);
     kernel.slots = p.cache.slot_mapping.As<const int64_t>();
     kernel.page_size = p.cache.k_cache.shape[1];
     kernel.num_slots = p.cache.k_cache.shape[0] * kernel.page_size;
@@ -53,72 +62,110 @@ KernelParams MakeKernelParams(const QkNormParams& p) {
   return kernel;
 }
 
-// Whether everything can be moved 16 bytes at a time (fp8 caches: as many
-// elements), and rotation partners come in whole vectors too.
+// Whether QkNormKernel can do it: everything can be moved 16 bytes at a time
+// (fp8 caches: as many elements), weights as heads are, rotation partners are
+// where it has them, and scales where it can divide by them.
 bool IsVectorizable(const QkNormParams& p) {
   for (const TensorView* view :
        {&p.q, &p.k, &p.v, &p.q_weight, &p.k_weight, &p.rotary.cos_sin}) {
     if (view->present() && !cuda::RowsAreAligned(*view, 16)) return false;
   }
-  const size_t vec = 16 / DTypeSize(p.q.dtype);
+  for (const TensorView* weight : {&p.q_weight, &p.k_weight}) {
+    if (weight->dtype != p.q.dtype) return false;
+  }
+  const size_t chunk = 16 / DTypeSize(p.q.dtype);
   for (const TensorView* view : {&p.cache.k_cache, &p.cache.v_cache}) {
     if (view->present() &&
-        !cuda::RowsAreAligned(*view, vec * DTypeSize(view->dtype))) {
+        !cuda::RowsAreAligned(*view, chunk * DTypeSize(view->dtype))) {
       return false;
     }
   }
-  return !p.rotary.cos_sin.present() || p.rotary.rotary_dim / 2 % vec == 0;
+  for (float scale : {p.cache.k_scale, p.cache.v_scale}) {
+    if (scale < 1e-25f || scale > 1e25f) return false;
+  }
+  const int64_t rotary_dim = p.rotary.rotary_dim;
+  const int64_t head_dim = p.q.shape[2];
+  return rotary_dim / 2 % chunk == 0 &&
+         (rotary_dim == head_dim || rotary_dim <= head_dim / 2);
 }
 
-// Gives each warp of a token heads of one role, `num_steps` steps of them.
-void AssignWarps(int num_steps, KernelParams* kernel) {
-  kernel->num_steps = num_steps;
+// Divides the heads among warps, `step_heads` at a time. Few heads in all: a
+// step to a warp and a token to a tile, for the shortest way through. Many: two
+// steps, so that a warp has more bytes under way, and so many tokens that their
+// K fill a step. All steps of a lane are of one token.
+void AssignWarps(int step_heads, KernelParams* kernel) {
+  int heads_of_token = 0;
+  for (const HeadArray& heads : kernel->heads) heads_of_token += heads.count;
+  const bool few = kernel->tokens * heads_of_token <= 8192;
+  kernel->prefetch = few && kernel->rotary_dim > 0;
+  const int k_heads = kernel->heads[kK].count;
+  // HeadArray::reciprocal is exact up to here.
+  constexpr int kMaxTileHeads = 64;
+  if (!few && step_heads % k_heads == 0 &&
+      kernel->heads[kQ].count <= kMaxTileHeads) {
+    kernel->tile_tokens = step_heads / k_heads;
+  }
   for (HeadArray& heads : kernel->heads) {
     heads.first_warp = kernel->num_warps;
-    kernel->num_warps +=
-        cuda::CeilDiv(heads.count, (32 >> kernel->log2_lanes) * num_steps);
+    if (heads.count == 0) continue;
+    const bool whole_warps = heads.count % (step_heads * kMaxSteps) == 0;
+    if (!few && (kernel->tile_tokens == 1 || whole_warps)) {
+      heads.steps = std::min(kMaxSteps, cuda::CeilDiv(heads.count, step_heads));
+    }
+    if (kernel->tile_tokens > 1) {
+      heads.reciprocal = cuda::CeilDiv(1 << 16, heads.count);
+    }
+    kernel->num_warps += cuda::CeilDiv(heads.count * kernel->tile_tokens,
+                                       step_heads * heads.steps);
   }
-}
-
-// Few heads in all: a step to a warp, for the shortest way through. Many:
-// several, so that a warp has more bytes under way and reads weights and angles
-// less often.
-int StepsPerWarp(const KernelParams& kernel) {
-  int heads = 0;
-  for (const HeadArray& array : kernel.heads) heads += array.count;
-  return kernel.tokens * heads <= 8192 ? 1 : kMaxSteps;
+  kernel->first_k_warp = kernel->heads[kK].first_warp;
+  kernel->first_v_warp = kernel->heads[kV].first_warp;
 }
 
 template <class T, bool kRotary>
-auto* SelectKernel(bool vectorizable, int log2_lanes) {
-  if (!vectorizable) return QkNormKernel<T, 0, true>;
-  switch (log2_lanes) {
-    case 3:
-      return QkNormKernel<T, 3, kRotary>;
-    case 4:
-      return QkNormKernel<T, 4, kRotary>;
+auto* SelectKernel(int head_dim) {
+  switch (head_dim) {
+    case 64:
+      return QkNormKernel<T, 64, kRotary>;
+    case 128:
+      return QkNormKernel<T, 128, kRotary>;
     default:
-      return QkNormKernel<T, 5, kRotary>;
+      return QkNormKernel<T, 256, kRotary>;
   }
+}
+
+template <class T>
+Status LaunchElements(KernelParams kernel, Stream stream) {
+  for (HeadArray& heads : kernel.heads) {
+    heads.first_warp = kernel.num_warps;
+    kernel.num_warps += heads.count;
+  }
+  kernel.first_k_warp = kernel.heads[kK].first_warp;
+  kernel.first_v_warp = kernel.heads[kV].first_warp;
+  const dim3 grid(static_cast<unsigned>(kernel.tokens),
+                  cuda::CeilDiv(kernel.num_warps, kElementWarps));
+  return cuda::LaunchDependent("QkNorm", stream, grid, dim3(32, kElementWarps),
+                               0, QkNormElementKernel<T>, kernel);
 }
 
 template <class T>
 Status LaunchQkNorm(const QkNormParams& p, Stream stream) {
   KernelParams kernel = MakeKernelParams(p);
-  AssignWarps(StepsPerWarp(kernel), &kernel);
-  const int blocks = cuda::CeilDiv(kernel.num_warps, kMaxWarps);  // of a token
+  if (!IsVectorizable(p)) return LaunchElements<T>(kernel, stream);
+  const int lanes = kernel.head_dim * static_cast<int>(sizeof(T)) / 32;
+  AssignWarps(32 / lanes, &kernel);
+  const int blocks = cuda::CeilDiv(kernel.num_warps, kMaxWarps);  // of a tile
   const int block_warps = cuda::CeilDiv(kernel.num_warps, blocks);
-  const int block_tokens = kMaxWarps / block_warps;
-  const dim3 grid(
-      static_cast<unsigned>(cuda::CeilDiv(kernel.tokens, block_tokens)),
-      blocks);
-  const bool vectorizable = IsVectorizable(p);
-  return cuda::LaunchDependent(
-      "QkNorm", stream, grid, dim3(32, block_warps, block_tokens), 0,
-      kernel.rotary_dim > 0
-          ? SelectKernel<T, true>(vectorizable, kernel.log2_lanes)
-          : SelectKernel<T, false>(vectorizable, kernel.log2_lanes),
-      kernel);
+  constexpr int64_t kMaxGridY = 65535;
+  const int64_t tiles = cuda::CeilDiv(kernel.tokens, kernel.tile_tokens);
+  const int64_t grid_y = std::min(tiles, kMaxGridY);
+  const dim3 grid(blocks, static_cast<unsigned>(grid_y),
+                  static_cast<unsigned>(cuda::CeilDiv(tiles, grid_y)));
+  return cuda::LaunchDependent("QkNorm", stream, grid, dim3(32, block_warps), 0,
+                               kernel.rotary_dim > 0
+                                   ? SelectKernel<T, true>(kernel.head_dim)
+                                   : SelectKernel<T, false>(kernel.head_dim),
+                               kernel);
 }
 
 }  // namespace

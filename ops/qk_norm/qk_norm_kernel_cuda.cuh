@@ -5,136 +5,68 @@
 #include <cstring>
 
 #include "ops/core/core_cuda.cuh"
+#include "ops/qk_norm/qk_norm_params_cuda.cuh"
 
-// The kernel of QkNorm; qk_norm_cuda.cu launches it.
+// The kernel of QkNorm for views that can be moved 16 bytes at a time.
+//
+// A lane has two chunks of 16 bytes of a head, half a head apart, so that
+// rotation partners are on one lane; a head of 128 bfloat16 elements is on 8
+// lanes. A warp works on 32 / lanes heads at a time (a step), all of them of Q,
+// of K or of V, and takes up to kMaxSteps steps of the same tokens.
+//
+// It waits for memory twice, for everything and then for the angles, and has to
+// have all loads under way before it does. The compiler moves a load down to
+// its use and a use up to its load, past other loads: hence the volatile loads,
+// and the branches (marked) and __syncwarp() that keep what is above and below
+// them apart. docs/kernels/qk_norm.md has what this is worth.
 
 namespace tenon::qk_norm {
 
-using cuda::Vec;
+constexpr int kMaxWarps = 4;   // of a block
+constexpr int kMinBlocks = 6;  // of a multiprocessor: at most 80 registers
 
-// A lane holds 8 elements of a head, so that a head of 64, 128 or 256 elements
-// lies on 8, 16 or 32 lanes and a warp works on 4, 2 or 1 heads at a time: one
-// step. A warp takes up to kMaxSteps steps of one token's Q, K or V heads: all
-// its loads are under way together, and it reads weights and angles once.
-constexpr int kPerLane = 8;
-constexpr int kMaxSteps = 4;
-constexpr int kMaxWarps = 4;  // of a block
-
-enum Role { kQ = 0, kK = 1, kV = 2 };
-
-struct HeadArray {
-  void* data;
-  int64_t token_stride;
-  int64_t head_stride;
-  int32_t count;
-  int32_t first_warp;  // of a token's warps, the first with these heads
-};
-
-struct CacheArray {
-  void* data;
-  int64_t page_stride;
-  int64_t slot_stride;
-  int64_t head_stride;
-  float scale;
-};
-
-struct KernelParams {
-  int64_t tokens;
-  HeadArray heads[3];  // by Role
-  int32_t num_warps;   // of a token
-  int32_t num_steps;   // of each warp, at most kMaxSteps
-  int32_t log2_lanes;  // of a head
-
-  const void* weight[2];  // by Role
-  bool float_weight[2];
-  bool cast_first;
-  float epsilon;
-  float inv_head_dim;
-
-  int32_t rotary_dim;  // 0: no rotation
-  bool wide_positions;
-  const void* positions;
-  const float* cos_sin;
-  int64_t cos_sin_stride;
-  int64_t max_positions;
-
-  const int64_t* slots;  // null: no cache write
-  int64_t num_slots;
-  int64_t page_size;
-  bool fp8_cache;
-  CacheArray cache[2];  // of K and V
-};
-
-// A lane's 8 elements of a head, as they lie in memory: vector i of 16 bytes of
-// a head is part i / lanes of lane i % lanes. The same for views that can be
-// moved by vectors and others, so that both add up in the same order.
 template <class T>
-struct LaneData {
-  static constexpr int kVec = 16 / sizeof(T);
-  static constexpr int kParts = kPerLane / kVec;
-  static constexpr int kWords = kPerLane * sizeof(T) / 4;
+struct Chunk {
+  static constexpr int kSize = 16 / sizeof(T);
   // Words, so that elements are not held one to a register.
-  uint32_t words[kWords];
+  uint32_t words[4];
 };
 
-// Where a lane's parts lie in a head.
-struct Lanes {
-  int log2;     // of the lanes of a head
-  int in_head;  // this lane's number among them
-
-  template <class T>
-  __device__ __forceinline__ int First(int part) const {
-    return ((part << log2) + in_head) * LaneData<T>::kVec;
-  }
-};
-
-// From and to a head in memory, by 16 bytes (kVector) or by elements.
-template <bool kVector, class T>
-__device__ __forceinline__ LaneData<T> Load(const T* head, Lanes lanes) {
-  using Data = LaneData<T>;
-  Data x;
-#pragma unroll
-  for (int part = 0; part < Data::kParts; ++part) {
-    const T* const from = head + lanes.First<T>(part);
-    Vec<T, Data::kVec> v;
-    if constexpr (kVector) {
-      const uint4 bits = *reinterpret_cast<const uint4*>(from);
-      memcpy(x.words + 4 * part, &bits, 16);
-    } else {
-#pragma unroll
-      for (int j = 0; j < Data::kVec; ++j) v.v[j] = from[j];
-      memcpy(x.words + 4 * part, &v, 16);
-    }
+__device__ __forceinline__ uint32_t LoadWord(const void* from) {
+  uint32_t word;
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(word) : "l"(from));
+  return word;
+}
+// kOnce: leaves the L1 to weights and angles.
+template <bool kOnce = false, class T>
+__device__ __forceinline__ Chunk<T> LoadChunk(const T* from) {
+  Chunk<T> x;
+  uint32_t* const w = x.words;
+  if constexpr (kOnce) {
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                 : "l"(from));
+  } else {
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                 : "l"(from));
   }
   return x;
 }
-template <bool kVector, class T>
-__device__ __forceinline__ void Store(const LaneData<T>& x, T* head,
-                                      Lanes lanes) {
-  using Data = LaneData<T>;
-#pragma unroll
-  for (int part = 0; part < Data::kParts; ++part) {
-    T* const to = head + lanes.First<T>(part);
-    if constexpr (kVector) {
-      const uint32_t* const w = x.words + 4 * part;
-      *reinterpret_cast<uint4*>(to) = make_uint4(w[0], w[1], w[2], w[3]);
-    } else {
-      Vec<T, Data::kVec> v;
-      memcpy(&v, x.words + 4 * part, 16);
-#pragma unroll
-      for (int j = 0; j < Data::kVec; ++j) to[j] = v.v[j];
-    }
-  }
+template <class T>
+__device__ __forceinline__ void StoreChunk(const Chunk<T>& x, T* to) {
+  const uint32_t* const w = x.words;
+  __stcs(reinterpret_cast<uint4*>(to), make_uint4(w[0], w[1], w[2], w[3]));
 }
 
-// Between a lane's elements and floats, a word at a time.
-__device__ __forceinline__ void Widen(const LaneData<float>& x, float* to) {
+// Between a chunk's elements and floats, a word at a time.
+__device__ __forceinline__ void Widen(const Chunk<float>& x, float* to) {
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) to[i] = __uint_as_float(x.words[i]);
+  for (int i = 0; i < 4; ++i) to[i] = __uint_as_float(x.words[i]);
 }
-__device__ __forceinline__ void Widen(const LaneData<__half>& x, float* to) {
+__device__ __forceinline__ void Widen(const Chunk<__half>& x, float* to) {
 #pragma unroll
-  for (int i = 0; i < kPerLane / 2; ++i) {
+  for (int i = 0; i < 4; ++i) {
     __half2 pair;
     memcpy(&pair, &x.words[i], sizeof(pair));
     const float2 f = __half22float2(pair);
@@ -142,310 +74,341 @@ __device__ __forceinline__ void Widen(const LaneData<__half>& x, float* to) {
     to[2 * i + 1] = f.y;
   }
 }
-__device__ __forceinline__ void Widen(const LaneData<__nv_bfloat16>& x,
+__device__ __forceinline__ void Widen(const Chunk<__nv_bfloat16>& x,
                                       float* to) {
 #pragma unroll
-  for (int i = 0; i < kPerLane / 2; ++i) {
+  for (int i = 0; i < 4; ++i) {
     to[2 * i] = __uint_as_float(x.words[i] << 16);
     to[2 * i + 1] = __uint_as_float(x.words[i] & 0xffff0000u);
   }
 }
-__device__ __forceinline__ void Round(const float* from, LaneData<float>* x) {
+__device__ __forceinline__ void Round(const float* from, Chunk<float>* x) {
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) x->words[i] = __float_as_uint(from[i]);
+  for (int i = 0; i < 4; ++i) x->words[i] = __float_as_uint(from[i]);
 }
-__device__ __forceinline__ void Round(const float* from, LaneData<__half>* x) {
+__device__ __forceinline__ void Round(const float* from, Chunk<__half>* x) {
 #pragma unroll
-  for (int i = 0; i < kPerLane / 2; ++i) {
+  for (int i = 0; i < 4; ++i) {
     const __half2 pair = __floats2half2_rn(from[2 * i], from[2 * i + 1]);
     memcpy(&x->words[i], &pair, sizeof(pair));
   }
 }
 __device__ __forceinline__ void Round(const float* from,
-                                      LaneData<__nv_bfloat16>* x) {
+                                      Chunk<__nv_bfloat16>* x) {
 #pragma unroll
-  for (int i = 0; i < kPerLane / 2; ++i) {
+  for (int i = 0; i < 4; ++i) {
     const __nv_bfloat162 pair =
         __floats2bfloat162_rn(from[2 * i], from[2 * i + 1]);
     memcpy(&x->words[i], &pair, sizeof(pair));
   }
 }
 
-// Where the K and V of a token go in the cache; page -1: nowhere.
-struct Slot {
-  int64_t page = -1;
-  int64_t offset = 0;
-};
-
-__device__ __forceinline__ Slot FindSlot(const KernelParams& p, int64_t token) {
-  if (p.slots == nullptr) return Slot();
-  const int64_t slot = p.slots[token];
-  if (slot < 0 || slot >= p.num_slots) return Slot();
-  // Divisions of 64 bits take long, and caches that need them are rare.
-  const int64_t page =
-      p.num_slots <= UINT32_MAX
-          ? static_cast<uint32_t>(slot) / static_cast<uint32_t>(p.page_size)
-          : slot / p.page_size;
-  return {page, slot - page * p.page_size};
-}
-
-// The cosines and sines of a token, null where it is not rotated.
-__device__ __forceinline__ const float* CosSin(const KernelParams& p,
-                                               int64_t token) {
-  if (p.rotary_dim == 0) return nullptr;
-  const int64_t position =
-      p.wide_positions ? static_cast<const int64_t*>(p.positions)[token]
-                       : static_cast<const int32_t*>(p.positions)[token];
-  if (position < 0 || position >= p.max_positions) return nullptr;
-  return p.cos_sin + position * p.cos_sin_stride;
-}
-
-// The angles of a lane's elements; the sine with the sign of the formula.
-struct Angles {
-  float cos[kPerLane];
-  float sin[kPerLane];
-};
-
-template <bool kVector, class T>
-__device__ __forceinline__ void ReadAngles(const KernelParams& p,
-                                           const float* from, Lanes lanes,
-                                           Angles* angles) {
-  constexpr int kVec = LaneData<T>::kVec;
-  const int half = p.rotary_dim / 2;
+// The sum of squares of a head, in the order of the other kernel: leaves of 8
+// elements, then pairs of leaves, pairs of pairs and so on.
+template <int kLanes, class T>
+__device__ __forceinline__ float SumOfSquares(const float* x) {
+  constexpr int kSize = Chunk<T>::kSize;
+  // float32 has half a leaf in each chunk, the others a whole one.
+  constexpr int kLeaves = 2 * kSize / 8;
+  float sums[kLeaves];
 #pragma unroll
-  for (int part = 0; part < LaneData<T>::kParts; ++part) {
-    const int first = lanes.First<T>(part);
-    float* const c = angles->cos + part * kVec;
-    float* const s = angles->sin + part * kVec;
-    if constexpr (kVector) {
-      if (first >= p.rotary_dim) continue;
-      const float* const at = from + (first < half ? first : first - half);
+  for (int leaf = 0; leaf < kLeaves; ++leaf) {
+    sums[leaf] = 0.0f;
 #pragma unroll
-      for (int j = 0; j < kVec; j += 4) {
-        const float4 cosines = __ldg(reinterpret_cast<const float4*>(at + j));
-        const float4 sines =
-            __ldg(reinterpret_cast<const float4*>(at + half + j));
-        memcpy(c + j, &cosines, sizeof(cosines));
-        memcpy(s + j, &sines, sizeof(sines));
-      }
+    for (int j = 8 * leaf; j < 8 * leaf + 8; ++j) {
+      sums[leaf] = __fmaf_rn(x[j], x[j], sums[leaf]);
+    }
 #pragma unroll
-      for (int j = 0; j < kVec; ++j) s[j] = first < half ? -s[j] : s[j];
-    } else {
-#pragma unroll
-      for (int j = 0; j < kVec; ++j) {
-        const int i = first + j;
-        if (i >= p.rotary_dim) continue;
-        c[j] = from[i < half ? i : i - half];
-        s[j] = i < half ? -from[half + i] : from[i];
-      }
+    for (int mask = 1; mask < kLanes; mask *= 2) {
+      sums[leaf] += __shfl_xor_sync(~0u, sums[leaf], mask);
     }
   }
+  return kLeaves == 1 ? sums[0] : sums[0] + sums[kLeaves - 1];
 }
 
-// The norm's weights of a lane's elements.
-template <bool kVector, class T>
-__device__ __forceinline__ void ReadWeight(const KernelParams& p, Role role,
-                                           Lanes lanes, float* weight) {
-  constexpr int kVec = LaneData<T>::kVec;
-  if (!p.float_weight[role]) {
-    Widen(Load<kVector>(static_cast<const T*>(p.weight[role]), lanes), weight);
+// Normalises a lane's part of a head. Executed by whole warps.
+template <int kLanes, class T>
+__device__ __forceinline__ void Normalize(const KernelParams& p,
+                                          const float* weight, Chunk<T>* x) {
+  constexpr int kSize = Chunk<T>::kSize;
+  float f[2 * kSize];
+  Widen(x[0], f);
+  Widen(x[1], f + kSize);
+  const float inv_rms = InvRms(p, SumOfSquares<kLanes, T>(f));
+#pragma unroll
+  for (int j = 0; j < 2 * kSize; ++j) f[j] *= inv_rms;
+  if (p.cast_first) {
+    Round(f, &x[0]);
+    Round(f + kSize, &x[1]);
+    Widen(x[0], f);
+    Widen(x[1], f + kSize);
+  }
+#pragma unroll
+  for (int j = 0; j < 2 * kSize; ++j) f[j] *= weight[j];
+  Round(f, &x[0]);
+  Round(f + kSize, &x[1]);
+}
+
+// x * cos + other * sin
+template <class T>
+__device__ __forceinline__ void RotateChunk(const float* x, const float* other,
+                                            const float* cos, const float* sin,
+                                            float sign, Chunk<T>* to) {
+  float f[Chunk<T>::kSize];
+#pragma unroll
+  for (int j = 0; j < Chunk<T>::kSize; ++j) {
+    f[j] = __fmaf_rn(x[j], cos[j], __fmul_rn(other[j], sign * sin[j]));
+  }
+  Round(f, to);
+}
+
+// The angles of a lane's first chunk.
+template <class T>
+struct Angles {
+  float cos[Chunk<T>::kSize];
+  float sin[Chunk<T>::kSize];
+  bool rotate;  // whether it has any
+};
+
+// Rotates a lane's part of a head, as rounded by the norm. Where all of a head
+// is rotated the partners are a lane's two chunks, else the first chunks of two
+// lanes. Executed by whole warps.
+template <int kLanes, class T>
+__device__ __forceinline__ void Rotate(const KernelParams& p, int lane,
+                                       const Angles<T>& angles, Chunk<T>* x) {
+  float f[Chunk<T>::kSize];
+  float g[Chunk<T>::kSize];
+  if (p.rotary_lanes == kLanes) {
+    if (!angles.rotate) return;
+    Widen(x[0], f);
+    Widen(x[1], g);
+    RotateChunk(f, g, angles.cos, angles.sin, -1.0f, &x[0]);
+    RotateChunk(g, f, angles.cos, angles.sin, 1.0f, &x[1]);
     return;
   }
-  const float* const from = static_cast<const float*>(p.weight[role]);
+  const bool upper = lane >= p.rotary_lanes;
+  const int partner = upper ? lane - p.rotary_lanes : lane + p.rotary_lanes;
+  Chunk<T> other;
 #pragma unroll
-  for (int part = 0; part < LaneData<T>::kParts; ++part) {
-#pragma unroll
-    for (int j = 0; j < kVec; ++j) {
-      weight[part * kVec + j] = from[lanes.First<T>(part) + j];
-    }
+  for (int i = 0; i < 4; ++i) {
+    other.words[i] = __shfl_sync(~0u, x[0].words[i], partner, kLanes);
   }
-}
-
-// Rotates a lane's elements of a head, as rounded by the norm. Partners lie
-// half a rotary_dim apart and so on other lanes. Where whole vectors are
-// partners (kVector) they are exchanged by shuffles, else by elements through
-// `staged`, the head's place in shared memory. Executed by whole warps.
-template <bool kVector, class T>
-__device__ __forceinline__ void Rotate(const KernelParams& p,
-                                       const Angles& angles, Lanes lanes,
-                                       T* staged, LaneData<T>* x) {
-  using Data = LaneData<T>;
-  constexpr int kVec = Data::kVec;
-  const int half = p.rotary_dim / 2;
-  Data other;
-  if constexpr (kVector) {
-#pragma unroll
-    for (int part = 0; part < Data::kParts; ++part) {
-      const int first = lanes.First<T>(part);
-      const int partner = (first < half ? first + half : first - half) / kVec;
-#pragma unroll
-      for (int from = 0; from < Data::kParts; ++from) {
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {
-          const uint32_t word = __shfl_sync(~0u, x->words[4 * from + w],
-                                            partner, 1 << lanes.log2);
-          if (Data::kParts == 1 || partner >> lanes.log2 == from) {
-            other.words[4 * part + w] = word;
-          }
-        }
-      }
-    }
-  } else {
-    __syncwarp();  // the previous step's reads are done
-    Store<false>(*x, staged, lanes);
-    __syncwarp();
-    T elements[kPerLane];
-#pragma unroll
-    for (int j = 0; j < kPerLane; ++j) {
-      const int i = lanes.First<T>(j / kVec) + j % kVec;
-      elements[j] = staged[i >= p.rotary_dim ? i
-                           : i < half        ? i + half
-                                             : i - half];
-    }
-    memcpy(other.words, elements, sizeof(elements));
-  }
-  float f[kPerLane];
-  float g[kPerLane];
-  Widen(*x, f);
+  if (!angles.rotate) return;
+  Widen(x[0], f);
   Widen(other, g);
-#pragma unroll
-  for (int part = 0; part < Data::kParts; ++part) {
-    const int first = lanes.First<T>(part);
-    if (first >= p.rotary_dim) continue;
-#pragma unroll
-    for (int j = 0; j < kVec; ++j) {
-      if (!kVector && first + j >= p.rotary_dim) continue;
-      const int i = part * kVec + j;
-      f[i] = f[i] * angles.cos[i] + g[i] * angles.sin[i];
-    }
-  }
-  Round(f, x);
+  RotateChunk(f, g, angles.cos, angles.sin, upper ? 1.0f : -1.0f, &x[0]);
 }
 
-// Writes a lane's elements of a head that begins at `to` in the cache.
-template <bool kVector, class T>
+// x / scale. A quotient of this range has no overflow or underflow on its way
+// (the host has seen to scale), so that two corrections make it the nearest
+// float; any other is saturated or becomes a zero of its sign.
+__device__ __forceinline__ float Divide(float x, const CacheArray& cache) {
+  const float q = x * cache.inv_scale;
+  float r = __fmaf_rn(__fmaf_rn(-q, cache.scale, x), cache.inv_scale, q);
+  r = __fmaf_rn(__fmaf_rn(-r, cache.scale, x), cache.inv_scale, r);
+  return fabsf(q) >= 1.0f / 2048 && fabsf(q) < 1024.0f ? r : q;
+}
+
+template <class T>
 __device__ __forceinline__ void WriteCache(const KernelParams& p,
                                            const CacheArray& cache, int64_t to,
-                                           Lanes lanes, const LaneData<T>& x) {
+                                           const Chunk<T>& x) {
   if (!p.fp8_cache) {
-    Store<kVector>(x, static_cast<T*>(cache.data) + to, lanes);
+    StoreChunk(x, static_cast<T*>(cache.data) + to);
     return;
   }
-  constexpr int kVec = LaneData<T>::kVec;
-  float f[kPerLane];
+  constexpr int kPairs = Chunk<T>::kSize / 2;
+  float f[2 * kPairs];
   Widen(x, f);
+  cuda::Vec<__nv_fp8x2_storage_t, kPairs> quantized;
 #pragma unroll
-  for (int part = 0; part < LaneData<T>::kParts; ++part) {
-    Vec<uint8_t, kVec> quantized;
+  for (int j = 0; j < kPairs; ++j) {
+    quantized.v[j] = __nv_cvt_float2_to_fp8x2(
+        {Divide(f[2 * j], cache), Divide(f[2 * j + 1], cache)}, __NV_SATFINITE,
+        __NV_E4M3);
+  }
+  uint8_t* const at = static_cast<uint8_t*>(cache.data) + to;
+  *reinterpret_cast<decltype(quantized)*>(at) = quantized;
+}
+
+// A lane's part of the heads of a warp.
+template <class T>
+struct Part {
+  Role role;
+  int lane;  // of a head
+  int steps;
+  int64_t token;
+  int first_head;  // of this lane; step i has the one kStepHeads * i further
+  int num_heads;   // from there on; none or less: there is nothing to write
+  T* at[kMaxSteps];
+  const T* weight_at;
+};
+
+// Lanes without a head read what another one reads, and write nothing.
+template <int kLanes, class T>
+__device__ __forceinline__ Part<T> FindPart(const KernelParams& p, int warp,
+                                            int64_t tile) {
+  constexpr int kStepHeads = 32 / kLanes;
+  Part<T> part;
+  part.role = RoleOf(p, warp);
+  part.lane = threadIdx.x % kLanes;
+  const HeadArray& heads = p.heads[part.role];
+  part.steps = heads.steps;
+  const int unit = (warp - heads.first_warp) * heads.steps * kStepHeads +
+                   threadIdx.x / kLanes;
+  const int tile_token = static_cast<uint32_t>(unit) * heads.reciprocal >> 16;
+  part.first_head = unit - tile_token * heads.count;
+  part.token = tile * p.tile_tokens + tile_token;
+  const bool exists = tile_token < p.tile_tokens && part.token < p.tokens;
+  if (!exists) part.token = 0;
+  part.num_heads = exists ? heads.count - part.first_head : 0;
+  part.at[0] = static_cast<T*>(heads.data) + part.token * heads.token_stride +
+               (part.num_heads > 0 ? part.first_head : 0) * heads.head_stride +
+               part.lane * Chunk<T>::kSize;
 #pragma unroll
-    for (int j = 0; j < kVec; ++j) {
-      quantized.v[j] = __nv_cvt_float_to_fp8(f[part * kVec + j] / cache.scale,
-                                             __NV_SATFINITE, __NV_E4M3);
-    }
-    uint8_t* const at =
-        static_cast<uint8_t*>(cache.data) + to + lanes.First<T>(part);
-    if constexpr (kVector) {
-      *reinterpret_cast<Vec<uint8_t, kVec>*>(at) = quantized;
-    } else {
+  for (int step = 1; step < kMaxSteps; ++step) {
+    const bool has_head =
+        step < heads.steps && step * kStepHeads < part.num_heads;
+    part.at[step] = has_head
+                        ? part.at[step - 1] + kStepHeads * heads.head_stride
+                        : part.at[0];
+  }
+  part.weight_at =
+      static_cast<const T*>(heads.weight) + part.lane * Chunk<T>::kSize;
+  return part;
+}
+
+// Reads the angles of a position into the L2: a hint, so that it may be a
+// position that the kernel ahead is about to change.
+__device__ __forceinline__ void PrefetchAngles(const KernelParams& p,
+                                               uint64_t position, int lane) {
+  constexpr int kFloats = 16;
+  if (position >= p.max_positions || lane * kFloats >= p.rotary_dim) return;
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(
+      p.cos_sin + position * p.cos_sin_stride + lane * kFloats));
+}
+
+// Reads a lane's part of a warp's heads.
+template <int kHeadDim, class T>
+__device__ __forceinline__ void LoadPart(const Part<T>& part,
+                                         Chunk<T> (*x)[2]) {
 #pragma unroll
-      for (int j = 0; j < kVec; ++j) at[j] = quantized.v[j];
-    }
+  for (int step = 0; step < kMaxSteps; ++step) {
+    x[step][0] = LoadChunk<true>(part.at[step]);
+    x[step][1] = LoadChunk<true>(part.at[step] + kHeadDim / 2);
   }
 }
 
-// Block (32, warps of a token, tokens); grid (tokens, blocks of a token). Lanes
-// without a head go through the shuffles with the others. kLog2Lanes: of a
-// head, where everything can be moved by vectors; 0: any head, by elements.
-template <class T, int kLog2Lanes, bool kRotary>
-__global__ void __launch_bounds__(32 * kMaxWarps)
+template <int kHeadDim, class T>
+__device__ __forceinline__ void StorePart(const Part<T>& part,
+                                          const Chunk<T> (*x)[2]) {
+#pragma unroll
+  for (int step = 0; step < kMaxSteps; ++step) {
+    StoreChunk(x[step][0], part.at[step]);
+    StoreChunk(x[step][1], part.at[step] + kHeadDim / 2);
+  }
+}
+
+// Writes a lane's part of a warp's heads into the cache.
+template <int kHeadDim, class T>
+__device__ __forceinline__ void CachePart(const KernelParams& p,
+                                          const Part<T>& part, int64_t slot,
+                                          const Chunk<T> (*x)[2]) {
+  constexpr int kStepHeads = 64 * Chunk<T>::kSize / kHeadDim;
+  const CacheArray& cache = p.cache[part.role == kV];
+  const int64_t slot_offset = SlotOffset(p, cache, slot);
+  if (slot_offset < 0) return;
+  const int64_t to = slot_offset + part.first_head * cache.head_stride +
+                     part.lane * Chunk<T>::kSize;
+#pragma unroll
+  for (int step = 0; step < kMaxSteps; ++step) {
+    if (step >= part.steps || step * kStepHeads >= part.num_heads) break;
+    const int64_t head = to + step * kStepHeads * cache.head_stride;
+    WriteCache(p, cache, head, x[step][0]);
+    WriteCache(p, cache, head + kHeadDim / 2, x[step][1]);
+  }
+}
+
+// Block (32, warps); grid (blocks of a tile, tiles, tiles / gridDim.y).
+template <class T, int kHeadDim, bool kRotary>
+__global__ void __launch_bounds__(32 * kMaxWarps, kMinBlocks)
     QkNormKernel(const __grid_constant__ KernelParams p) {
-  constexpr bool kVector = kLog2Lanes > 0;
-  const int log2_lanes = kVector ? kLog2Lanes : p.log2_lanes;
-  const Lanes lanes = {log2_lanes,
-                       static_cast<int>(threadIdx.x & ((1 << log2_lanes) - 1))};
-  const int heads_per_step = 32 >> log2_lanes;
-  const int warp = blockIdx.y * blockDim.y + threadIdx.y;
-  const int64_t token =
-      static_cast<int64_t>(blockIdx.x) * blockDim.z + threadIdx.z;
+  constexpr int kSize = Chunk<T>::kSize;
+  constexpr int kLanes = kHeadDim / (2 * kSize);
+  constexpr int kStepHeads = 32 / kLanes;
+  constexpr int kHalf = kHeadDim / 2;
+  const int warp = blockIdx.x * blockDim.y + threadIdx.y;
+  if (warp >= p.num_warps) return;
+  const Part<T> part = FindPart<kLanes, T>(
+      p, warp, int64_t{blockIdx.z} * gridDim.y + blockIdx.y);
+  const int lane = part.lane;
+  const bool caches = part.role != kQ && p.slots != nullptr;
+  const int64_t* const slot_at = caches ? p.slots + part.token : nullptr;
+  const char* position_at = nullptr;
+  int angle_lane = lane;  // the lane of the first half with the same angles
+  if constexpr (kRotary) {
+    position_at = PositionAt(p, part.token);
+    if (lane >= p.rotary_lanes) {
+      angle_lane = lane < 2 * p.rotary_lanes ? lane - p.rotary_lanes : 0;
+    }
+    if (p.prefetch) PrefetchAngles(p, LoadWord(position_at), lane);
+  }
+  // Keeps the above in front of the wait; never true.
+  if (part.at[0] == nullptr || part.at[kMaxSteps - 1] == nullptr ||
+      part.weight_at == nullptr || (kRotary && position_at == nullptr) ||
+      p.epsilon == 0.0f) {
+    return;
+  }
   cuda::WaitForPreviousKernels();
-  if (token >= p.tokens || warp >= p.num_warps) return;
 
-  const Role role = warp < p.heads[kK].first_warp   ? kQ
-                    : warp < p.heads[kV].first_warp ? kK
-                                                    : kV;
-  const HeadArray& heads = p.heads[role];
-  const int first_head =
-      (warp - heads.first_warp) * p.num_steps * heads_per_step +
-      (threadIdx.x >> log2_lanes);
-  T* const head = static_cast<T*>(heads.data) + token * heads.token_stride +
-                  first_head * heads.head_stride;
-  const int64_t step_stride = heads_per_step * heads.head_stride;
-  const auto is_active = [&](int step) {
-    return step < p.num_steps &&
-           first_head + step * heads_per_step < heads.count;
-  };
-
-  // Everything is read before anything is computed: one trip to memory.
-  LaneData<T> x[kMaxSteps] = {};
-#pragma unroll
-  for (int step = 0; step < kMaxSteps; ++step) {
-    if (is_active(step))
-      x[step] = Load<kVector>(head + step * step_stride, lanes);
+  Chunk<T> x[kMaxSteps][2];
+  int64_t slot = -1;
+  if (part.role == kV) {
+    slot = *slot_at;
+    LoadPart<kHeadDim>(part, x);
+    return CachePart<kHeadDim>(p, part, slot, x);
   }
-  float weight[kPerLane];
-  if (role != kV) ReadWeight<kVector, T>(p, role, lanes, weight);
-  const Slot slot = role == kQ ? Slot() : FindSlot(p, token);
-  const float* const cos_sin =
-      kRotary && role != kV ? CosSin(p, token) : nullptr;
-  Angles angles;
-  if (cos_sin != nullptr) ReadAngles<kVector, T>(p, cos_sin, lanes, &angles);
-  const CacheArray& cache = p.cache[role == kV];
-  const int64_t cache_at = slot.page * cache.page_stride +
-                           slot.offset * cache.slot_stride +
-                           first_head * cache.head_stride;
+  uint64_t position = 0;
+  if constexpr (kRotary) {
+    position = LoadWord(position_at);
+    if (p.wide_positions) position |= uint64_t{LoadWord(position_at + 4)} << 32;
+  }
+  LoadPart<kHeadDim>(part, x);
+  const Chunk<T> packed[] = {LoadChunk(part.weight_at),
+                             LoadChunk(part.weight_at + kHalf)};
+  if (caches) slot = *slot_at;
 
+  Angles<T> angles;
+  if constexpr (kRotary) {
+    const bool in_table = position < p.max_positions;
+    angles.rotate = in_table && lane < 2 * p.rotary_lanes;
+    const float* const at = p.cos_sin +
+                            (in_table ? position : 0) * p.cos_sin_stride +
+                            angle_lane * kSize;
+    const float* const sin_at = at + p.rotary_dim / 2;
+    // Keeps the norm behind the loads of the angles, and the loads of x in
+    // front of the wait for the position; never true.
+    if (at == nullptr || sin_at == nullptr) return StorePart<kHeadDim>(part, x);
 #pragma unroll
-  for (int step = 0; step < kMaxSteps; ++step) {
-    if (step >= p.num_steps) break;
-    if (role != kV) {
-      float f[kPerLane];
-      Widen(x[step], f);
-      float sum = 0.0f;
-#pragma unroll
-      for (int j = 0; j < kPerLane; ++j) sum += f[j] * f[j];
-#pragma unroll
-      for (int mask = 1; mask < 32; mask *= 2) {
-        if (mask >> log2_lanes != 0) break;
-        sum += __shfl_xor_sync(~0u, sum, mask);
-      }
-      const float inv_rms = __frsqrt_rn(sum * p.inv_head_dim + p.epsilon);
-#pragma unroll
-      for (int j = 0; j < kPerLane; ++j) f[j] *= inv_rms;
-      if (p.cast_first) {
-        Round(f, &x[step]);
-        Widen(x[step], f);
-      }
-#pragma unroll
-      for (int j = 0; j < kPerLane; ++j) f[j] *= weight[j];
-      Round(f, &x[step]);
-      if (cos_sin != nullptr) {
-        T* staged_head = nullptr;
-        if constexpr (!kVector) {
-          __shared__ T staged[kMaxWarps][32 * kPerLane];
-          staged_head = staged[threadIdx.z * blockDim.y + threadIdx.y] +
-                        (threadIdx.x - lanes.in_head) * kPerLane;
-        }
-        Rotate<kVector>(p, angles, lanes, staged_head, &x[step]);
-      }
-    }
-    if (!is_active(step)) continue;
-    if (role != kV) Store<kVector>(x[step], head + step * step_stride, lanes);
-    if (slot.page >= 0) {
-      WriteCache<kVector>(p, cache,
-                          cache_at + step * heads_per_step * cache.head_stride,
-                          lanes, x[step]);
+    for (int j = 0; j < kSize; j += 4) {
+      Widen(LoadChunk(at + j), angles.cos + j);
+      Widen(LoadChunk(sin_at + j), angles.sin + j);
     }
   }
+  __syncwarp();  // all loads are under way
+  float weight[2 * kSize];
+  Widen(packed[0], weight);
+  Widen(packed[1], weight + kSize);
+#pragma unroll
+  for (int step = 0; step < kMaxSteps; ++step) {
+    if (step > 0 && step >= part.steps) break;
+    Normalize<kLanes>(p, weight, x[step]);
+    if constexpr (kRotary) Rotate<kLanes>(p, lane, angles, x[step]);
+    if (step * kStepHeads >= part.num_heads) continue;
+    StoreChunk(x[step][0], part.at[step]);
+    StoreChunk(x[step][1], part.at[step] + kHalf);
+  }
+  if (caches) CachePart<kHeadDim>(p, part, slot, x);
 }
 
 }  // namespace tenon::qk_norm

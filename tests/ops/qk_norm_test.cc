@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <tuple>
 
 #include "tests/ops/qk_norm_fixture.h"
 
@@ -142,13 +143,26 @@ TEST_P(QkNormTest, Acceptance02_StridedEqualsPacked) {
 
 // A view that no vector access fits has the same bits.
 TEST_P(QkNormTest, Acceptance02_UnalignedEqualsAligned) {
-  for (int64_t head_dim : {64, 128, 256}) {
+  // Head dim, rotated elements, whether the cache is of fp8.
+  for (const auto& [head_dim, rotary_dim, fp8] :
+       std::vector<std::tuple<int64_t, int64_t, bool>>{{64, 64, false},
+                                                       {64, 32, true},
+                                                       {128, 128, true},
+                                                       {128, 64, true},
+                                                       {128, 64, false},
+                                                       {256, 256, false},
+                                                       {256, 96, true}}) {
+    SCOPED_TRACE(StrCat("head_dim ", head_dim, " rotary_dim ", rotary_dim,
+                        " fp8 ", fp8));
+    const DType cache_dtype = fp8 ? DType::kFloat8E4M3 : dtype();
     QkNormConfig c;
     c.head_dim = head_dim;
     c.tokens = 9;
+    c.rounding = rotary_dim < head_dim ? NormRounding::kCastThenMultiply
+                                       : NormRounding::kFloat32Multiply;
     PackedQkNorm aligned = Make(c);
-    AddRotary(&aligned, head_dim);
-    AddCache(&aligned, dtype());
+    AddRotary(&aligned, rotary_dim);
+    AddCache(&aligned, cache_dtype);
     QkNormConfig moved = c;
     moved.gap = 1;
     moved.padding = 2;
@@ -169,8 +183,8 @@ TEST_P(QkNormTest, Acceptance02_UnalignedEqualsAligned) {
     unaligned.qkv = TestTensor(device(), dtype(), {c.tokens, moved.width()},
                                {moved.width() + moved.padding, 1}, values);
     unaligned.params.qkv = unaligned.qkv.view();
-    AddRotary(&unaligned, head_dim, DType::kInt64, 1);
-    AddCache(&unaligned, dtype(), 1);
+    AddRotary(&unaligned, rotary_dim, DType::kInt64, 1);
+    AddCache(&unaligned, cache_dtype, 1);
     ASSERT_NO_FATAL_FAILURE(Run(aligned.params));
     ASSERT_NO_FATAL_FAILURE(Run(unaligned.params));
     EXPECT_EQ(Heads(c, aligned.qkv.Values()),
