@@ -11,6 +11,7 @@ namespace tenon::conformance {
 std::string EmbeddingCases();
 std::string RmsNormCases();
 std::string LinearCases();
+std::string QuantizeFp8Cases();
 std::string QkNormCases();
 std::string AttentionCases();
 std::string MoeRouterCases();

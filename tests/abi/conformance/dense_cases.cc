@@ -1,4 +1,4 @@
-// embedding, rms_norm and linear.
+// embedding, rms_norm, linear and quantize_fp8.
 
 #include <cmath>
 
@@ -7,6 +7,7 @@
 #include "tests/abi/conformance/vector_file.h"
 #include "tests/reference/embedding_reference.h"
 #include "tests/reference/linear_reference.h"
+#include "tests/reference/quantize_reference.h"
 #include "tests/reference/rms_norm_reference.h"
 
 namespace tenon::conformance {
@@ -116,6 +117,60 @@ struct Linear {
   }
 };
 
+// x in steps of 1 / 8 up to 448 * scale is quantised exactly.
+std::string LinearFp8() {
+  const int64_t tokens = 2, in = 130, out = 3;
+  const HostTensor x(DType::kBFloat16, {tokens, in}, Eighths(tokens * in, 8));
+  const HostTensor weight(DType::kFloat8E4M3, {out, in}, Eighths(out * in, 9),
+                          {2, 1});
+  const HostTensor scales(DType::kFloat32, {1, 2}, {0.5, 2.0});
+  std::vector<double> quantised =
+      reference::QuantizeFp8(x.values(), tokens, in, 1, 128).Dequantized();
+  std::vector<double> weights = weight.values();
+  for (int64_t i = 0; i < out * in; ++i) {
+    weights[i] *= scales.values()[i % in / 128];
+  }
+  Case c("linear", "float8_weight_of_blocks");
+  c.In("x", x);
+  c.In("weight", weight);
+  c.In("weight_scales", scales);
+  c.Out("out", HostTensor(DType::kFloat32, {tokens, out}),
+        reference::Linear(quantised, weights, {}, tokens, out, in).out, 64);
+  return c.Text();
+}
+
+std::string QuantizeFp8(const std::string& variant, DType dtype, int64_t rows,
+                        int64_t cols, int32_t block_rows, int32_t block_cols,
+                        Layout layout) {
+  const HostTensor x(dtype, {rows, cols}, Eighths(rows * cols, 10), layout);
+  const reference::QuantizedFp8 expected =
+      reference::QuantizeFp8(x.values(), rows, cols, block_rows, block_cols);
+  const std::vector<int64_t> of_scales =
+      block_cols == 0
+          ? std::vector<int64_t>{rows}
+          : std::vector<int64_t>{(rows + block_rows - 1) / block_rows,
+                                 (cols + block_cols - 1) / block_cols};
+  Case c("quantize_fp8", variant);
+  c.Arg("block_rows", block_rows);
+  c.Arg("block_cols", block_cols);
+  c.In("x", x);
+  c.Out("out", HostTensor(DType::kFloat8E4M3, {rows, cols}, {}, layout),
+        expected.out, 0);
+  c.Out("scales", HostTensor(DType::kFloat32, of_scales), expected.scales, 0);
+  return c.Text();
+}
+
+std::string QuantizeFp8OfAnotherBlock() {
+  Case c("quantize_fp8", "rejects_block_rows");
+  c.Arg("block_rows", 2);
+  c.Arg("block_cols", 128);
+  c.In("x", HostTensor(DType::kFloat32, {2, 4}, Eighths(8, 1)));
+  c.In("out", HostTensor(DType::kFloat8E4M3, {2, 4}));
+  c.In("scales", HostTensor(DType::kFloat32, {1, 1}));
+  c.Reject(TENON_INVALID_ARGUMENT, "block_rows");
+  return c.Text();
+}
+
 std::string LinearOfAnotherDepth() {
   Case c("linear", "rejects_in_features");
   c.In("x", HostTensor(DType::kFloat32, {2, 4}, Eighths(8, 1)));
@@ -172,7 +227,16 @@ std::string LinearCases() {
   float16.tokens = 9;
   return Linear().Text("float32_bias") +
          bfloat16.Text("bfloat16_strided_float32_out") +
-         float16.Text("float16_batch_invariant") + LinearOfAnotherDepth();
+         float16.Text("float16_batch_invariant") + LinearFp8() +
+         LinearOfAnotherDepth();
+}
+
+std::string QuantizeFp8Cases() {
+  return QuantizeFp8("float32_groups", DType::kFloat32, 3, 130, 1, 128, {}) +
+         QuantizeFp8("bfloat16_blocks_strided", DType::kBFloat16, 2, 5, 128,
+                     128, {3, 1}) +
+         QuantizeFp8("float16_rows", DType::kFloat16, 2, 131, 1, 0, {}) +
+         QuantizeFp8OfAnotherBlock();
 }
 
 }  // namespace tenon::conformance

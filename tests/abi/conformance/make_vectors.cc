@@ -14,10 +14,10 @@ int main(int argc, char** argv) {
     return 2;
   }
   const std::string text =
-      "# Conformance vectors of libtenon.so, ABI 1.0. Written by make_vectors; "
+      "# Conformance vectors of libtenon.so, ABI 1.2. Written by make_vectors; "
       "README.md describes the format.\n" +
-      EmbeddingCases() + RmsNormCases() + LinearCases() + QkNormCases() +
-      AttentionCases() + MoeRouterCases() + MoeAlignCases() +
+      EmbeddingCases() + RmsNormCases() + LinearCases() + QuantizeFp8Cases() +
+      QkNormCases() + AttentionCases() + MoeRouterCases() + MoeAlignCases() +
       MoeGroupedMatmulCases() + MoeSwigluCases() + MoeSumReduceCases() +
       MoeCases() + SamplerCases() +
       GenerateCases(argc == 3 ? argv[2] : "examples/models/austen");

@@ -12,6 +12,7 @@
 #include "tests/reference/moe_reference.h"
 #include "tests/reference/moe_sum_reduce_reference.h"
 #include "tests/reference/moe_swiglu_reference.h"
+#include "tests/reference/quantize_reference.h"
 
 namespace tenon::conformance {
 namespace {
@@ -173,16 +174,26 @@ struct Moe {
   uint32_t flags = 0;
   Layout layout;  // of x, out and the experts
   int ulps = 0;
+  bool fp8 = false;  // experts with scales of blocks
+
+  // A row as fp8 keeps it.
+  static std::vector<double> Quantised(const std::vector<double>& row) {
+    return reference::QuantizeFp8(row, 1, static_cast<int64_t>(row.size()), 1,
+                                  128)
+        .Dequantized();
+  }
 
   std::string Text(const std::string& variant) const {
     const int64_t experts = 3;
     const int64_t hidden = 10;
     const int64_t intermediate = 6;
+    const DType weight_dtype = fp8 ? DType::kFloat8E4M3 : dtype;
+    const double scale = fp8 ? 0.5 : 1.0;  // of all experts
     const int64_t top_k = 2;
     const int64_t tokens = Size(ids) / top_k;
     const HostTensor x(dtype, {tokens, hidden},
                        PositiveEighths(tokens * hidden, 71), layout);
-    const HostTensor gate(dtype, {experts, intermediate, hidden},
+    const HostTensor gate(weight_dtype, {experts, intermediate, hidden},
                           PositiveEighths(experts * intermediate * hidden, 72),
                           layout);
     // Signs such that all terms of a sum have one, and the sums have either.
@@ -196,12 +207,21 @@ struct Moe {
       down_values[i] *=
           sign(i / intermediate % hidden) * sign(i % intermediate) / 8;
     }
-    const HostTensor up(dtype, {experts, intermediate, hidden}, up_values,
-                        layout);
-    const HostTensor down(dtype, {experts, hidden, intermediate}, down_values,
-                          layout);
+    const HostTensor up(weight_dtype, {experts, intermediate, hidden},
+                        up_values, layout);
+    const HostTensor down(weight_dtype, {experts, hidden, intermediate},
+                          down_values, layout);
     const HostTensor weights(DType::kFloat32, {tokens, top_k},
                              PositiveEighths(tokens * top_k, 75));
+    const auto scaled = [&](const HostTensor& matrices) {
+      std::vector<double> values = matrices.values();
+      for (double& v : values) v *= scale;
+      return values;
+    };
+    const std::vector<double> gates = scaled(gate);
+    const std::vector<double> ups = scaled(up);
+    const std::vector<double> downs = scaled(down);
+    const auto round = [&](double v) { return Round(dtype, v); };
     std::vector<double> expected;
     for (int64_t t = 0; t < tokens; ++t) {
       std::vector<reference::MoeExpert> chosen;
@@ -209,14 +229,16 @@ struct Moe {
       for (int64_t j = t * top_k; j < (t + 1) * top_k; ++j) {
         if (ids[j] < 0 || ids[j] >= experts) continue;
         const int64_t at = ids[j] * intermediate * hidden;
-        chosen.push_back(
-            {&gate.values()[at], &up.values()[at], &down.values()[at]});
+        chosen.push_back({&gates[at], &ups[at], &downs[at]});
         chosen_weights.push_back(weights.values()[j]);
       }
-      const auto row = x.values().begin() + t * hidden;
-      const std::vector<double> y = reference::MoeToken(
-          {row, row + hidden}, intermediate, chosen, chosen_weights,
-          [&](double v) { return Round(dtype, v); });
+      const auto begin = x.values().begin() + t * hidden;
+      const std::vector<double> row(begin, begin + hidden);
+      const std::vector<double> y =
+          fp8 ? reference::MoeToken(Quantised(row), intermediate, chosen,
+                                    chosen_weights, round, Quantised)
+              : reference::MoeToken(row, intermediate, chosen, chosen_weights,
+                                    round);
       expected.insert(expected.end(), y.begin(), y.end());
     }
     Case c("moe", variant);
@@ -227,6 +249,11 @@ struct Moe {
     c.In("gate", gate);
     c.In("up", up);
     c.In("down", down);
+    for (const char* field : {"gate_scales", "up_scales", "down_scales"}) {
+      if (!fp8) continue;
+      c.In(field, HostTensor(DType::kFloat32, {experts, 1, 1},
+                             std::vector<double>(experts, scale)));
+    }
     c.Out("out", HostTensor(dtype, {tokens, hidden}, {}, layout), expected,
           ulps);
     return c.Text();
@@ -308,9 +335,15 @@ std::string MoeCases() {
   float16.ids = {1, 2};
   float16.flags = TENON_FLAG_BATCH_INVARIANT;
   float16.ulps = 2;
+  Moe float8;
+  float8.dtype = DType::kBFloat16;
+  float8.ids = {1, 0, 2, 1};
+  float8.fp8 = true;
+  float8.ulps = 2;
   return float32.Text("float32") +
          bfloat16.Text("bfloat16_strided_id_outside") +
-         float16.Text("float16_batch_invariant") + MoeOfAnotherIdDtype();
+         float16.Text("float16_batch_invariant") +
+         float8.Text("bfloat16_float8_experts") + MoeOfAnotherIdDtype();
 }
 
 }  // namespace tenon::conformance
