@@ -70,11 +70,14 @@ void StepLoop::Submit(const AnyCall& any) {
   if (refusing_) {
     return call->Finish(Unavailable("SHUTDOWN", "the server shuts down"));
   }
+  // What makes room is let through always.
+  const bool frees = std::holds_alternative<ReleaseCall*>(any) ||
+                     std::holds_alternative<AbortCall*>(any);
   // The gate. Counting first keeps the limit with many threads at it.
   const int32_t requests = m.queued_requests.fetch_add(1) + 1;
   const int32_t queued_rows = m.queued_rows.fetch_add(rows) + rows;
   const bool too_many = requests > options_.limits.queued_requests;
-  if (too_many || queued_rows > options_.limits.queued_rows) {
+  if (!frees && (too_many || queued_rows > options_.limits.queued_rows)) {
     m.queued_requests.fetch_sub(1);
     m.queued_rows.fetch_sub(rows);
     m.rejected.fetch_add(1, std::memory_order_relaxed);

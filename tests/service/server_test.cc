@@ -317,7 +317,7 @@ TEST(ServerTest, OversizeMessagesAndMetadataAreRefused) {
 
 TEST(ServerTest, HealthSaysNotServingBeforeNewWorkIsRefused) {
   ServerOptions options;
-  options.drain_grace = milliseconds(300);
+  options.drain_grace = milliseconds(1000);
   TestServer server(TestLimits(), options);
   const auto channel = Connect(server.unix_address());
   auto health = grpc::health::v1::Health::NewStub(channel);
@@ -344,7 +344,7 @@ TEST(ServerTest, HealthSaysNotServingBeforeNewWorkIsRefused) {
   EXPECT_EQ(check("tenon.v1.Control"), HealthCheckResponse::SERVING);
   TestClient in_time(channel);
   EXPECT_TRUE(in_time.Create(1, 2).ok());
-  std::this_thread::sleep_for(milliseconds(400));
+  std::this_thread::sleep_for(milliseconds(1200));
   TestClient late(channel);
   const grpc::Status status = late.Create(1, 3);
   EXPECT_EQ(status.error_code(), grpc::StatusCode::UNAVAILABLE);

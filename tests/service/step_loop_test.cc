@@ -377,20 +377,20 @@ TEST_P(StepLoopTest, CreateIsAllOrNothing) {
 TEST_P(StepLoopTest, LeasesRunOutUnlessUsed) {
   Client kept = MakeClient(1, 1, 50);
   WaitingCreate create;
-  create.own_request.set_lease_ms(60);
+  create.own_request.set_lease_ms(600);
   FillNew(5, 2, create.own_request.add_sequences());
   loop_->Submit(&create);
   ASSERT_TRUE(create.Wait().ok());
-  EXPECT_EQ(create.own_response.lease_ms(), 60u);
+  EXPECT_EQ(create.own_response.lease_ms(), 600u);
   Client client{create.own_response.session_id(),
                 0,
                 {create.own_response.seq(0)},
                 {{create.own_response.token(0)}}};
   for (int i = 0; i < 6; ++i) {
-    std::this_thread::sleep_for(milliseconds(25));
+    std::this_thread::sleep_for(milliseconds(150));
     ASSERT_TRUE(Step(&client).ok()) << i;
   }
-  std::this_thread::sleep_for(milliseconds(250));
+  std::this_thread::sleep_for(milliseconds(900));
   EXPECT_EQ(Step(&client).code, StatusCode::kNotFound);
   EXPECT_EQ(loop_->metrics().expired_sequences, 1u);
   ASSERT_TRUE(Step(&kept).ok());
@@ -412,6 +412,49 @@ TEST_P(StepLoopTest, TheGateRefusesWhatItCannotQueue) {
   EXPECT_GT(failure.retry_ms, 0);
   EXPECT_EQ(loop_->metrics().rejected, 1u);
   Release(client);
+  ExpectAllFree();
+}
+
+// Its first token holds the loop up.
+class HeldGenerate final : public WaitingGenerate {
+ public:
+  void Emit(uint32_t token, float logprob, v1::RowStatus status) override {
+    if (tokens.empty()) {
+      held.set_value();
+      go_on.get_future().wait();
+    }
+    WaitingGenerate::Emit(token, logprob, status);
+  }
+  std::promise<void> held;
+  std::promise<void> go_on;
+};
+
+TEST_P(StepLoopTest, AFullQueueStillLetsSequencesBeReleased) {
+  Limits limits = TestLimits();
+  limits.queued_requests = 1;
+  Start(limits);
+  const Client client = MakeClient(2, 1);
+  HeldGenerate held;
+  FillNew(5, 1, held.own_request.mutable_sequence());
+  held.own_request.mutable_sequence()->set_max_tokens(2);
+  std::thread holder([&] { loop_->Submit(&held); });
+  held.held.get_future().wait();
+  WaitingStep first, second;
+  FillStep(client, 1, &first.own_request);
+  FillStep(client, 2, &second.own_request);
+  WaitingRelease release;
+  release.own_request.set_session_id(client.session);
+  release.own_request.set_end_session(true);
+  loop_->Submit(&first);
+  loop_->Submit(&second);
+  loop_->Submit(&release);
+  EXPECT_EQ(second.Wait().subject, "queued_requests");
+  held.go_on.set_value();
+  holder.join();
+  EXPECT_TRUE(held.Wait().ok());
+  EXPECT_TRUE(release.Wait().ok());
+  EXPECT_EQ(release.own_response.released(), 2u);
+  EXPECT_EQ(first.Wait().code, StatusCode::kNotFound) << "released before it";
   ExpectAllFree();
 }
 
