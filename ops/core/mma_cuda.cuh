@@ -40,6 +40,17 @@ __device__ __forceinline__ void CopyOrZero4(uint32_t to, const void* from,
                "l"(from), "r"(copy ? 4 : 0)
                : "memory");
 }
+// Asks for `bytes` at `from` in L2, both multiples of 16. That is safe before
+// WaitForPreviousKernels(), even if a kernel ahead writes there, as all writes
+// go to L2: so a kernel's weights come in while the one ahead of it still runs.
+// Nothing before sm_90.
+__device__ __forceinline__ void PrefetchToL2(const void* from, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(from),
+               "r"(bytes)
+               : "memory");
+#endif
+}
 __device__ __forceinline__ void CommitCopies() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");
 }

@@ -15,12 +15,17 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kRows = 16;  // of the weight, for one thread block
 
 // Its warps share the blocks of depth, each of which leaves scaled sums in
-// shared memory; they are then added in order. This many at a time.
-constexpr int kBlocksAtOnce = 32;
+// shared memory; they are then added in order.
 constexpr int kPitch = kRows + 4;  // no bank conflicts
 
-// A warp has this many blocks of weight under way.
-constexpr int kUnroll = 2;
+// Blocks of depth whose sums are in shared memory at one time, for kTiles times
+// 8 tokens.
+template <int kTiles>
+constexpr int kBlocksAtOnce = kTiles == 1 ? 32 : 64 / kTiles;
+
+// Thread blocks that a multiprocessor must have room for: small matrices then
+// run in one wave.
+constexpr int kResident = 3;
 
 // Used once, so that it needs no place in L1.
 __device__ __forceinline__ uint4 LoadOnce(const uint8_t* from) {
@@ -31,174 +36,142 @@ __device__ __forceinline__ uint4 LoadOnce(const uint8_t* from) {
   return v;
 }
 
-// This lane's part of one block of depth of x, for tiles of 8 tokens, and the
-// scales of the tokens whose sums it gets.
+// The first of this lane's 16 columns of half a block of depth.
+__device__ __forceinline__ int64_t ColumnOf(int block, int half) {
+  return int64_t{block} * kBlock + half * 64 + threadIdx.x % 4 * 16;
+}
+
+// x as it was quantised before: a lane has bytes of one token of each tile, and
+// the scales of the two whose sums it gets.
 template <int kTiles>
-struct XBlock {
-  uint4 q[2][kTiles];  // [half of the block][tile]
+struct QuantizedX {
+  __device__ __forceinline__ void Load(const Args& a, int block) {
+    if (kTiles <= 2) LoadScales(a, block);
+  }
+
+  // After the products where registers are few.
+  __device__ __forceinline__ void Finish(const Args& a, int block) {
+    if (kTiles > 2) LoadScales(a, block);
+  }
+
+  __device__ __forceinline__ void LoadScales(const Args& a, int block) {
+    const int tokens = static_cast<int>(a.p.x.shape[0]);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int token = tile * 8 + threadIdx.x % 4 * 2 + i;
+        scale[tile][i] = token < tokens
+                             ? a.x.scales[token * a.x.scale_row_stride +
+                                          block * a.x.scale_group_stride]
+                             : 0.0f;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void Half(const Args& a, int block, int half,
+                                       uint4 (&q)[kTiles]) const {
+    const int64_t col = ColumnOf(block, half);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int token = tile * 8 + threadIdx.x % 32 / 4;
+      q[tile] = make_uint4(0, 0, 0, 0);
+      if (token < a.p.x.shape[0] && col < a.p.x.shape[1]) {
+        q[tile] = *reinterpret_cast<const uint4*>(a.x.q +
+                                                  token * a.x.row_stride + col);
+      }
+    }
+  }
+
   float scale[kTiles][2];
 };
 
-template <int kTiles>
-__device__ __forceinline__ void LoadX(const Args& a, int block,
-                                      XBlock<kTiles>& x) {
-  const int lane = threadIdx.x % 32;
-  const int tokens = static_cast<int>(a.p.x.shape[0]);
-#pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
-    const int token = tile * 8 + lane / 4;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t col = int64_t{block} * kBlock + half * 64 + lane % 4 * 16;
-      x.q[half][tile] = make_uint4(0, 0, 0, 0);
-      if (token < tokens && col < a.p.x.shape[1]) {
-        x.q[half][tile] = *reinterpret_cast<const uint4*>(
-            a.x.q + token * a.x.row_stride + col);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int of = tile * 8 + lane % 4 * 2 + i;
-      x.scale[tile][i] = of < tokens
-                             ? a.x.scales[of * a.x.scale_row_stride +
-                                          block * a.x.scale_group_stride]
-                             : 0.0f;
-    }
-  }
-}
-
-// The same of x as it was given: the four lanes that hold a token's block
+// x as it was given, for one tile: the four lanes that hold a token's block
 // quantise it.
 template <class T>
-__device__ __forceinline__ void QuantizeX(const LinearParams& p, int block,
-                                          XBlock<1>& x) {
-  constexpr int kVec = 16 / sizeof(T);
-  const int lane = threadIdx.x % 32;
-  const int token = lane / 4;
-  float values[32] = {};
+class RawX {
+ public:
+  __device__ __forceinline__ void Load(const Args& a, int block) {
+    const LinearParams& p = a.p;
+    const int token = threadIdx.x % 32 / 4;
+    Vec<T, kVec> raw[2][kVecs];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int64_t col = int64_t{block} * kBlock + half * 64 + lane % 4 * 16;
-    if (token < p.x.shape[0] && col < p.x.shape[1]) {
+    for (int half = 0; half < 2; ++half) {
+      const int64_t col = ColumnOf(block, half);
+      const bool exists = token < p.x.shape[0] && col < p.x.shape[1];
       const auto* from = reinterpret_cast<const Vec<T, kVec>*>(
           p.x.As<const T>() + token * p.x.stride[0] + col);
 #pragma unroll
-      for (int i = 0; i < 16; i += kVec) {
-        const Vec<T, kVec> v = from[i / kVec];
+      for (int i = 0; i < kVecs; ++i) {
+        if (exists) {
+          raw[half][i] = from[i];
+        } else {
+#pragma unroll
+          for (int j = 0; j < kVec; ++j) {
+            raw[half][i].v[j] = cuda::FromFloat<T>(0.0f);
+          }
+        }
+      }
+    }
+    Quantize(raw);
+  }
+
+  __device__ __forceinline__ void Finish(const Args&, int) {}
+
+  __device__ __forceinline__ void Half(const Args&, int, int half,
+                                       uint4 (&to)[1]) const {
+    to[0] = q[half];
+  }
+
+  float scale[1][2];
+
+ private:
+  static constexpr int kVec = 16 / sizeof(T);
+  static constexpr int kVecs = 16 / kVec;
+
+  __device__ __forceinline__ void Quantize(
+      const Vec<T, kVec> (&raw)[2][kVecs]) {
+    float amax = 0.0f;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < kVecs; ++i) {
 #pragma unroll
         for (int j = 0; j < kVec; ++j) {
-          values[half * 16 + i + j] = cuda::ToFloat(v.v[j]);
+          amax = fmaxf(amax, fabsf(cuda::ToFloat(raw[half][i].v[j])));
         }
       }
     }
-  }
-  const Fp8Scale scale =
-      Fp8ScaleOf(cuda::LanesMax<4>(cuda::MaxMagnitude(values)));
-  uint32_t words[8];
+    const Fp8Scale s = Fp8ScaleOf(cuda::LanesMax<4>(amax));
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    words[i] = cuda::ToFp8x4(
-        values[4 * i] * scale.inverse, values[4 * i + 1] * scale.inverse,
-        values[4 * i + 2] * scale.inverse, values[4 * i + 3] * scale.inverse);
-  }
-  x.q[0][0] = make_uint4(words[0], words[1], words[2], words[3]);
-  x.q[1][0] = make_uint4(words[4], words[5], words[6], words[7]);
+    for (int half = 0; half < 2; ++half) {
+      uint32_t words[4];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int of = lane % 4 * 2 + i;
-    x.scale[0][i] = __shfl_sync(~0u, scale.scale, of * 4);
+      for (int w = 0; w < 4; ++w) {
+        const auto value = [&](int k) {
+          const int at = 4 * w + k;
+          return cuda::ToFloat(raw[half][at / kVec].v[at % kVec]) * s.inverse;
+        };
+        words[w] = cuda::ToFp8x4(value(0), value(1), value(2), value(3));
+      }
+      q[half] = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int of = threadIdx.x % 4 * 2 + i;
+      scale[0][i] = __shfl_sync(~0u, s.scale, of * 4);
+    }
   }
-}
 
-// Up to 8 * kTiles tokens. T is x's type where this kernel quantises it, and
-// uint8_t where that was done before. Rows of weight (and x) are aligned to 16
-// bytes and whole chunks of 16 elements.
+  uint4 q[2];
+};
+
 template <class T, int kTiles>
-__global__ void __launch_bounds__(kThreads, 2) Fp8GemvKernel(Args a) {
-  __shared__ float sums[kBlocksAtOnce][kTiles * 8][kPitch];
-  const LinearParams& p = a.p;
-  const int warp = threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
-  const int64_t first_row = int64_t{blockIdx.x} * kRows;
-  const int64_t last_row = p.weight.shape[0] - 1;
-  const int64_t depth = p.weight.shape[1];
-  const int num_blocks = static_cast<int>(cuda::CeilDiv(depth, kBlock));
-  // Rows past the end repeat the last one, and are not stored.
-  const uint8_t* w[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    w[i] = p.weight.As<const uint8_t>() +
-           min(first_row + lane / 4 + 8 * i, last_row) * p.weight.stride[0];
-  }
-  const float* const block_scales = linear_fp8::BlockScales(p, first_row);
-  cuda::WaitForPreviousKernels();
+using X =
+    std::conditional_t<std::is_same_v<T, uint8_t>, QuantizedX<kTiles>, RawX<T>>;
 
-  // Of token threadIdx.x / kRows, row threadIdx.x % kRows.
-  float total = 0.0f;
-  for (int begin = 0; begin < num_blocks; begin += kBlocksAtOnce) {
-    const int end = min(begin + kBlocksAtOnce, num_blocks);
-    for (int first = begin + warp; first < end; first += kUnroll * kWarps) {
-      uint4 weight[kUnroll][2][2];  // [block][half of it][row]
-      float weight_scale[kUnroll];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int block = first + u * kWarps;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int64_t col =
-              int64_t{block} * kBlock + half * 64 + lane % 4 * 16;
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            weight[u][half][i] = block < end && col < depth
-                                     ? LoadOnce(w[i] + col)
-                                     : make_uint4(0, 0, 0, 0);
-          }
-        }
-        weight_scale[u] =
-            block_scales != nullptr && block < end ? block_scales[block] : 1.0f;
-      }
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int block = first + u * kWarps;
-        if (block >= end) break;
-        XBlock<kTiles> x;
-        if constexpr (std::is_same_v<T, uint8_t>) {
-          LoadX(a, block, x);
-        } else {
-          QuantizeX<T>(p, block, x);
-        }
-        float c[1][kTiles][4] = {};
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          linear_fp8::MultiplyAdd64<1, kTiles>(c, {weight[u][half][0]},
-                                               {weight[u][half][1]}, x.q[half]);
-        }
-#pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int token = tile * 8 + lane % 4 * 2 + i % 2;
-            sums[block - begin][token][lane / 4 + i / 2 * 8] =
-                linear_fp8::Scaled(c[0][tile][i], x.scale[tile][i % 2],
-                                   weight_scale[u]);
-          }
-        }
-      }
-    }
-    __syncthreads();
-    if (threadIdx.x < kTiles * 8 * kRows) {
-      for (int block = 0; block < end - begin; ++block) {
-        total = __fadd_rn(
-            total, sums[block][threadIdx.x / kRows][threadIdx.x % kRows]);
-      }
-    }
-    if (end < num_blocks) __syncthreads();
-  }
-
-  const int64_t token = threadIdx.x / kRows;
-  const int64_t row = first_row + threadIdx.x % kRows;
-  if (token >= p.x.shape[0] || token >= kTiles * 8 || row > last_row) return;
-  const float value = linear_fp8::Finished(p, total, row);
+__device__ __forceinline__ void Store(const LinearParams& p, int64_t token,
+                                      int64_t row, float value) {
   const int64_t at = token * p.out.stride[0] + row;
   switch (p.out.dtype) {
     case DType::kFloat32:
@@ -210,6 +183,95 @@ __global__ void __launch_bounds__(kThreads, 2) Fp8GemvKernel(Args a) {
     default:
       p.out.As<__nv_bfloat16>()[at] = cuda::FromFloat<__nv_bfloat16>(value);
       break;
+  }
+}
+
+// Up to 8 * kTiles tokens. T is x's type where this kernel quantises it, and
+// uint8_t where that was done before. Rows of weight (and x) are aligned to 16
+// bytes and whole chunks of 16 elements.
+template <class T, int kTiles>
+__global__ void __launch_bounds__(kThreads, kResident) Fp8GemvKernel(Args a) {
+  constexpr int kOuts = kTiles * 8 * kRows;
+  constexpr int kOutsPerThread = cuda::CeilDiv(kOuts, kThreads);
+  __shared__ float sums[kBlocksAtOnce<kTiles>][kTiles * 8][kPitch];
+  const LinearParams& p = a.p;
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const int64_t first_row = int64_t{blockIdx.x} * kRows;
+  const int64_t last_row = p.weight.shape[0] - 1;
+  const int64_t depth = p.weight.shape[1];
+  const int num_blocks = static_cast<int>(cuda::CeilDiv(depth, kBlock));
+  if (threadIdx.x < kRows && first_row + threadIdx.x <= last_row) {
+    cuda::PrefetchToL2(p.weight.As<const uint8_t>() +
+                           (first_row + threadIdx.x) * p.weight.stride[0],
+                       static_cast<uint32_t>(depth));
+  }
+  // Rows past the end repeat the last one, and are not stored.
+  const uint8_t* w[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    w[i] = p.weight.As<const uint8_t>() +
+           min(first_row + lane / 4 + 8 * i, last_row) * p.weight.stride[0];
+  }
+  const float* const block_scales = linear_fp8::BlockScales(p, first_row);
+  cuda::WaitForPreviousKernels();
+
+  // Of token i / kRows, row i % kRows, for i = threadIdx.x, + kThreads, ...
+  float total[kOutsPerThread] = {};
+  for (int begin = 0; begin < num_blocks; begin += kBlocksAtOnce<kTiles>) {
+    const int end = min(begin + kBlocksAtOnce<kTiles>, num_blocks);
+    for (int block = begin + warp; block < end; block += kWarps) {
+      uint4 weight[2][2];  // [half of the block][row]
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t col = ColumnOf(block, half);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          weight[half][i] =
+              col < depth ? LoadOnce(w[i] + col) : make_uint4(0, 0, 0, 0);
+        }
+      }
+      const float weight_scale =
+          block_scales != nullptr ? block_scales[block] : 1.0f;
+      X<T, kTiles> x;
+      x.Load(a, block);
+      float c[1][kTiles][4] = {};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint4 q[kTiles];
+        x.Half(a, block, half, q);
+        linear_fp8::MultiplyAdd64<1, kTiles>(c, {weight[half][0]},
+                                             {weight[half][1]}, q);
+      }
+      x.Finish(a, block);
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int token = tile * 8 + lane % 4 * 2 + i % 2;
+          sums[block - begin][token][lane / 4 + i / 2 * 8] = linear_fp8::Scaled(
+              c[0][tile][i], x.scale[tile][i % 2], weight_scale);
+        }
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kOutsPerThread; ++k) {
+      const int i = threadIdx.x + k * kThreads;
+      if (i >= kOuts) break;
+#pragma unroll 8
+      for (int block = 0; block < end - begin; ++block) {
+        total[k] = __fadd_rn(total[k], sums[block][i / kRows][i % kRows]);
+      }
+    }
+    if (end < num_blocks) __syncthreads();
+  }
+#pragma unroll
+  for (int k = 0; k < kOutsPerThread; ++k) {
+    const int i = threadIdx.x + k * kThreads;
+    const int64_t row = first_row + i % kRows;
+    if (i >= kOuts || i / kRows >= p.x.shape[0] || row > last_row) break;
+    Store(p, i / kRows, row, linear_fp8::Finished(p, total[k], row));
   }
 }
 
@@ -225,11 +287,15 @@ Status Launch(const Args& args, Stream stream) {
 }  // namespace
 
 Status LinearFp8Gemv(const Args& args, Stream stream) {
-  return args.p.x.shape[0] <= 8 ? Launch<uint8_t, 1>(args, stream)
-                                : Launch<uint8_t, 2>(args, stream);
+  static_assert(kLinearFp8GemvTokens == 32, "the largest kernel below");
+  const int64_t tokens = args.p.x.shape[0];
+  if (tokens <= 8) return Launch<uint8_t, 1>(args, stream);
+  if (tokens <= 16) return Launch<uint8_t, 2>(args, stream);
+  return Launch<uint8_t, 4>(args, stream);
 }
 
 Status LinearFp8QuantizingGemv(const LinearParams& p, Stream stream) {
+  static_assert(kLinearFp8QuantizingTokens <= 8, "one tile");
   Args args;
   args.p = p;
   return cuda::WithFloatType(p.x.dtype, [&](auto zero) {

@@ -83,12 +83,12 @@ LinearKernel SelectLinearFp8Kernel(const LinearParams& p) {
   const int64_t out_features = p.weight.shape[0];
   if (!RowsAreAligned(p.weight)) return LinearKernel::kMediumTile;
   if (tokens <= kLinearFp8GemvTokens) return LinearKernel::kGemv;
-  if (tokens <= kLinearFp8TileTokens) return LinearKernel::kSmallTile;
   if (p.cublas_lt != nullptr && !p.batch_invariant &&
       CublasLtReadsScales(p.weight_scales) && RowsAreApart(p.weight) &&
       RowsAreAligned(p.out) && out_features % 16 == 0) {
     return LinearKernel::kCublasLt;
   }
+  if (tokens <= 64) return LinearKernel::kSmallTile;
   // Large tiles where there are enough to keep a large GPU busy.
   const int64_t large = (tokens + 127) / 128 * ((out_features + 127) / 128);
   return large >= kManyTiles ? LinearKernel::kLargeTile

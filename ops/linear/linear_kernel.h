@@ -40,13 +40,12 @@ LinearProblem MakeLinearProblem(const LinearParams& params);
 inline constexpr int64_t kLinearGemvTokens = 4;
 LinearKernel SelectLinearKernel(const LinearProblem& problem);
 
-// The same for fp8 weights, by their own kernels: kGemv (which quantises x
-// itself for up to kLinearFp8QuantizingTokens tokens) and tiles give an element
-// the same bits. cuBLASLt takes calls of more than kLinearFp8TileTokens tokens
-// whose scales it can read.
-inline constexpr int64_t kLinearFp8QuantizingTokens = 4;
-inline constexpr int64_t kLinearFp8GemvTokens = 16;
-inline constexpr int64_t kLinearFp8TileTokens = 64;
+// The same for fp8 weights, measured on an H100 (docs/kernels/linear_fp8.md):
+// kGemv up to kLinearFp8GemvTokens tokens, quantising x itself up to
+// kLinearFp8QuantizingTokens; beyond, cuBLASLt where it can read the scales.
+// kGemv and tiles give an element the same bits.
+inline constexpr int64_t kLinearFp8QuantizingTokens = 8;
+inline constexpr int64_t kLinearFp8GemvTokens = 32;
 LinearKernel SelectLinearFp8Kernel(const LinearParams& params);
 
 // Scratch memory that cuBLASLt may use, for split sums.

@@ -312,7 +312,7 @@ TEST_P(LinearFp8Test, SameCallGivesTheSameBits) {
 TEST_P(LinearFp8Test, RowDoesNotDependOnTheContentOfOthers) {
   constexpr int64_t kIn = 272;
   constexpr int64_t kOut = 80;
-  for (int64_t tokens : {2, 8, 16, 64, 132}) {
+  for (int64_t tokens : {2, 8, 16, 32, 64, 132}) {
     for (Mode mode : Modes()) {
       SCOPED_TRACE(
           StrCat(tokens, " tokens, ", kModeNames[static_cast<int>(mode)]));
@@ -349,7 +349,7 @@ TEST_P(LinearFp8Test, RowDoesNotDependOnTheNumberOfOthers) {
       for (Mode mode : Modes()) {
         if (mode == Mode::kCublasLt) continue;
         const std::vector<double> expected = OutOf(all, mode);
-        for (int64_t tokens : {1, 2, 4, 5, 8, 9, 16, 17, 64, 65, 111}) {
+        for (int64_t tokens : {1, 2, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 111}) {
           for (int64_t first : {0, 89}) {
             SCOPED_TRACE(StrCat(tokens, " tokens from ", first));
             const TestTensor out(device(), DType::kFloat32, {tokens, kOut});
@@ -379,7 +379,7 @@ TEST_P(LinearFp8Test, AlignmentDoesNotChangeBits) {
 }
 
 TEST_P(LinearFp8Test, NanInARowStaysThere) {
-  for (int64_t tokens : {3, 12, 40, 100}) {
+  for (int64_t tokens : {3, 12, 24, 40, 100}) {
     for (Mode mode : Modes()) {
       SCOPED_TRACE(
           StrCat(tokens, " tokens, ", kModeNames[static_cast<int>(mode)]));
@@ -403,7 +403,7 @@ TEST_P(LinearFp8Test, NanInARowStaysThere) {
 TEST_P(LinearFp8Test, CallsInAGraphWaitForEachOther) {
   if (device().type == DeviceType::kCpu) GTEST_SKIP() << "for CUDA";
   if constexpr (kCudaBuilt) {
-    for (int64_t tokens : {1, 7, 16, 40, 128}) {
+    for (int64_t tokens : {1, 8, 16, 32, 40, 128}) {
       for (Mode mode : Modes()) {
         SCOPED_TRACE(
             StrCat(tokens, " tokens, ", kModeNames[static_cast<int>(mode)]));
@@ -536,13 +536,13 @@ TEST(LinearFp8KernelTest, IsChosenByTokensAlignmentAndScales) {
   EXPECT_EQ(select(1), LinearKernel::kGemv);
   EXPECT_EQ(select(kLinearFp8GemvTokens), LinearKernel::kGemv);
   EXPECT_EQ(select(kLinearFp8GemvTokens + 1), LinearKernel::kSmallTile);
-  EXPECT_EQ(select(kLinearFp8TileTokens), LinearKernel::kSmallTile);
-  EXPECT_EQ(select(kLinearFp8TileTokens + 1), LinearKernel::kMediumTile);
+  EXPECT_EQ(select(64), LinearKernel::kSmallTile);
+  EXPECT_EQ(select(65), LinearKernel::kMediumTile);
   EXPECT_EQ(select(512), LinearKernel::kLargeTile);
   // Any address will do: it is not used.
   p.cublas_lt = reinterpret_cast<CublasLt*>(memory);
-  EXPECT_EQ(select(kLinearFp8TileTokens), LinearKernel::kSmallTile);
-  EXPECT_EQ(select(kLinearFp8TileTokens + 1), LinearKernel::kCublasLt);
+  EXPECT_EQ(select(kLinearFp8GemvTokens), LinearKernel::kGemv);
+  EXPECT_EQ(select(kLinearFp8GemvTokens + 1), LinearKernel::kCublasLt);
   p.batch_invariant = true;
   EXPECT_EQ(select(512), LinearKernel::kLargeTile);
   p.batch_invariant = false;
