@@ -360,6 +360,44 @@ TEST_P(StepLoopTest, PagesAreSetAsideSoThatNoStepRunsOut) {
   ExpectAllFree();
 }
 
+TEST_P(StepLoopTest, ForksHavePagesSetAsideToo) {
+  Start(TestLimits(), 10);
+  WaitingCreate create;
+  FillNew(8, 1, create.own_request.add_sequences());
+  create.own_request.mutable_sequences(0)->set_max_tokens(17);  // 3 pages
+  loop_->Submit(&create);
+  ASSERT_TRUE(create.Wait().ok());
+  Client client{create.own_response.session_id(),
+                0,
+                {create.own_response.seq(0)},
+                {{create.own_response.token(0)}}};
+  // The first page is shared: each fork needs two.
+  for (int i = 0; i < 2; ++i) {
+    WaitingFork fork;
+    fork.own_request.set_session_id(client.session);
+    for (int j = 0; j < 3; ++j) fork.own_request.add_seq(client.seqs[0]);
+    loop_->Submit(&fork);
+    const Failure failure = fork.Wait();
+    if (i == 1) {
+      EXPECT_EQ(failure.subject, "pages");
+      EXPECT_EQ(loop_->metrics().active_sequences, 4) << "all or none";
+      break;
+    }
+    ASSERT_TRUE(failure.ok()) << failure.message;
+    EXPECT_EQ(loop_->metrics().free_pages, 1);
+    for (uint64_t seq : fork.own_response.seq()) {
+      client.seqs.push_back(seq);
+      client.tokens.push_back(client.tokens[0]);
+    }
+  }
+  for (int i = 0; i < 16; ++i) ASSERT_TRUE(Step(&client).ok());
+  for (const auto& tokens : client.tokens) {
+    EXPECT_EQ(tokens, ExpectedTokens(8, 1, 16));
+  }
+  Release(client);
+  ExpectAllFree();
+}
+
 TEST_P(StepLoopTest, CreateIsAllOrNothing) {
   WaitingCreate create;
   for (int i = 0; i < 25; ++i) {  // 24 sequences fit
