@@ -60,6 +60,9 @@ inline constexpr size_t kFirstSize<tenon_moe_grouped_matmul_args> =
 template <>
 inline constexpr size_t kFirstSize<tenon_moe_args> = offsetof(tenon_moe_args,
                                                               gate_scales);
+template <>
+inline constexpr size_t kFirstSize<tenon_model_load_args> =
+    offsetof(tenon_model_load_args, weights);
 
 // The longest struct that a caller may claim to have; more is taken for
 // garbage, and not read.

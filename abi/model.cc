@@ -67,10 +67,17 @@ Status LoadModel(const tenon_model_load_args* from, tenon_model* handle) {
   TENON_RETURN_IF_ERROR(ReadStruct("args", from, &args));
   TENON_RETURN_IF_ERROR(CheckPresent("model", handle));
   TENON_RETURN_IF_ERROR(CheckReserved("reserved", args.reserved));
+  TENON_RETURN_IF_ERROR(CheckReserved("reserved1", args.reserved1));
   TENON_RETURN_IF_ERROR(CheckPresent("directory", args.directory));
   Device device;
   LoadOptions options;
   TENON_RETURN_IF_ERROR(ReadPlace(args, &device, &options.shard));
+  if (args.weights != TENON_WEIGHTS_STORED &&
+      args.weights != TENON_WEIGHTS_FP8) {
+    return InvalidArgumentError("weights is ", args.weights,
+                                ", expected 0 (as stored) or 1 (fp8)");
+  }
+  options.quantize_fp8 = args.weights == TENON_WEIGHTS_FP8;
   if (args.progress != nullptr) {
     options.progress = [tell = args.progress, data = args.progress_user_data](
                            int64_t done, int64_t total) {

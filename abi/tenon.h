@@ -715,6 +715,11 @@ TENON_API int32_t tenon_sampler(tenon_context context,
 typedef int32_t (*tenon_progress_fn)(void* user_data, int64_t bytes_done,
                                      int64_t bytes_total);
 
+/* What becomes of a checkpoint's attention projections, experts and dense MLPs
+ * that are float32, float16 or bfloat16 (since ABI 1.2). */
+#define TENON_WEIGHTS_STORED 0 /* they stay what they are */
+#define TENON_WEIGHTS_FP8 1    /* float8_e4m3fn with blocks of 128 x 128 */
+
 typedef struct tenon_model_load_args {
   uint32_t struct_size;
   int32_t device_type; /* TENON_DEVICE_* */
@@ -726,10 +731,16 @@ typedef struct tenon_model_load_args {
                                  publishes them; UTF-8 */
   tenon_progress_fn progress; /* optional */
   void* progress_user_data;
+  /* Since ABI 1.2. */
+  int32_t weights; /* TENON_WEIGHTS_* */
+  uint32_t reserved1;
 } tenon_model_load_args;
 
 /* Reads a checkpoint of Qwen3MoeForCausalLM or Qwen3ForCausalLM. On the CPU the
  * files stay mapped and must not change; on CUDA the weights are uploaded.
+ * Since ABI 1.2 also fp8 ones, with the published elements and scales: blocks
+ * of 128 x 128 (quantization_config "fp8", weight_scale_inv) or a scale per row
+ * ("compressed-tensors", weight_scale).
  *   TENON_NOT_FOUND           a file or a tensor
  *   TENON_DATA_LOSS           a malformed file
  *   TENON_INVALID_ARGUMENT    a config or a tensor that does not fit

@@ -16,6 +16,7 @@ type LoadOptions struct {
 	DeviceIndex int
 	Rank        int // of a tensor-parallel group
 	WorldSize   int
+	FP8Weights  bool // weights that are not fp8 are quantised while they are loaded
 
 	// Progress, if given, is told the bytes done now and then; false stops the
 	// load, which then fails with Cancelled.
@@ -38,6 +39,9 @@ func Load(directory string, options LoadOptions) (*Model, error) {
 		rank:         C.int32_t(options.Rank),
 		world_size:   C.int32_t(options.WorldSize),
 		directory:    path,
+	}
+	if options.FP8Weights {
+		args.weights = C.TENON_WEIGHTS_FP8
 	}
 	if options.Progress != nil {
 		// C is given C memory that holds a number for the function.

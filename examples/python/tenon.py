@@ -100,6 +100,8 @@ SWIGLU_BLOCKED = 0
 SWIGLU_INTERLEAVED = 1
 FILTER_SEQUENTIAL = 0
 FILTER_JOINT = 1
+WEIGHTS_STORED = 0
+WEIGHTS_FP8 = 1
 SAMPLE_OK = 0
 SAMPLE_NO_SUPPORT = 1
 SAMPLE_NON_FINITE = 2
@@ -383,7 +385,7 @@ SamplerArgs = _fields(
 ModelLoadArgs = _fields(
     "ModelLoadArgs",
     "u32 struct_size; i32 device_type device_index rank world_size; u32 reserved; "
-    "text directory; ptr progress progress_user_data",
+    "text directory; ptr progress progress_user_data; i32 weights; u32 reserved1",
 )
 ModelRandomArgs = _fields(
     "ModelRandomArgs",
@@ -1779,10 +1781,14 @@ class Model(_Object):
         *,
         rank: int = 0,
         world_size: int = 1,
+        weights: int = WEIGHTS_STORED,
         progress: Callable[[int, int], Any] | None = None,
     ) -> "Model":
         """Reads a checkpoint directory of Hugging Face (config.json and
         safetensors) of Qwen3MoeForCausalLM or Qwen3ForCausalLM.
+
+        weights=WEIGHTS_FP8 quantises attention projections, experts and dense MLPs that
+        are not fp8 already, with blocks of 128 x 128.
 
         progress(bytes_done, bytes_total) is told now and then. If it returns
         False the load ends with TenonError CANCELLED; an exception that it
@@ -1806,6 +1812,7 @@ class Model(_Object):
             world_size=world_size,
             directory=os.fsencode(directory),
             progress=ctypes.cast(report, c_void_p) if progress else None,
+            weights=weights,
         )
         handle = c_uint64()
         try:

@@ -11,6 +11,8 @@ pub struct LoadOptions<'a> {
     pub device_index: i32,
     pub rank: i32,
     pub world_size: i32,
+    /// `sys::TENON_WEIGHTS_FP8` quantises weights while they are loaded.
+    pub weights: i32,
     /// Is told the bytes done and in total now and then; false stops the load.
     pub progress: Option<&'a mut dyn FnMut(i64, i64) -> bool>,
 }
@@ -22,6 +24,7 @@ impl Default for LoadOptions<'_> {
             device_index: 0,
             rank: 0,
             world_size: 1,
+            weights: sys::TENON_WEIGHTS_STORED,
             progress: None,
         }
     }
@@ -53,6 +56,7 @@ impl Model {
             device_index: options.device_index,
             rank: options.rank,
             world_size: options.world_size,
+            weights: options.weights,
             directory: directory.as_ptr(),
             ..Default::default()
         };

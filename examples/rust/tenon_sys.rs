@@ -59,6 +59,8 @@ pub const TENON_SAMPLE_NON_FINITE: i32 = 2;
 pub const TENON_DTYPE_FLOAT32: i32 = 1;
 pub const TENON_DTYPE_FLOAT16: i32 = 2;
 pub const TENON_DTYPE_BFLOAT16: i32 = 3;
+pub const TENON_WEIGHTS_STORED: i32 = 0;
+pub const TENON_WEIGHTS_FP8: i32 = 1;
 pub const TENON_SESSION_BATCH_INVARIANT: u32 = 1;
 pub const TENON_SESSION_COUNT_EXPERTS: u32 = 2;
 pub const TENON_LOGITS_NONE: i32 = 0;
@@ -613,6 +615,8 @@ pub struct tenon_model_load_args {
     pub directory: *const c_char,
     pub progress: Option<tenon_progress_fn>,
     pub progress_user_data: *mut c_void,
+    pub weights: i32,
+    pub reserved1: u32,
 }
 
 impl Default for tenon_model_load_args {
@@ -1339,7 +1343,7 @@ pub fn check_layout() -> Result<(), String> {
         statuses = 40,
         workspace = 48,
         workspace_size = 56);
-    expect_layout!(tenon_model_load_args, 48,
+    expect_layout!(tenon_model_load_args, 56,
         struct_size = 0,
         device_type = 4,
         device_index = 8,
@@ -1348,7 +1352,9 @@ pub fn check_layout() -> Result<(), String> {
         reserved = 20,
         directory = 24,
         progress = 32,
-        progress_user_data = 40);
+        progress_user_data = 40,
+        weights = 48,
+        reserved1 = 52);
     expect_layout!(tenon_model_random_args, 40,
         struct_size = 0,
         device_type = 4,

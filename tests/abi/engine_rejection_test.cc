@@ -38,6 +38,12 @@ TEST_P(ModelRejectionTest, RejectsBadLoads) {
           [](Args* a) { a->struct_size = 0; });
   rejects(TENON_INVALID_ARGUMENT, {"tenon_model_load: reserved is 5"},
           [](Args* a) { a->reserved = 5; });
+  rejects(TENON_INVALID_ARGUMENT, {"tenon_model_load: reserved1 is 5"},
+          [](Args* a) { a->reserved1 = 5; });
+  rejects(TENON_INVALID_ARGUMENT, {"tenon_model_load: weights is 2"},
+          [](Args* a) { a->weights = 2; });
+  rejects(TENON_INVALID_ARGUMENT, {"tenon_model_load: weights is -1"},
+          [](Args* a) { a->weights = -1; });
   rejects(TENON_INVALID_ARGUMENT, {"directory is null"},
           [](Args* a) { a->directory = nullptr; });
   rejects(TENON_INVALID_ARGUMENT, {"device_type is 9"},

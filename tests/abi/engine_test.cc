@@ -77,6 +77,26 @@ TEST_P(ModelTest, ProgressIsToldAndCanStopTheLoad) {
   EXPECT_EQ(model, 0u);
 }
 
+int64_t WeightBytes(const tenon_model_load_args& args) {
+  tenon_model model = 0;
+  ExpectOk([&](tenon_error* e) { return tenon_model_load(&args, &model, e); });
+  auto info = Make<tenon_model_info>();
+  ExpectOk([&](tenon_error* e) { return tenon_model_query(model, &info, e); });
+  EXPECT_EQ(info.dtype, TENON_DTYPE_FLOAT32);
+  EXPECT_EQ(tenon_model_destroy(model, nullptr), TENON_OK);
+  return info.weight_bytes;
+}
+
+TEST_P(ModelTest, WeightsBecomeFp8WhereAsked) {
+  auto args = LoadArgs(GetParam());
+  const int64_t stored = WeightBytes(args);
+  args.weights = TENON_WEIGHTS_FP8;
+  EXPECT_LT(WeightBytes(args), stored / 2);
+  // A caller of an earlier version knows nothing of it.
+  args.struct_size = offsetof(tenon_model_load_args, weights);
+  EXPECT_EQ(WeightBytes(args), stored);
+}
+
 TEST_P(ModelTest, RandomWeightsComeFromTheSeed) {
   const std::string config = TinyConfig();
   auto args = RandomArgs(GetParam(), config.c_str());

@@ -61,6 +61,8 @@ public final class Layout {
   public static final int DTYPE_FLOAT32 = 1;
   public static final int DTYPE_FLOAT16 = 2;
   public static final int DTYPE_BFLOAT16 = 3;
+  public static final int WEIGHTS_STORED = 0;
+  public static final int WEIGHTS_FP8 = 1;
   public static final int SESSION_BATCH_INVARIANT = 1;
   public static final int SESSION_COUNT_EXPERTS = 2;
   public static final int LOGITS_NONE = 0;
@@ -309,7 +311,7 @@ public final class Layout {
           .field("workspace_size", Kind.UINT64, 56);
 
   static final Struct.Type MODEL_LOAD_ARGS =
-      new Struct.Type("tenon_model_load_args", 48)
+      new Struct.Type("tenon_model_load_args", 56)
           .field("struct_size", Kind.UINT32, 0)
           .field("device_type", Kind.INT32, 4)
           .field("device_index", Kind.INT32, 8)
@@ -318,7 +320,9 @@ public final class Layout {
           .field("reserved", Kind.UINT32, 20)
           .field("directory", Kind.POINTER, 24)
           .field("progress", Kind.POINTER, 32)
-          .field("progress_user_data", Kind.POINTER, 40);
+          .field("progress_user_data", Kind.POINTER, 40)
+          .field("weights", Kind.INT32, 48)
+          .field("reserved1", Kind.UINT32, 52);
 
   static final Struct.Type MODEL_RANDOM_ARGS =
       new Struct.Type("tenon_model_random_args", 40)
