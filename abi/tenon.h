@@ -763,7 +763,8 @@ typedef struct tenon_model_random_args {
 } tenon_model_random_args;
 
 /* A model with random weights, made where they live, for benchmarks. Every
- * device makes the same bits from a seed. */
+ * device makes the same bits from a seed. With a quantization_config (see
+ * tenon_model_load) they are fp8 ones, and dtype is that of all else. */
 TENON_THREAD(any)
 TENON_API int32_t tenon_model_create_random(const tenon_model_random_args* args,
                                             tenon_model* model,
