@@ -22,6 +22,7 @@ namespace tenon {
 namespace {
 
 using moe_prepare::Block;
+using moe_prepare::ExpertSlots;
 using moe_prepare::Layout;
 using moe_prepare::Params;
 
@@ -111,72 +112,57 @@ __device__ void Quantize(const Params& p) {
 // Routing
 // ---------------------------------------------------------------------------
 
-// Routes the block's tokens, a warp each at a time. Where registers suffice the
-// logits of the next one are under way meanwhile.
-template <int kValues>
-__device__ void RouteTokens(Block& block, uint32_t* group_keys) {
+// Routes tokens [first, first + count), a warp each at a time, and tells
+// mark(token - first, column, id). Where registers suffice the logits of the
+// next one are under way meanwhile.
+template <int kValues, class Mark>
+__device__ __forceinline__ void RouteTokens(const Params& p,
+                                            const Layout& layout, int first,
+                                            int count, const Mark& mark) {
   constexpr bool kAhead = kValues <= 8;
-  const MoeRouterParams& r = block.p.router;
+  const MoeRouterParams& r = p.router;
   const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
   const int warps = blockDim.x / 32;
-  group_keys += threadIdx.x / 32 * r.num_expert_groups;
-  int token = threadIdx.x / 32;
+  auto* const picks =
+      moe_prepare::Shared<moe_router::Pick>(layout.picks) + warp * r.top_k;
+  uint32_t* const group_keys =
+      moe_prepare::Shared<uint32_t>(layout.group_keys) +
+      warp * r.num_expert_groups;
   float logits[kValues];
-  if (kAhead && token < block.num_tokens) {
-    moe_router::LoadLogits(r.logits, block.first_token + token, logits);
+  if (kAhead && warp < count) {
+    moe_router::LoadLogits(r.logits, first + warp, logits);
   }
-  for (; token < block.num_tokens; token += warps) {
+  for (int token = warp; token < count; token += warps) {
     float next[kValues];
     const int ahead = kAhead ? token + warps : token;
-    if (ahead < block.num_tokens) {
-      moe_router::LoadLogits(r.logits, block.first_token + ahead, next);
+    if (ahead < count) moe_router::LoadLogits(r.logits, first + ahead, next);
+    const moe_router::Choice choice = moe_router::Route(
+        r, first + token, kAhead ? logits : next, picks, group_keys);
+    if (lane < p.columns) {
+      const int shared_expert =
+          static_cast<int>(r.logits.shape[1]) + lane - r.top_k;
+      mark(token, lane, lane < r.top_k ? choice.id : shared_expert);
     }
-    moe_router::Choice choice = moe_router::Route(
-        r, block.first_token + token, kAhead ? logits : next, group_keys);
-    moe_router::StoreChoice(r, block.first_token + token, choice);
-    if (lane >= r.top_k) {  // a shared expert
-      choice.id = static_cast<int>(r.logits.shape[1]) + lane - r.top_k;
-    }
-    if (lane < block.p.columns) block.Mark(token, lane, choice.id);
-    __syncwarp();
+    moe_router::StoreChoice(r, first + token, choice);
 #pragma unroll
     for (int i = 0; i < kValues; ++i) logits[i] = next[i];
   }
 }
 
 // Tells all blocks of the cluster this one's counts.
-__device__ void ExchangeCounts(const Block& block, int32_t* cluster_counts) {
+__device__ __forceinline__ void ExchangeCounts(const Block& block,
+                                               int32_t* cluster_counts) {
   const int num_experts = block.p.num_experts;
   const int cluster = block.p.num_routing_blocks;
-  const int rank = blockIdx.x;
-  if (cluster > 1) WaitForCluster();  // until all blocks are there
+  int32_t* const counts = cluster_counts + blockIdx.x * num_experts;
+  WaitForCluster();  // until all blocks are there
   for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
     const int count = block.Count(e);
-    int32_t* const entry = &cluster_counts[rank * num_experts + e];
-    if (cluster == 1) {
-      *entry = count;
-    } else {
-      for (int b = 0; b < cluster; ++b) StoreInCluster(entry, b, count);
-    }
+    for (int b = 0; b < cluster; ++b) StoreInCluster(counts + e, b, count);
   }
-  if (cluster > 1) {
-    ArriveAtCluster();
-    WaitForCluster();
-  } else {
-    __syncthreads();
-  }
-  for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
-    int total = 0;
-    int before = 0;
-    for (int b = 0; b < cluster; ++b) {
-      const int count = cluster_counts[b * num_experts + e];
-      total += count;
-      if (b < rank) before += count;
-    }
-    block.total[e] = total;
-    block.first[e] = before;
-  }
-  __syncthreads();
+  ArriveAtCluster();
+  WaitForCluster();
 }
 
 template <int kValues>
@@ -188,21 +174,21 @@ template <int kValues>
 __global__ void __launch_bounds__(MaxThreads<kValues>())
     PrepareKernel(const __grid_constant__ Params p,
                   const __grid_constant__ Layout layout) {
+  const bool places = p.counts == nullptr;
   if (blockIdx.x >= p.num_routing_blocks) {
     cuda::WaitForPreviousKernels();
     Quantize(p);
     return;
   }
-  const bool places = p.counts == nullptr;
   Block block(p, layout);
-  int32_t* const words = reinterpret_cast<int32_t*>(moe_prepare::shared_memory);
   block.ClearMasks();
-  if (places && p.num_routing_blocks > 1) ArriveAtCluster();
+  if (places) ArriveAtCluster();
   __syncthreads();
   cuda::WaitForPreviousKernels();
   if (p.router.logits.present()) {
     RouteTokens<kValues>(
-        block, reinterpret_cast<uint32_t*>(words + layout.group_keys));
+        p, layout, block.first_token, block.num_tokens,
+        [&](int token, int column, int id) { block.Mark(token, column, id); });
   } else {
     block.MarkGivenIds();
   }
@@ -214,9 +200,68 @@ __global__ void __launch_bounds__(MaxThreads<kValues>())
     }
     return;
   }
-  ExchangeCounts(block, words + layout.cluster_counts);
-  moe_prepare::MakePositions(block);
+  int32_t* const counts = moe_prepare::Shared<int32_t>(layout.cluster_counts);
+  ExchangeCounts(block, counts);
+  moe_prepare::MakePositions(block, [&](int e) {
+    ExpertSlots slots = {0, 0};
+#pragma unroll
+    for (int b = 0; b < moe_prepare::kMaxCluster; ++b) {
+      const int count =
+          b < p.num_routing_blocks ? counts[b * p.num_experts + e] : 0;
+      slots.total += count;
+      if (b < blockIdx.x) slots.before += count;
+    }
+    return slots;
+  });
   block.Place();
+}
+
+// Few slots: one block, which compares all with all. Expert and slot number are
+// one key; the offset of an expert is the number of keys below its first
+// possible one, and the place of a slot the number of keys below its own.
+template <int kValues>
+__global__ void __launch_bounds__(512)
+    PrepareFewKernel(const __grid_constant__ Params p,
+                     const __grid_constant__ Layout layout) {
+  cuda::WaitForPreviousKernels();
+  if (blockIdx.x > 0) return Quantize(p);
+  uint32_t* const keys = moe_prepare::Shared<uint32_t>(layout.slots);
+  const int num_slots = p.tokens * p.columns;
+  const auto mark = [&](int slot, int id) {
+    // Those of no expert come last.
+    const bool valid =
+        static_cast<uint32_t>(id) < static_cast<uint32_t>(p.num_experts);
+    keys[slot] = (valid ? id : 0xffffu) << 16 | slot;
+  };
+  if (p.router.logits.present()) {
+    RouteTokens<kValues>(p, layout, 0, p.tokens,
+                         [&](int token, int column, int id) {
+                           mark(token * p.columns + column, id);
+                         });
+  } else {
+    const int32_t* ids = p.topk_ids.As<const int32_t>();
+    for (int s = threadIdx.x; s < num_slots; s += blockDim.x) {
+      const int token = s / p.columns;
+      mark(s, ids[token * p.topk_ids.stride[0] + s - token * p.columns]);
+    }
+  }
+  if (threadIdx.x < 3) keys[num_slots + threadIdx.x] = ~0u;
+  __syncthreads();
+  for (int i = threadIdx.x; i <= p.num_experts + num_slots; i += blockDim.x) {
+    const int slot = i - p.num_experts - 1;
+    const uint32_t key = slot < 0 ? static_cast<uint32_t>(i) << 16 : keys[slot];
+    int below = 0;
+    for (int j = 0; j < num_slots; j += 4) {
+      const uint4 four = *reinterpret_cast<const uint4*>(keys + j);
+      below +=
+          (four.x < key) + (four.y < key) + (four.z < key) + (four.w < key);
+    }
+    if (slot < 0) {
+      p.expert_offsets[i] = below;
+    } else {
+      p.sorted_slots[below] = key >> 16 == 0xffffu ? -1 : slot;
+    }
+  }
 }
 
 constexpr int kPlaceThreads = 1024;
@@ -231,20 +276,20 @@ __global__ void __launch_bounds__(kPlaceThreads)
     block.total[e] = 0;
     block.first[e] = 0;
   }
-  __syncthreads();
-  cuda::WaitForPreviousKernels();
-  block.MarkGivenIds();
   // Two experts to a thread, and blocks spread over the threads.
   const int pairs = p.counts_stride / 2;
-  const int stride = kPlaceThreads / pairs;
-  const int pair = threadIdx.x % pairs;
-  const uint32_t* counts = reinterpret_cast<const uint32_t*>(p.counts) + pair;
-  if (threadIdx.x < pairs * stride) {
+  const int step = kPlaceThreads / pairs;
+  const int first_block = threadIdx.x / pairs;
+  const int pair = threadIdx.x - first_block * pairs;
+  __syncthreads();
+  cuda::WaitForPreviousKernels();
+  if (first_block < step) {
+    const uint32_t* counts = reinterpret_cast<const uint32_t*>(p.counts) + pair;
     int total[2] = {};
     int before[2] = {};
 #pragma unroll 8
-    for (int b = threadIdx.x / pairs; b < p.num_routing_blocks; b += stride) {
-      const uint32_t both = counts[int64_t{b} * pairs];
+    for (int b = first_block; b < p.num_routing_blocks; b += step) {
+      const uint32_t both = counts[b * pairs];
       const int low = static_cast<int>(both & 0xffff);
       const int high = static_cast<int>(both >> 16);
       total[0] += low;
@@ -261,8 +306,11 @@ __global__ void __launch_bounds__(kPlaceThreads)
       atomicAdd(&block.first[pair * 2 + i], before[i]);
     }
   }
+  block.MarkGivenIds();
   block.Sync();
-  moe_prepare::MakePositions(block);
+  moe_prepare::MakePositions(block, [&](int e) {
+    return ExpertSlots{block.total[e], block.first[e]};
+  });
   block.Place();
 }
 
@@ -277,36 +325,69 @@ struct Plan {
   int quantizing_blocks;
 };
 
-// Most tokens that one block routes alone, and one cluster.
-constexpr int kMaxBlockTokens = 16;
-constexpr int kMaxClusterTokens = 1024;
-constexpr int kClusterBlocks = 8;
+// Most that one block does alone, and one cluster.
+constexpr int kMaxFewTokens = 16;
+constexpr int kMaxFewSlots = 128;
+constexpr int kMaxClusterTokens = 448;
+// More tokens than this are quantised by a launch of its own, which has all
+// multiprocessors: routing blocks leave no room beside them.
+constexpr int kMaxQuantizingTokens = 1024;
+// Up to here a cluster of 4 does, then 8, as far as the GPU lets it.
+constexpr int kSmallClusterTokens = 32;
+constexpr int kMediumClusterTokens = 128;
 
 int RoundUp(int64_t value, int step) {
   return static_cast<int>(cuda::CeilDiv(value, int64_t{step}) * step);
 }
 
-Plan MakePlan(const Params& p, int max_threads, bool has_clusters) {
+// Largest cluster to use. Code for clusters is that for Hopper alone; 8 blocks
+// fit on all of them, 16 are for whole GPUs.
+Status MaxCluster(Device device, int* max_cluster) {
+  int major = 0;
+  int processors = 0;
+  TENON_RETURN_IF_ERROR(cuda::ToStatus(
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor,
+                             device.index),
+      kOp));
+  TENON_RETURN_IF_ERROR(cuda::ToStatus(
+      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount,
+                             device.index),
+      kOp));
+  *max_cluster = major != 9 ? 1 : processors < 100 ? 8 : 16;
+  return Status();
+}
+
+// Blocks of the cluster for more tokens than a block takes; 0: two launches.
+int ClusterBlocks(int64_t tokens, int max_cluster) {
+  if (max_cluster == 1 || tokens > kMaxClusterTokens) return 0;
+  if (tokens <= kSmallClusterTokens) return 4;
+  return tokens <= kMediumClusterTokens ? 8 : max_cluster;
+}
+
+Plan MakePlan(const Params& p, int max_threads, int max_cluster) {
   Plan plan;
   const int64_t tokens = p.tokens;
-  if (tokens <= kMaxBlockTokens) {
+  const int64_t slots = tokens * p.columns;
+  // A warp to a token, or a thread to a given id; a thread to an expert.
+  const int64_t per_token = p.router.logits.present() ? 32 : p.columns;
+  if (tokens <= kMaxFewTokens && slots <= kMaxFewSlots) {
     plan.cluster = 1;
     plan.tokens_per_block = p.tokens;
-  } else if (has_clusters && tokens <= kMaxClusterTokens) {
-    plan.cluster = kClusterBlocks;
-    plan.tokens_per_block =
-        static_cast<int>(cuda::CeilDiv(tokens, int64_t{plan.cluster}));
+    plan.threads = RoundUp(
+        std::max<int64_t>(per_token * tokens, p.num_experts + 1 + slots), 32);
+    max_threads = 512;
   } else {
-    plan.cluster = 0;
-    plan.tokens_per_block = static_cast<int>(MoePrepareBlockTokens(tokens));
+    plan.cluster = ClusterBlocks(tokens, max_cluster);
+    plan.tokens_per_block = static_cast<int>(
+        plan.cluster > 0 ? cuda::CeilDiv(tokens, int64_t{plan.cluster})
+                         : MoePrepareBlockTokens(tokens));
+    plan.threads = RoundUp(
+        std::max<int64_t>(per_token * plan.tokens_per_block, p.num_experts),
+        32);
   }
-  // A warp to a token, or a thread to a given id; a thread to an expert.
-  const int64_t for_tokens = int64_t{plan.tokens_per_block} *
-                             (p.router.logits.present() ? 32 : p.columns);
-  plan.threads = std::min(
-      RoundUp(std::max<int64_t>(for_tokens, p.num_experts), 32), max_threads);
+  plan.threads = std::min(plan.threads, max_threads);
   plan.quantizing_blocks = 0;
-  if (p.x_fp8 != nullptr) {
+  if (p.x_fp8 != nullptr && tokens <= kMaxQuantizingTokens) {
     const int64_t groups = tokens * NumFp8Groups(p.x.shape[1]);
     const int64_t blocks =
         cuda::CeilDiv(groups, int64_t{plan.threads / kGroupLanes});
@@ -327,7 +408,7 @@ Status LaunchPrepare(Stream stream, const cudaLaunchConfig_t& config,
   return cuda::LaunchWithConfig(kOp, config, kernel, p, layout);
 }
 
-Status Prepare(Params p, const Plan& plan, int major, void* workspace,
+Status Prepare(Params p, const Plan& plan, bool hopper, void* workspace,
                Stream stream) {
   p.tokens_per_block = plan.tokens_per_block;
   p.num_routing_blocks = plan.cluster > 0
@@ -337,11 +418,12 @@ Status Prepare(Params p, const Plan& plan, int major, void* workspace,
   p.counts_stride = (p.num_experts + 1) / 2 * 2;
   const Layout layout = LayOut(p, plan.cluster, plan.threads / 32);
 
-  auto* kernel = PrepareKernel<4>;
   const int64_t routed =
       p.router.logits.present() ? p.router.logits.shape[1] : 0;
-  if (routed > 128) kernel = PrepareKernel<8>;
-  if (routed > 256) kernel = PrepareKernel<32>;
+  const bool few = plan.cluster == 1;
+  auto* kernel = few ? PrepareFewKernel<4> : PrepareKernel<4>;
+  if (routed > 128) kernel = few ? PrepareFewKernel<8> : PrepareKernel<8>;
+  if (routed > 256) kernel = few ? PrepareFewKernel<32> : PrepareKernel<32>;
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
@@ -353,9 +435,15 @@ Status Prepare(Params p, const Plan& plan, int major, void* workspace,
           static_cast<unsigned>(p.num_routing_blocks + plan.quantizing_blocks)),
       dim3(static_cast<unsigned>(plan.threads)), layout.words * 4u);
   config.attrs = attributes;
-  config.numAttrs = major < 9 ? 0 : plan.cluster > 1 ? 2 : 1;
+  config.numAttrs = !hopper ? 0 : plan.cluster > 1 ? 2 : 1;
   TENON_RETURN_IF_ERROR(LaunchPrepare(stream, config, kernel, p, layout));
   if (plan.cluster > 0) return Status();
+  if (p.x_fp8 != nullptr && plan.quantizing_blocks == 0) {
+    const cuda::Fp8Groups groups = {p.x_fp8, p.x.shape[1], p.x_scales,
+                                    NumFp8Groups(p.x.shape[1]), 1};
+    TENON_RETURN_IF_ERROR(
+        cuda::LaunchQuantizeFp8Groups(kOp, p.x, groups, stream));
+  }
   return cuda::LaunchDependent(
       kOp, stream, dim3(static_cast<unsigned>(p.num_routing_blocks)),
       dim3(kPlaceThreads), layout.words * size_t{4}, PlaceKernel, p, layout);
@@ -367,11 +455,8 @@ Status MoePrepareCuda(const MoeParams& chunk, const MoeScratch& scratch,
                       Stream stream) {
   const cuda::DeviceGuard guard(chunk.x.device);
   TENON_RETURN_IF_ERROR(guard.status());
-  int major = 0;
-  TENON_RETURN_IF_ERROR(cuda::ToStatus(
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor,
-                             chunk.x.device.index),
-      kOp));
+  int max_cluster = 1;
+  TENON_RETURN_IF_ERROR(MaxCluster(chunk.x.device, &max_cluster));
   Params p;
   if (chunk.router != nullptr) p.router = *chunk.router;
   p.topk_ids = chunk.topk_ids;
@@ -388,9 +473,8 @@ Status MoePrepareCuda(const MoeParams& chunk, const MoeScratch& scratch,
                   cuda::RowsAreAligned(chunk.x, 16);
   }
   const bool many = p.router.logits.present() && p.router.logits.shape[1] > 256;
-  // Code for clusters is that for Hopper alone.
-  const Plan plan = MakePlan(p, many ? MaxThreads<32>() : 1024, major == 9);
-  return Prepare(p, plan, major, scratch.align, stream);
+  const Plan plan = MakePlan(p, many ? MaxThreads<32>() : 1024, max_cluster);
+  return Prepare(p, plan, max_cluster > 1, scratch.align, stream);
 }
 
 }  // namespace tenon

@@ -41,10 +41,11 @@ struct Params {
 // Shared memory of a routing block, as offsets in 32-bit words.
 struct Layout {
   int32_t masks;  // [words of 32 tokens][num_experts]
-  int32_t slots;  // [tokens_per_block * columns]
+  int32_t slots;  // [tokens_per_block * columns], and up to 3 more
   int32_t total;  // [num_experts], over all blocks
   int32_t first;  // [num_experts], of this block's slots in sorted_slots
   int32_t cluster_counts;  // [cluster][num_experts]
+  int32_t picks;           // [warps][top_k], 64 bits each
   int32_t group_keys;      // [warps][num_expert_groups]
   int32_t words;           // of all that
 };
@@ -58,10 +59,11 @@ inline Layout LayOut(const Params& p, int cluster, int warps) {
     return begin;
   };
   layout.masks = take(cuda::CeilDiv(p.tokens_per_block, 32) * p.num_experts);
-  layout.slots = take(p.tokens_per_block * p.columns);
+  layout.slots = take(p.tokens_per_block * p.columns + 3);
   layout.total = take(p.num_experts);
   layout.first = take(p.num_experts);
   layout.cluster_counts = take(cluster * p.num_experts);
+  layout.picks = take(warps * p.router.top_k * 2);
   layout.group_keys = take(
       moe_router::IsGrouped(p.router) ? warps * p.router.num_expert_groups : 0);
   layout.words = words;
@@ -69,6 +71,12 @@ inline Layout LayOut(const Params& p, int cluster, int warps) {
 }
 
 extern __shared__ uint4 shared_memory[];
+
+template <class T>
+__device__ __forceinline__ T* Shared(int32_t words) {
+  return reinterpret_cast<T*>(reinterpret_cast<uint32_t*>(shared_memory) +
+                              words);
+}
 
 // A routing block's tokens. Tokens and slots are counted from its first one.
 struct Block {
@@ -87,10 +95,10 @@ struct Block {
 
   __device__ Block(const Params& params, const Layout& layout)
       : p(params),
-        masks(reinterpret_cast<uint32_t*>(shared_memory) + layout.masks),
-        slots(reinterpret_cast<uint32_t*>(shared_memory) + layout.slots),
-        total(reinterpret_cast<int32_t*>(shared_memory) + layout.total),
-        first(reinterpret_cast<int32_t*>(shared_memory) + layout.first),
+        masks(Shared<uint32_t>(layout.masks)),
+        slots(Shared<uint32_t>(layout.slots)),
+        total(Shared<int32_t>(layout.total)),
+        first(Shared<int32_t>(layout.first)),
         first_token(blockIdx.x * params.tokens_per_block),
         num_tokens(min(params.tokens_per_block,
                        max(params.tokens - first_token, 0))) {}
@@ -102,17 +110,17 @@ struct Block {
     for (int i = threadIdx.x; i < words; i += blockDim.x) masks[i] = 0;
   }
 
-  // Notes choice `column` of a token.
-  __device__ void Mark(int token, int column, int id) {
-    uint32_t slot = kNoExpert;
-    if (static_cast<uint32_t>(id) < static_cast<uint32_t>(p.num_experts)) {
-      slot = static_cast<uint32_t>(token) << 16 | static_cast<uint32_t>(id);
-      const uint32_t bit = 1u << token % 32;
-      const uint32_t before =
-          atomicOr(&masks[token / 32 * p.num_experts + id], bit);
-      if ((before & bit) != 0) repeated = true;
+  // Notes choice `column` of a token; returns whether that token has the expert
+  // already.
+  __device__ __forceinline__ bool Mark(int token, int column, int id) {
+    if (static_cast<uint32_t>(id) >= static_cast<uint32_t>(p.num_experts)) {
+      slots[token * p.columns + column] = kNoExpert;
+      return false;
     }
-    slots[token * p.columns + column] = slot;
+    const uint32_t bit = 1u << token % 32;
+    slots[token * p.columns + column] =
+        static_cast<uint32_t>(token) << 16 | static_cast<uint32_t>(id);
+    return (atomicOr(&masks[token / 32 * p.num_experts + id], bit) & bit) != 0;
   }
 
   // Marks all tokens by their ids in memory.
@@ -121,8 +129,8 @@ struct Block {
     for (int s = threadIdx.x; s < num_slots(); s += blockDim.x) {
       const int token = s / p.columns;
       const int column = s - token * p.columns;
-      Mark(token, column,
-           ids[(first_token + token) * p.topk_ids.stride[0] + column]);
+      const int id = ids[(first_token + token) * p.topk_ids.stride[0] + column];
+      repeated |= Mark(token, column, id);
     }
   }
 
@@ -174,35 +182,54 @@ struct Block {
   }
 };
 
-// From total[e], the slots of an expert, and first[e], those in the blocks
-// before this one: makes first[e] positions. Block 0 writes expert_offsets, all
-// write their part of the end of sorted_slots. Contains __syncthreads(), also
-// before and after.
-__device__ inline void MakePositions(const Block& block) {
+// Slots of an expert: in all blocks, and in those before this one.
+struct ExpertSlots {
+  int total;
+  int before;
+};
+
+// Fills block.first from slots(e), an ExpertSlots. Block 0 writes
+// expert_offsets, all their part of the end of sorted_slots. Contains two
+// __syncthreads(), the second one at the end.
+template <class Slots>
+__device__ __forceinline__ void MakePositions(const Block& block,
+                                              const Slots& slots) {
   __shared__ int warp_sums[32];
   const Params& p = block.p;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  const int per_thread = cuda::CeilDiv(p.num_experts, int(blockDim.x));
+  // A thread has one expert, or two where there are more than threads.
+  const int log_per_thread = p.num_experts > blockDim.x ? 1 : 0;
+  const int per_thread = 1 << log_per_thread;
   const int begin = min(threadIdx.x * per_thread, p.num_experts);
   const int end = min(begin + per_thread, p.num_experts);
   int sum = 0;
-  for (int e = begin; e < end; ++e) sum += block.total[e];
+  for (int e = begin; e < end; ++e) {
+    const ExpertSlots s = slots(e);
+    block.first[e] = sum + s.before;  // for now without those of other threads
+    block.total[e] = s.total;
+    sum += s.total;
+  }
   const int inclusive = cuda::WarpInclusiveSum(sum);
   if (lane == 31) warp_sums[warp] = inclusive;
   __syncthreads();
-  const int sums = cuda::WarpInclusiveSum(
-      lane < static_cast<int>(blockDim.x) / 32 ? warp_sums[lane] : 0);
-  const int all = __shfl_sync(~0u, sums, 31);
-  const int before = __shfl_sync(~0u, sums, max(warp - 1, 0));
-  int offset = inclusive - sum + (warp > 0 ? before : 0);
-  for (int e = begin; e < end; ++e) {
-    if (blockIdx.x == 0) p.expert_offsets[e] = offset;
-    block.first[e] += offset;
-    offset += block.total[e];
+  const int num_warps =
+      (p.num_experts + (32 << log_per_thread) - 1) >> (5 + log_per_thread);
+  int offset = inclusive - sum;
+  int all = 0;
+#pragma unroll 4
+  for (int w = 0; w < num_warps; ++w) {
+    if (w < warp) offset += warp_sums[w];
+    all += warp_sums[w];
   }
-  if (blockIdx.x == 0 && threadIdx.x == 0)
-    p.expert_offsets[p.num_experts] = all;
+  const bool writes = blockIdx.x == 0;
+  int of_expert = offset;
+  for (int e = begin; e < end; ++e) {
+    if (writes) p.expert_offsets[e] = of_expert;
+    block.first[e] += offset;
+    of_expert += block.total[e];
+  }
+  if (writes && threadIdx.x == 0) p.expert_offsets[p.num_experts] = all;
   const int num_slots = p.tokens * p.columns;
   for (int i = all + blockIdx.x * blockDim.x + threadIdx.x; i < num_slots;
        i += p.num_routing_blocks * blockDim.x) {

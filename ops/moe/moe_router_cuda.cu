@@ -9,6 +9,7 @@ template <int kValues>
 __global__ void __launch_bounds__(kWarps * 32)
     MoeRouterKernel(MoeRouterParams p) {
   __shared__ uint32_t group_keys[kWarps][kValues * 32];
+  __shared__ moe_router::Pick picks[kWarps][kMoeRouterMaxTopK];
   const int warp = threadIdx.x / 32;
   const int64_t token = blockIdx.x * int64_t{kWarps} + warp;
   cuda::WaitForPreviousKernels();
@@ -16,7 +17,8 @@ __global__ void __launch_bounds__(kWarps * 32)
   float logits[kValues];
   moe_router::LoadLogits(p.logits, token, logits);
   moe_router::StoreChoice(
-      p, token, moe_router::Route(p, token, logits, group_keys[warp]));
+      p, token,
+      moe_router::Route(p, token, logits, picks[warp], group_keys[warp]));
 }
 
 }  // namespace

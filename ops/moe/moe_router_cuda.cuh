@@ -13,9 +13,9 @@ namespace tenon::moe_router {
 
 // Unsigned integers in the order of the numbers; -0 equals 0.
 __device__ __forceinline__ uint32_t Key(float value) {
-  if (isnan(value)) return kMoeRouterNanKey;
-  const uint32_t bits = value == 0.0f ? 0u : __float_as_uint(value);
-  return bits >> 31 != 0 ? ~bits : bits | 0x80000000u;
+  const int32_t bits = __float_as_int(value + 0.0f);  // makes -0 0
+  const uint32_t key = static_cast<uint32_t>(bits ^ (bits >> 31 | INT32_MIN));
+  return isnan(value) ? kMoeRouterNanKey : key;
 }
 
 // The inverse, with NaN as -infinity.
@@ -48,58 +48,66 @@ __device__ __forceinline__ int TakeBest(uint32_t (&keys)[kValues],
   return static_cast<int>(index);
 }
 
-// The keys of a warp, of which it takes the best again and again. Few to a lane
-// are sorted first, so that a lane's best is at hand.
-template <int kValues, bool kSorted = (kValues <= 4)>
-struct Candidates {
-  uint32_t (&keys)[kValues];
-
-  __device__ explicit Candidates(uint32_t (&k)[kValues]) : keys(k) {}
-  __device__ __forceinline__ int Take(uint32_t* key) {
-    return TakeBest(keys, key);
-  }
+// A chosen expert and the key that it was chosen by.
+struct Pick {
+  int32_t id;
+  uint32_t key;
 };
 
+// Takes the warp's top_k best keys, all of them not 0; the j-th is the result
+// of lane j.
 template <int kValues>
-struct Candidates<kValues, true> {
-  uint32_t (&keys)[kValues];
-  uint32_t index[kValues];
+__device__ __forceinline__ Pick TakeOneByOne(uint32_t (&keys)[kValues],
+                                             int top_k) {
+  Pick pick = {0, kMoeRouterNanKey};
+  for (int j = 0; j < top_k; ++j) {
+    uint32_t key;
+    const int id = TakeBest(keys, &key);
+    if (threadIdx.x % 32 == j) pick = {id, key};
+  }
+  return pick;
+}
 
-  // Exchanges neighbours only, so equal keys keep their order.
-  __device__ explicit Candidates(uint32_t (&k)[kValues]) : keys(k) {
+// The same, faster. `picks` is this warp's shared memory, top_k entries.
+//
+// Each round takes whatever equals the best key left, which is one expert as a
+// rule. Where it was not, rounds and experts taken do not match in the end, and
+// all is done again one by one.
+template <int kValues>
+__device__ __forceinline__ Pick TakeAll(uint32_t (&keys)[kValues], int top_k,
+                                        Pick* picks) {
+  const int lane = threadIdx.x % 32;
+  uint32_t left[kValues];
+  int round[kValues] = {};
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) index[i] = i * 32 + threadIdx.x % 32;
+  for (int i = 0; i < kValues; ++i) left[i] = keys[i];
+  uint32_t best = 0;
+  for (int j = 0; j < top_k; ++j) {
+    best = left[0];
 #pragma unroll
-    for (int round = 0; round < kValues; ++round) {
+    for (int i = 1; i < kValues; ++i) best = max(best, left[i]);
+    best = __reduce_max_sync(~0u, best);
 #pragma unroll
-      for (int i = round % 2; i + 1 < kValues; i += 2) {
-        const bool swap = keys[i] < keys[i + 1];
-        const uint32_t low = min(keys[i], keys[i + 1]);
-        keys[i] = max(keys[i], keys[i + 1]);
-        keys[i + 1] = low;
-        const uint32_t first = swap ? index[i + 1] : index[i];
-        index[i + 1] = swap ? index[i] : index[i + 1];
-        index[i] = first;
-      }
+    for (int i = 0; i < kValues; ++i) {
+      if (left[i] != best) continue;
+      left[i] = 0;
+      round[i] = j;
     }
   }
-
-  __device__ __forceinline__ int Take(uint32_t* key) {
-    const uint32_t best = __reduce_max_sync(~0u, keys[0]);
-    const uint32_t taken =
-        __reduce_min_sync(~0u, keys[0] == best ? index[0] : ~0u);
-    if (taken == index[0]) {
+  int taken = 0;
 #pragma unroll
-      for (int i = 0; i + 1 < kValues; ++i) {
-        keys[i] = keys[i + 1];
-        index[i] = index[i + 1];
-      }
-      keys[kValues - 1] = 0;
-    }
-    *key = best;
-    return static_cast<int>(taken);
+  for (int i = 0; i < kValues; ++i) taken += left[i] != keys[i];
+  taken = __reduce_add_sync(~0u, taken);
+  if (taken != top_k || best == 0) return TakeOneByOne(keys, top_k);
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+    if (left[i] != keys[i]) picks[round[i]] = {i * 32 + lane, keys[i]};
   }
-};
+  __syncwarp();
+  const Pick pick = lane < top_k ? picks[lane] : Pick{0, kMoeRouterNanKey};
+  __syncwarp();  // before they are written again
+  return pick;
+}
 
 // The score of a logit. For softmax, `max` and `sum` are of the token.
 struct Scorer {
@@ -133,7 +141,8 @@ __device__ Scorer MakeScorer(MoeScoring scoring, const float (&logits)[kValues],
 #pragma unroll
   for (int i = 0; i < kValues; ++i) {
     const float logit = isnan(logits[i]) ? -INFINITY : logits[i];
-    if (i * 32 + lane < num_experts) sum += scorer.Exp(logit);
+    const float exp = scorer.Exp(logit);
+    sum += i * 32 + lane < num_experts ? exp : 0.0f;
   }
   scorer.sum = cuda::WarpSum(sum);
   return scorer;
@@ -237,6 +246,17 @@ __device__ __forceinline__ float LogitAt(const TensorView& logits,
   }
 }
 
+// What cuda::WarpSum gives for values of the first `count` lanes, that are not
+// negative, and 0 of the others: on those first lanes.
+__device__ __forceinline__ float SumOfFirst(float value, int count) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) {
+    // Further lanes have zeros, which do not change a sum.
+    if (mask < count) value += __shfl_xor_sync(~0u, value, mask);
+  }
+  return value;
+}
+
 // The lane-th choice of a token; of lanes from top_k on, nothing.
 struct Choice {
   int id = 0;
@@ -247,11 +267,12 @@ inline __host__ __device__ bool IsGrouped(const MoeRouterParams& p) {
   return p.num_selected_groups < p.num_expert_groups;
 }
 
-// Routes one token. If IsGrouped, `group_keys` is this warp's shared memory:
-// num_expert_groups entries.
+// Routes one token. `picks` and, if IsGrouped, `group_keys` are this warp's
+// shared memory: top_k and num_expert_groups entries.
 template <int kValues>
 __device__ Choice Route(const MoeRouterParams& p, int64_t token,
-                        const float (&logits)[kValues], uint32_t* group_keys) {
+                        const float (&logits)[kValues], Pick* picks,
+                        uint32_t* group_keys) {
   const int lane = threadIdx.x % 32;
   const int num_experts = static_cast<int>(p.logits.shape[1]);
   uint32_t keys[kValues];
@@ -279,23 +300,23 @@ __device__ Choice Route(const MoeRouterParams& p, int64_t token,
     if (i * 32 + lane >= num_experts) keys[i] = 0;
   }
 
-  Candidates<kValues> candidates(keys);
-  Choice result;
-  uint32_t key = kMoeRouterNanKey;
-  for (int j = 0; j < p.top_k; ++j) {
-    uint32_t best;
-    const int id = candidates.Take(&best);
-    if (lane == j) {
-      result.id = id;
-      key = best;
-    }
+  Pick pick;
+  if constexpr (kValues <= 8) {
+    pick = TakeAll(keys, p.top_k, picks);
+  } else {  // which would need too many registers
+    pick = TakeOneByOne(keys, p.top_k);
   }
+  Choice result;
   if (lane < p.top_k) {
+    result.id = pick.id;
     result.weight =
-        score(biased ? LogitAt(p.logits, token, result.id) : FromKey(key));
+        score(biased ? LogitAt(p.logits, token, pick.id) : FromKey(pick.key));
   }
   if (p.renormalize) {
-    result.weight /= fmaxf(cuda::WarpSum(result.weight), kMoeRouterMinSum);
+    const float sum = SumOfFirst(result.weight, p.top_k);
+    // Not on the other lanes: division has a slow way for 0, which the whole
+    // warp would go.
+    if (lane < p.top_k) result.weight /= fmaxf(sum, kMoeRouterMinSum);
   }
   if (p.routed_scaling_factor != 1.0f) {
     result.weight *= p.routed_scaling_factor;
