@@ -528,7 +528,7 @@ OpCasePtr MakeFp8Moe(const Target& target, int64_t tokens) {
     MoeRouterParams cpp;
     DLTensor logits = {};
     int64_t shape[2] = {};
-    std::vector<float> values;
+    int64_t strides[2] = {};
   };
   const auto run = [](const Routed& p, Stream s) -> Status {
     return Moe(p, s);
@@ -570,7 +570,10 @@ OpCasePtr MakeFp8Moe(const Target& target, int64_t tokens) {
   p.shape[0] = tokens;
   p.shape[1] = kExperts;
   p.logits = *b.args().x;
+  p.strides[0] = p.x.stride[0];
+  p.strides[1] = 1;
   p.logits.shape = p.shape;
+  p.logits.strides = p.strides;
   p.c.logits = &p.logits;
   p.c.topk_weights = b.args().topk_weights;
   p.c.topk_ids = b.args().topk_ids;

@@ -190,8 +190,8 @@ TEST_P(CpuMatmulTest, Fp8MatchesReference) {
     for (int64_t rows : {1, 2, 3, 10, 70}) {
       for (int64_t cols : {1, 3, 13, 65, 290}) {
         for (int64_t depth : {1, 17, 127, 128, 129, 192, 515, 640, 1100}) {
-          for (int64_t first_row : {0, 96, 133}) {
-            if (rows * cols * depth > 200000) continue;
+          for (int64_t first_row : {0, 133}) {
+            if (rows * cols * depth > 60000) continue;
             SCOPED_TRACE(::testing::Message()
                          << block_rows << " block_rows " << rows << "x" << cols
                          << "x" << depth << " from row " << first_row);

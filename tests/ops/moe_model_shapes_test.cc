@@ -186,14 +186,26 @@ class MoeModelShapesTest : public Fixture {
       p.out = out.view();
       p.batch_invariant = batch_invariant;
       p.workspace_size = MoeWorkspaceBytes(p);
-      const TestTensor workspace(device, DType::kUInt8,
-                                 {static_cast<int64_t>(p.workspace_size)});
-      p.workspace = workspace.view().data;
+      // Of NaN bytes; what lies beside it is looked at where it is small.
+      TestTensor guarded;
+      Buffer large;
+      if (tokens <= 300) {
+        guarded = TestTensor(device, DType::kUInt8,
+                             {static_cast<int64_t>(p.workspace_size)});
+        p.workspace = guarded.view().data;
+      } else {
+        StatusOr<Buffer> buffer = Buffer::Allocate(device, p.workspace_size);
+        EXPECT_TRUE(buffer.ok()) << buffer.status().message();
+        large = *std::move(buffer);
+        EXPECT_TRUE(
+            FillMemory(large.data(), device, 0xff, large.size(), stream).ok());
+        p.workspace = large.data();
+      }
       const Status status = Moe(p, stream);
       EXPECT_TRUE(status.ok()) << status.message();
       EXPECT_TRUE(Synchronize(device, stream).ok());
       EXPECT_EQ(out.NumStrayWrites(), 0);
-      EXPECT_EQ(workspace.NumStrayWrites(), 0);
+      if (tokens <= 300) EXPECT_EQ(guarded.NumStrayWrites(), 0);
       return out;
     };
     const std::vector<double> expected =
@@ -205,12 +217,14 @@ class MoeModelShapesTest : public Fixture {
       for (bool batch_invariant : {false, true}) {
         const TestTensor out = run(device(), tokens, batch_invariant, stream());
         const int64_t compared = std::min(tokens, kPeriod) * hidden;
-        std::vector<double> values = out.Values();
-        values.resize(static_cast<size_t>(compared));
-        EXPECT_LT(RelativeFrobeniusError(
-                      values, {expected.begin(), expected.begin() + compared}),
-                  MaxError(e.experts));
         const std::vector<uint8_t> bytes = RowBytes(out);
+        const TestTensor first(Device(), dtype(), {compared});
+        std::memcpy(first.view().data, bytes.data(),
+                    static_cast<size_t>(compared) * DTypeSize(dtype()));
+        EXPECT_LT(RelativeFrobeniusError(
+                      first.Values(),
+                      {expected.begin(), expected.begin() + compared}),
+                  MaxError(e.experts));
         ExpectRepeats(bytes, batch_invariant ? period : bytes, hidden, dtype());
       }
     }
@@ -244,22 +258,21 @@ class MoeModelShapesTest : public Fixture {
 TEST_P(MoeModelShapesTest, UniformLoad) {
   for (const Shape& shape : Shapes()) {
     for (Experts experts : kAllExperts) {
-      Check({shape, experts, Load::kUniform, {1, 2, 8, 33, 130, 1024}});
+      Check({shape, experts, Load::kUniform, {1, 2, 8, 33, 130, 700}});
     }
   }
 }
 
 TEST_P(MoeModelShapesTest, ZipfLoad) {
-  for (const Shape& shape : Shapes()) {
-    for (Experts experts : {Experts::kAsX, Experts::kFp8Blocks}) {
-      Check({shape, experts, Load::kZipf, {4, 16, 64, 257, 4096}});
-    }
+  for (Experts experts : {Experts::kAsX, Experts::kFp8Blocks}) {
+    Check({Shapes()[0], experts, Load::kZipf, {4, 16, 64, 257, 1024}});
+    Check({Shapes()[1], experts, Load::kZipf, {4096}});
   }
 }
 
 TEST_P(MoeModelShapesTest, OneExpert) {
   for (Experts experts : kAllExperts) {
-    Check({Shapes()[1], experts, Load::kOneExpert, {1, 3, 13, 40, 300, 2000}});
+    Check({Shapes()[1], experts, Load::kOneExpert, {1, 3, 13, 40, 300, 1100}});
   }
 }
 
