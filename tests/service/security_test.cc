@@ -22,7 +22,7 @@ std::string TemporaryFile(const std::string& name) {
 class TlsTest : public ::testing::Test {
  protected:
   TlsTest() {
-    options_.listen = {"localhost:0"};
+    options_.listen = {"127.0.0.1:0"};  // no name: resolvers leak
     options_.tls_cert = TemporaryFile("cert");
     options_.tls_key = TemporaryFile("key");
     options_.tls_reload = std::chrono::seconds(1);
