@@ -1,3 +1,5 @@
+#include <utility>
+
 #include "ops/core/gemm_tile_cuda.cuh"
 #include "ops/moe/moe_backend.h"
 #include "ops/moe/moe_gemm_cuda.cuh"
@@ -6,8 +8,9 @@
 #include "ops/moe/moe_tile_rows.h"
 #include "ops/quantize/quantize_cuda.cuh"
 
-// Launches: align, unless there are few slots; gate and up projection with
-// SwiGLU; down projection with the routing weight; sum. The last three overlap
+// Launches on Hopper: what goes before (MoePrepareCuda), gate and up projection
+// with SwiGLU, down projection with the routing weight, sum. Elsewhere: router,
+// align unless there are few slots, then the same three. They overlap
 // (LaunchDependent): each has its blocks set up, and the down projection its
 // first weights under way, while the one before it ends.
 
@@ -186,22 +189,30 @@ Status LaunchFp8GateUp(const MoeTileSource& source, const MoeParams& p,
   return LaunchMoeFp8GateUp(kOp, g, tile_rows, aligned, stream);
 }
 
-// On Hopper: wgmma kernels, in sizes from tables.
-Status ComputeHopper(const MoeParams& p, const MoeScratch& scratch,
-                     Stream stream) {
-  int bus_bits = 0;
-  TENON_RETURN_IF_ERROR(cuda::ToStatus(
-      cudaDeviceGetAttribute(&bus_bits, cudaDevAttrGlobalMemoryBusWidth,
-                             p.x.device.index),
-      kOp));
+// The sizes of the kernels, from tables.
+Status ChooseKernels(const MoeParams& p, MoeKernelConfig* config) {
+  const int device = p.x.device.index;
+  int major = 0, minor = 0, bus_bits = 0;
+  for (const auto& [attribute, value] :
+       {std::pair(cudaDevAttrComputeCapabilityMajor, &major),
+        std::pair(cudaDevAttrComputeCapabilityMinor, &minor),
+        std::pair(cudaDevAttrGlobalMemoryBusWidth, &bus_bits)}) {
+    TENON_RETURN_IF_ERROR(
+        cuda::ToStatus(cudaDeviceGetAttribute(value, attribute, device), kOp));
+  }
   MoeKernelQuery query;
   query.weights = p.gate.dtype;
   query.hidden = p.x.shape[1];
   query.intermediate = p.gate.rows;
   query.slots_per_expert = static_cast<double>(NumElements(p.topk_ids)) /
                            static_cast<double>(p.gate.num_experts);
-  const MoeKernelConfig config =
-      ChooseMoeKernel(MoeGpuOf(90, bus_bits), p.kernels, query);
+  *config =
+      ChooseMoeKernel(MoeGpuOf(major * 10 + minor, bus_bits), p.kernels, query);
+  return Status();
+}
+
+Status ComputeHopper(const MoeParams& p, const MoeScratch& scratch,
+                     const MoeKernelConfig& config, Stream stream) {
   TENON_RETURN_IF_ERROR(MoePrepareCuda(p, scratch, stream));
   TENON_RETURN_IF_ERROR(
       LaunchMoeHopperGateUp(p, scratch, config.gate_up, stream));
@@ -210,7 +221,7 @@ Status ComputeHopper(const MoeParams& p, const MoeScratch& scratch,
 
 template <class T>
 Status ComputePortable(const MoeParams& p, const MoeScratch& scratch,
-                       Stream stream) {
+                       const MoeKernelConfig& config, Stream stream) {
   if (p.router != nullptr) {
     TENON_RETURN_IF_ERROR(MoeRouter(*p.router, stream));
   }
@@ -220,7 +231,7 @@ Status ComputePortable(const MoeParams& p, const MoeScratch& scratch,
   const int64_t num_slots = p.x.shape[0] * top_k;
   const bool aligned = IsAligned(p);
   const int32_t tile_rows =
-      MoeTileRows(p.gate.dtype, aligned, num_slots, num_experts);
+      aligned ? config.mma_tile_rows : kMoeUnalignedTileRows;
   if (IsFp8(p.gate)) {
     const cuda::Fp8Groups groups = {static_cast<uint8_t*>(scratch.x_fp8),
                                     p.x.shape[1], scratch.x_scales,
@@ -271,9 +282,11 @@ Status ComputePortable(const MoeParams& p, const MoeScratch& scratch,
 
 template <class T>
 Status Compute(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
+  MoeKernelConfig config;
+  TENON_RETURN_IF_ERROR(ChooseKernels(p, &config));
   TENON_RETURN_IF_ERROR(CanUseMoeHopper(p)
-                            ? ComputeHopper(p, scratch, stream)
-                            : ComputePortable<T>(p, scratch, stream));
+                            ? ComputeHopper(p, scratch, config, stream)
+                            : ComputePortable<T>(p, scratch, config, stream));
   return LaunchSum<T>(p, scratch, stream);
 }
 

@@ -55,6 +55,9 @@ struct Shape {
   // Rows of out that a tile makes.
   static constexpr int kTileRows = (kGateUp ? 64 : 128) * kGroups;
   static constexpr int kPerStep = 128 / sizeof(T);  // elements of depth
+  // With few tokens 128 experts take one trip to memory; with many, registers
+  // are dearer.
+  static constexpr int kExpertsPerLane = kWide ? 1 : 4;
 
   // Of a thread, with two warpgroups that multiply; 64 Ki in all.
   static constexpr int kLoadRegisters = kGateUp ? 56 : 40;
@@ -114,7 +117,9 @@ struct Tile {
 };
 
 // Finds the tiles of a block one after the other. They are numbered by expert,
-// then tokens, then rows. All lanes of a warp take part.
+// then tokens, then rows. All lanes of a warp take part; each has kPerLane
+// experts at a time.
+template <int kPerLane>
 class TileFinder {
  public:
   __device__ __forceinline__ TileFinder(const Params& p, int tokens, int rows)
@@ -127,37 +132,58 @@ class TileFinder {
   __device__ __forceinline__ bool Find(int index, Tile* tile) {
     int total = __shfl_sync(~0u, last_, 31);
     while (index - tiles_before_ >= total) {
-      if (first_expert_ + 32 >= p_.num_experts) return false;
+      if (first_expert_ + 32 * kPerLane >= p_.num_experts) return false;
       tiles_before_ += total;
-      first_expert_ += 32;
+      first_expert_ += 32 * kPerLane;
       LoadExperts();
       total = __shfl_sync(~0u, last_, 31);
     }
-    const int in_chunk = index - tiles_before_;
-    const int lane = __ffs(__ballot_sync(~0u, last_ > in_chunk)) - 1;
-    const int before = lane == 0 ? 0 : __shfl_sync(~0u, last_, lane - 1);
-    const int in_expert = in_chunk - before;
-    const int token_tile = in_expert / p_.row_tiles;
-    const int begin = __shfl_sync(~0u, begin_, lane);
-    const int count = __shfl_sync(~0u, count_, lane);
-    tile->expert = first_expert_ + lane;
+    int rest = index - tiles_before_;
+    const int lane = __ffs(__ballot_sync(~0u, last_ > rest)) - 1;
+    if (lane > 0) rest -= __shfl_sync(~0u, last_, lane - 1);
+    int expert = first_expert_ + lane * kPerLane;
+    int begin = 0, end = 0;
+    bool found = false;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int next_begin = __shfl_sync(~0u, offsets_[i], lane);
+      const int next_end = __shfl_sync(~0u, offsets_[i + 1], lane);
+      if (found) continue;
+      begin = next_begin;
+      end = next_end;
+      const int tiles = NumTiles(end - begin);
+      found = rest < tiles;
+      if (!found) {
+        rest -= tiles;
+        ++expert;
+      }
+    }
+    const int token_tile = rest / p_.row_tiles;
+    tile->expert = expert;
     tile->begin = begin + token_tile * tokens_;
-    tile->count = min(count - token_tile * tokens_, tokens_);
-    tile->row = (in_expert - token_tile * p_.row_tiles) * rows_;
+    tile->count = min(end - tile->begin, tokens_);
+    tile->row = (rest - token_tile * p_.row_tiles) * rows_;
     return true;
   }
 
  private:
-  // A lane has an expert.
+  __device__ __forceinline__ int NumTiles(int tokens) const {
+    return cuda::CeilDiv(tokens, tokens_) * p_.row_tiles;
+  }
+
   __device__ __forceinline__ void LoadExperts() {
-    const int expert = first_expert_ + static_cast<int>(threadIdx.x % 32);
-    begin_ = count_ = 0;
-    if (expert < p_.num_experts) {
-      begin_ = p_.expert_offsets[expert];
-      count_ = p_.expert_offsets[expert + 1] - begin_;
+    const int first =
+        first_expert_ + static_cast<int>(threadIdx.x % 32) * kPerLane;
+#pragma unroll
+    for (int i = 0; i <= kPerLane; ++i) {
+      offsets_[i] = p_.expert_offsets[min(first + i, p_.num_experts)];
     }
-    last_ =
-        cuda::WarpInclusiveSum(cuda::CeilDiv(count_, tokens_) * p_.row_tiles);
+    int tiles = 0;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      tiles += NumTiles(offsets_[i + 1] - offsets_[i]);
+    }
+    last_ = cuda::WarpInclusiveSum(tiles);
   }
 
   const Params& p_;
@@ -165,8 +191,8 @@ class TileFinder {
   const int rows_;
   int first_expert_ = 0;
   int tiles_before_ = 0;
-  int begin_, count_;
-  int last_;  // one past the expert's last tile
+  int offsets_[kPerLane + 1];
+  int last_;  // one past the tiles of the lane's experts
 };
 
 // A stage of the ring, and the parity of its phase.
@@ -225,7 +251,7 @@ class Loader : private Ring<S> {
       : Ring<S>(shared), p_(p), lane_(threadIdx.x % 32) {}
 
   __device__ __forceinline__ void LoadWeights() {
-    TileFinder finder(p_, kTokens, S::kTileRows);
+    TileFinder<S::kExpertsPerLane> finder(p_, kTokens, S::kTileRows);
     Stage<kStages> stage;
     Tile tile;
     for (int i = blockIdx.x; finder.Find(i, &tile); i += gridDim.x) {
@@ -252,7 +278,7 @@ class Loader : private Ring<S> {
 
   // By the kTokenThreads threads after warp 0.
   __device__ __forceinline__ void LoadTokens() {
-    TileFinder finder(p_, kTokens, S::kTileRows);
+    TileFinder<S::kExpertsPerLane> finder(p_, kTokens, S::kTileRows);
     Stage<kStages> stage;
     Tile tile;
     for (int i = blockIdx.x; finder.Find(i, &tile); i += gridDim.x) {

@@ -30,7 +30,7 @@ class NarrowMultiplier : private Ring<S> {
 
   __device__ __forceinline__ void Multiply() {
     const int group = static_cast<int>(threadIdx.x) / 128 - 1;
-    TileFinder finder(p_, kTokens, S::kTileRows);
+    TileFinder<S::kExpertsPerLane> finder(p_, kTokens, S::kTileRows);
     Stage<kStages> stage;
     Tile tile;
     int turn = 0;  // of the tile, among three

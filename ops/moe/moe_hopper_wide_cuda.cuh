@@ -26,7 +26,7 @@ class WideMultiplier : private Ring<S> {
         warp_(static_cast<int>(threadIdx.x) / 32 % 4) {}
 
   __device__ __forceinline__ void Multiply() {
-    TileFinder finder(p_, S::kTokens, S::kTileRows);
+    TileFinder<S::kExpertsPerLane> finder(p_, S::kTokens, S::kTileRows);
     Stage<kStages> stage;
     Tile tile;
     for (int i = blockIdx.x; finder.Find(i, &tile); i += gridDim.x) {

@@ -7,6 +7,9 @@
 
 namespace tenon {
 
+// Of matrices that cannot be read 16 bytes at a time.
+inline constexpr int32_t kMoeUnalignedTileRows = 64;
+
 // Rows of a tile of the grouped matrix products on CUDA, chosen from the mean
 // number of slots per expert. Tall tiles multiply faster, but compute rows that
 // do not exist where an expert has few. Has no effect on any bit of a result.
@@ -14,7 +17,7 @@ namespace tenon {
 // dtype: of the matrices. aligned: they can be read 16 bytes at a time.
 constexpr int32_t MoeTileRows(DType dtype, bool aligned, int64_t num_slots,
                               int64_t num_experts) {
-  if (!aligned) return 64;
+  if (!aligned) return kMoeUnalignedTileRows;
   if (num_slots <= 12 * num_experts) return 16;
   if (num_slots < 192 * num_experts || dtype == DType::kFloat32 ||
       dtype == DType::kFloat8E4M3) {
