@@ -1,6 +1,7 @@
 #include <cstring>
 
 #include "ops/core/core_cuda.cuh"
+#include "ops/core/mma_cuda.cuh"
 #include "ops/linear/linear_backend.h"
 
 namespace tenon {
@@ -103,6 +104,17 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t first_row =
       (int64_t{blockIdx.x} * groups + warp / split) * kRows;
 
+  // The block's weights, while the kernel before this one ends. Where blocks
+  // follow one another on a multiprocessor that only gets in the way.
+  constexpr unsigned kMaxPrefetchBlocks = 512;
+  const int64_t asked_row = int64_t{blockIdx.x} * groups * kRows + threadIdx.x;
+  if (gridDim.x <= kMaxPrefetchBlocks && threadIdx.x < groups * kRows &&
+      asked_row < out_features) {
+    cuda::PrefetchToL2(p.weight.As<const T>() + asked_row * p.weight.stride[0],
+                       static_cast<uint32_t>(p.weight.shape[1] * sizeof(T)));
+  }
+  cuda::WaitForPreviousKernels();
+
   float sum[kTokens][kRows] = {};
   if (first_row < out_features) {
     AddProducts<T, kTokens>(p, first_row, warp % split, split, sum);
@@ -148,8 +160,8 @@ Status LaunchGemv(const LinearParams& p, Stream stream) {
   }
   const dim3 grid(
       static_cast<unsigned>(cuda::CeilDiv(groups, int64_t{kWarps / split})));
-  return cuda::Launch("Linear", stream, grid, dim3(kThreads), 0,
-                      GemvKernel<T, kTokens>, p, split);
+  return cuda::LaunchDependent("Linear", stream, grid, dim3(kThreads), 0,
+                               GemvKernel<T, kTokens>, p, split);
 }
 
 template <class T>

@@ -131,7 +131,7 @@ class NarrowMultiplier : private Ring<S> {
       const ExpertScales& s = p_.weight_scales[q];
       scales[q] = s.block_rows == 1 ? nullptr  // applied at the end
                                     : s.data + tile.expert * s.expert_stride +
-                                          BlockRow(tile, group, q) /
+                                          ScaleRow(tile, group, q) /
                                               s.block_rows * s.row_stride;
 #pragma unroll
       for (int i = 0; i < kN / 2; ++i) acc[q][i] = 0.0f;
@@ -180,6 +180,11 @@ class NarrowMultiplier : private Ring<S> {
   static __device__ __forceinline__ int BlockRow(const Tile& tile, int group,
                                                  int q) {
     return tile.row + (S::kGateUp ? group : group * 2 + q) * 64;
+  }
+  // The same, but one that exists: a tile may end after the last row.
+  __device__ __forceinline__ int ScaleRow(const Tile& tile, int group,
+                                          int q) const {
+    return min(BlockRow(tile, group, q), p_.rows - 1);
   }
   // The first of the two rows of a block that a lane has; the other is that
   // + 8.

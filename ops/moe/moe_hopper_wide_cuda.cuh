@@ -157,7 +157,7 @@ class WideMultiplier : private Ring<S> {
       scales[q] = s.block_rows == 1
                       ? nullptr  // applied at the end
                       : s.data + tile.expert * s.expert_stride +
-                            FirstRow(tile, q) / s.block_rows * s.row_stride;
+                            ScaleRow(tile, q) / s.block_rows * s.row_stride;
     }
 #pragma unroll 1
     for (int step = 0; step < p_.depth_steps; ++step) {
@@ -198,6 +198,11 @@ class WideMultiplier : private Ring<S> {
   // First row of weights of product q.
   static __device__ __forceinline__ int FirstRow(const Tile& tile, int q) {
     return tile.row + (S::kGateUp ? 0 : q * kCols);
+  }
+
+  // The same, but one that exists: a tile may end after the last row.
+  __device__ __forceinline__ int ScaleRow(const Tile& tile, int q) const {
+    return min(FirstRow(tile, q), p_.rows - 1);
   }
 
   // Weights with a scale for each row.
