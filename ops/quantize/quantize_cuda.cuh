@@ -39,8 +39,7 @@ __device__ __forceinline__ float LanesMax(float value) {
 // Rounds two floats to e4m3, the first in the lower byte: to nearest even,
 // saturating; NaN becomes 0x7f.
 __device__ __forceinline__ uint16_t ToFp8x2(float a, float b) {
-  return __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE,
-                                  __NV_E4M3);
+  return __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
 }
 
 // Rounds four floats to e4m3, the first in the lowest byte: to nearest even,
