@@ -113,9 +113,8 @@ TEST_P(MoeValidationTest, RejectsBadScales) {
          [](MoeParams& p) { p.up.scales.expert_stride = -2; });
   expect({"down.scales", "spans more"},
          [](MoeParams& p) { p.down.scales.expert_stride = int64_t{1} << 61; });
-  expect({"out overlaps gate.scales"}, [](MoeParams& p) {
-    p.out.data = const_cast<float*>(p.gate.scales.data);
-  });
+  expect({"out overlaps gate.scales"},
+         [](MoeParams& p) { p.gate.scales.data = p.out.As<const float>(); });
   expect({"workspace overlaps down.scales"}, [](MoeParams& p) {
     p.down.scales.data = static_cast<const float*>(p.workspace);
   });
