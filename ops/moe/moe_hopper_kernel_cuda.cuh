@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     const Ring<S> ring(shared);
     for (int i = 0; i < S::kStages; ++i) {
       cuda::InitBarrier(ring.Full(i), S::kFullArrivals);
-      cuda::InitBarrier(ring.Empty(i), 4 * S::kGroups);
+      cuda::InitBarrier(ring.Empty(i), S::kEmptyArrivals);
     }
     cuda::FenceBarrierInit();
     cuda::PrefetchTensorMap(&p.weights[0]);

@@ -99,6 +99,9 @@ struct Shape {
   // thread.
   static constexpr int kFullArrivals =
       kGateUp ? 1 + kTokenThreads : (kFp8 ? 2 + kTokenThreads : 2);
+  // At an empty one: every thread that read scales there; or, where only wgmma
+  // reads, one for each warp.
+  static constexpr int kEmptyArrivals = kGroups * (kFp8 ? 128 : 4);
 };
 
 // silu(gate) * up, with the fast exponential: within a few units in the last
