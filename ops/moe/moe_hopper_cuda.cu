@@ -14,13 +14,6 @@ using moe_hopper::Shape;
 
 constexpr char kOp[] = "Moe";
 
-bool IsFp8(const MoeParams& p) { return p.gate.dtype == DType::kFloat8E4M3; }
-
-int64_t DepthSteps(int64_t depth, DType dtype) {
-  return cuda::CeilDiv(depth * static_cast<int64_t>(DTypeSize(dtype)),
-                       int64_t{128});
-}
-
 Status MakeWeightMap(const ExpertMatrices& m, CUtensorMap* map) {
   return cuda::MakeTensorMap(kOp, m.dtype, m.data, m.num_experts,
                              m.expert_stride, m.rows, m.row_stride, m.cols, 64,
@@ -37,7 +30,7 @@ Params CommonParams(const MoeParams& p, const MoeScratch& scratch,
   k.top_k = static_cast<int32_t>(p.topk_ids.shape[1]);
   k.depth_bytes = static_cast<int32_t>(
       weights.cols * static_cast<int64_t>(DTypeSize(weights.dtype)));
-  k.depth_steps = static_cast<int32_t>(DepthSteps(weights.cols, weights.dtype));
+  k.depth_steps = cuda::CeilDiv(k.depth_bytes, 128);
   k.rows = static_cast<int32_t>(weights.rows);
   k.row_tiles =
       static_cast<int32_t>(cuda::CeilDiv(weights.rows, int64_t{tile_rows}));
@@ -104,7 +97,7 @@ bool CanUseMoeHopper(const MoeParams& p) {
       return false;
     }
   }
-  if (!IsFp8(p)) {
+  if (!IsFp8(p.gate)) {
     // Offsets within a chunk's x are 32 bits.
     constexpr int64_t kMaxRowElements =
         (int64_t{1} << 32) / kMoeChunkTokens / sizeof(__half) - 1;
@@ -128,9 +121,9 @@ Status LaunchMoeHopperGateUp(const MoeParams& p, const MoeScratch& scratch,
     k.weight_scales[0] = p.gate.scales;
     k.weight_scales[1] = p.up.scales;
     const int64_t element = static_cast<int64_t>(sizeof(typename S::T));
-    k.x = IsFp8(p) ? scratch.x_fp8 : p.x.data;
+    k.x = IsFp8(p.gate) ? scratch.x_fp8 : p.x.data;
     k.x_row_bytes = static_cast<uint32_t>(
-        (IsFp8(p) ? p.gate.cols : p.x.stride[0]) * element);
+        (IsFp8(p.gate) ? p.gate.cols : p.x.stride[0]) * element);
     k.token_scales = scratch.x_scales;
     k.out = scratch.hidden;
     k.out_scales = scratch.hidden_scales;
