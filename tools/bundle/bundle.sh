@@ -17,11 +17,11 @@ for file in tools/bundle/run_tests.sh "$@"; do
     strip "$folder/$file"
   fi
 done
-# The benchmarks are one program, which goes by the name it is called by.
-for bench in "$folder"/tests/bench/benches; do
-  "$bench" 2>&1 | grep -o '[a-z_]*_bench' | while read -r name; do
-    ln -s benches "$(dirname "$bench")/$name"
-  done
+# The benchmarks are one program, which goes by the name it is called by; under
+# its own it fails with a list of those.
+benches=$folder/tests/bench
+for name in $({ "$benches/benches" 2>&1 || true; } | grep -o '[a-z_]*_bench'); do
+  ln -s benches "$benches/$name"
 done
 mv "$folder/tools/bundle/run_tests.sh" "$folder/run_tests.sh"
 rm -r "$folder/tools/bundle"
