@@ -47,7 +47,7 @@ export -f run_shard
   for ((shard = 0; shard < 4 * jobs; ++shard)); do
     echo "tests/ops/op_tests $shard $((4 * jobs))"
   done
-  for binary in tests/abi/*_test tests/abi/*_tests tests/engine/*_tests; do
+  for binary in tests/{abi,engine}/*_tests; do
     for shard in 0 1 2 3; do echo "$binary $shard 4"; done
   done
 } | xargs -P "$jobs" -L 1 bash -c 'run_shard "$@"' run_shard
