@@ -30,8 +30,9 @@ TENON_SAME_FIELD(filter_order);
 TENON_SAME_FIELD(reserved0);
 TENON_SAME_FIELD(seed);
 TENON_SAME_FIELD(position);
-TENON_SAME_FIELD(reserved);
 #undef TENON_SAME_FIELD
+static_assert(offsetof(SamplingParams, typical_p) ==
+              offsetof(tenon_sampling_params, reserved));
 
 static_assert(TENON_FILTER_SEQUENTIAL ==
                   static_cast<int>(FilterOrder::kSequential) &&

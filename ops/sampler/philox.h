@@ -30,8 +30,14 @@ constexpr PhiloxBlock Philox4x32(PhiloxBlock counter, uint32_t key_low,
   return counter;
 }
 
-// The top 53 of 64 random bits as a number inside (0, 1). The sum is exact for
-// the lower half of the values and rounds to even above; the one value that
+// The top 53 of 64 random bits, b, make u = (b + 1/2) * 2^-53, inside (0, 1).
+// This is u * 2^54, an odd number: exact, where a double is for the lower half
+// of the values only.
+constexpr uint64_t UniformNumerator(uint64_t bits) {
+  return (bits >> 11) * 2 + 1;
+}
+
+// u as a double: rounded to even in the upper half, and the one value that
 // would round to 1 becomes the double before it.
 constexpr double UniformFromBits(uint64_t bits) {
   const double uniform = (static_cast<double>(bits >> 11) + 0.5) * 0x1p-53;
@@ -40,20 +46,31 @@ constexpr double UniformFromBits(uint64_t bits) {
 
 // What draws from one request's position are for: different streams are
 // independent.
-enum class RandomStream : uint32_t { kTarget = 0 };
+enum class RandomStream : uint32_t {
+  kTarget = 0,    // the token
+  kDraft = 1,     // the token of a draft model
+  kAccept = 2,    // whether to accept a draft
+  kResidual = 3,  // the token in place of a rejected draft
+  kXtc = 4,       // whether XTC drops tokens
+};
 
 // Version of the mapping from (seed, position) to tokens. Any change to it
 // changes what users get for a seed.
 inline constexpr uint32_t kRandomVersion = 1;
 
-constexpr double UniformAt(uint64_t seed, uint64_t position,
-                           RandomStream stream) {
+constexpr uint64_t RandomBitsAt(uint64_t seed, uint64_t position,
+                                RandomStream stream) {
   const PhiloxBlock counter = {{static_cast<uint32_t>(position),
                                 static_cast<uint32_t>(position >> 32),
                                 static_cast<uint32_t>(stream), kRandomVersion}};
   const PhiloxBlock random = Philox4x32(counter, static_cast<uint32_t>(seed),
                                         static_cast<uint32_t>(seed >> 32));
-  return UniformFromBits((uint64_t{random.word[0]} << 32) | random.word[1]);
+  return (uint64_t{random.word[0]} << 32) | random.word[1];
+}
+
+constexpr double UniformAt(uint64_t seed, uint64_t position,
+                           RandomStream stream) {
+  return UniformFromBits(RandomBitsAt(seed, position, stream));
 }
 
 }  // namespace tenon

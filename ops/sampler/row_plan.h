@@ -5,40 +5,81 @@
 #include <limits>
 
 #include "ops/sampler/sampler.h"
+#include "ops/sampler/strict_math.h"
 
-// What both backends share, so that they take the same decisions. Private to
-// ops/sampler. Functions are constexpr, so that device code may call them too.
+// What both backends share, so that they take the same decisions, bit for bit.
+// Private to ops/sampler. Functions are constexpr or TENON_HOST_DEVICE, so that
+// device code may call them too.
 //
 // A row is handled in two stages. "Summarise" reads all logits once and leaves
-// the maximum and the sum of exponentials of every sub-tile. "Decide" works on
-// these and reads again only the sub-tiles that can matter. Every filter keeps
-// a prefix of the tokens in the order (logit descending, id ascending), so that
-// any combination of filters is one Cutoff; it is found by radix selection, in
-// a fixed number of passes whatever the logits are.
+// the maximum and the sum of weights of every sub-tile. "Decide" works on these
+// and reads again only the sub-tiles that can matter. A row without filters
+// needs just one of them; filters keep a range of the tokens in the order
+// (logit descending, id ascending), and its two ends are found by radix
+// selection, in a fixed number of passes whatever the logits are.
+//
+// Bits that do not depend on who adds up what in which order:
+//   - The sum of a sub-tile is of floats, in the fixed order given at SubTile.
+//   - All sums across sub-tiles, and all sums of filters, are of integers.
+//   - Moments (top-n-sigma) are doubles in the fixed order given at Moments.
+//   - Everything else is strict_math.h.
 
 namespace tenon {
 
-// Tokens of a sub-tile, consecutive ids.
-inline constexpr int kSubTile = 256;
+// Places of a sub-tile: 16 chunks of 16 consecutive ids, chunk c of sub-tile t
+// being chunk c * NumSubTiles + t of the row. A chunk of bfloat16 is a sector
+// of memory, 32 bytes; one of float32 is a vector of AVX-512.
+inline constexpr int kChunk = 16;
+inline constexpr int kChunksOfSubTile = 16;
+inline constexpr int kSubTile = kChunk * kChunksOfSubTile;
 inline constexpr int64_t kMaxVocab = int64_t{1} << 20;
+inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-constexpr int64_t NumSubTiles(int64_t vocab) {
-  return (vocab + kSubTile - 1) / kSubTile;
+// The id at a place; past the end of the vocabulary for a few. Its inverse is
+// DrawOrder: DrawOrder(IdAt(tile, place, tiles), vocab) == tile * 256 + place.
+constexpr int64_t IdAt(int64_t tile, int place, int64_t num_tiles) {
+  return (place / kChunk * num_tiles + tile) * kChunk + place % kChunk;
 }
 
+// The fixed order of `sum`, e[c][l] being the weight at lane l of chunk c, 0
+// past the end of the vocabulary:
+//   A[g][l] = ((e[g][l] + e[g + 4][l]) + e[g + 8][l]) + e[g + 12][l], g < 4
+//   B[l] = (A[0][l] + A[1][l]) + (A[2][l] + A[3][l])
+//   C[l] = B[l] + B[l + 8], l < 8;  D[l] = C[l] + C[l + 4], l < 4
+//   sum = (D[0] + D[2]) + (D[1] + D[3])
 struct SubTile {
-  float max;  // NaN where any logit is NaN
-  float sum;  // of exp2((logit - max) * scale); 0 where all are -inf
+  float max;  // NaN where any logit that is not masked is NaN
+  float sum;  // of Weight(x, max, plan.scale); 0 where max is not finite
 };
 
-// Keeps the tokens with a larger logit than `value`, and of those with just
-// this logit the ones up to id `last_id`.
+// One end of what filters keep: the tokens with a larger logit than `value`,
+// and of those with just this logit the ones up to id `last_id`.
 struct Cutoff {
-  float value = -std::numeric_limits<float>::infinity();
+  float value = -kInfinity;
   int32_t last_id = std::numeric_limits<int32_t>::max();
 
   constexpr bool Keeps(float logit, int32_t id) const {
     return logit > value || (logit == value && id <= last_id);
+  }
+};
+
+// The other end: the tokens with a smaller logit than `value`, and of those
+// with just this logit the ones from id `first_id`.
+struct Ceiling {
+  float value = kInfinity;
+  int32_t first_id = 0;
+
+  constexpr bool Keeps(float logit, int32_t id) const {
+    return logit < value || (logit == value && id >= first_id);
+  }
+};
+
+struct KeptRange {
+  Ceiling from;
+  Cutoff to;
+
+  constexpr bool Keeps(float logit, int32_t id) const {
+    return from.Keeps(logit, id) && to.Keeps(logit, id);
   }
 };
 
@@ -66,9 +107,54 @@ constexpr float FloatAbove(double value) { return -FloatBelow(-value); }
 
 // Probabilities in proportion to the best token's, in fixed point: integer sums
 // are the same in any order. The sum of kMaxVocab of them fits 64 bits.
+inline constexpr int kMassBits = 43;
 inline constexpr double kMassOfBest = 0x1p43;
-constexpr uint64_t FixedMass(float exponential) {
-  return static_cast<uint64_t>(exponential * static_cast<float>(kMassOfBest));
+constexpr uint64_t FixedMass(float weight) {
+  return static_cast<uint64_t>(weight * static_cast<float>(kMassOfBest));
+}
+
+// The same of a whole sub-tile, in units of 2^-bits: `weight` is that of its
+// maximum. The product is exact.
+TENON_HOST_DEVICE inline uint64_t TileMass(float sum, float weight, int bits) {
+  const uint64_t exponent = static_cast<uint64_t>(1023 + bits) << 52;
+  const double unit = __builtin_bit_cast(double, exponent);
+  return static_cast<uint64_t>(strict::Mul(
+      strict::Mul(static_cast<double>(sum), static_cast<double>(weight)),
+      unit));
+}
+
+// Units for the sub-tiles of a plain draw, as fine as 64 bits allow: `total` is
+// the sum of their TileMass of kMassBits, at least kMassOfBest. The sum in the
+// new units is between 2^61 and 2^63.
+TENON_HOST_DEVICE inline int DrawBits(uint64_t total) {
+#if defined(__CUDA_ARCH__)
+  const int zeros = __clzll(static_cast<long long>(total));
+#else
+  const int zeros = __builtin_clzll(total);
+#endif
+  return kMassBits + zeros - 2;
+}
+
+// Where u = numerator * 2^-54 falls in a sum of masses: floor(u * total), less
+// than `total`. The entry drawn is the first at which the running sum of masses
+// in draw order, itself included, exceeds this.
+TENON_HOST_DEVICE inline uint64_t DrawTarget(uint64_t numerator,
+                                             uint64_t total) {
+  return strict::MulHigh(numerator << 10, total);
+}
+
+// In a plain draw the sub-tile is chosen by TileMass and the token in it by the
+// FixedMass of Weight(x, its max, scale), sum of these `weight`. `residual` is
+// the target less the masses of the sub-tiles before, `mass` the sub-tile's
+// own.
+TENON_HOST_DEVICE inline uint64_t TargetInTile(uint64_t residual, uint64_t mass,
+                                               uint64_t weight) {
+  const double fraction =
+      strict::Div(strict::Add(static_cast<double>(residual), 0.5),
+                  static_cast<double>(mass));
+  const uint64_t target =
+      static_cast<uint64_t>(strict::Mul(fraction, static_cast<double>(weight)));
+  return target < weight ? target : weight - 1;
 }
 
 // The digits of a key that radix selection looks at, the highest first.
@@ -87,12 +173,10 @@ struct RadixPass {
   }
   // The smallest and largest values that can match.
   constexpr float Lowest(uint32_t prefix) const {
-    constexpr float kInfinity = std::numeric_limits<float>::infinity();
     return prefix <= OrderedKey(-kInfinity) ? -kInfinity
                                             : FromOrderedKey(prefix);
   }
   constexpr float Highest(uint32_t prefix) const {
-    constexpr float kInfinity = std::numeric_limits<float>::infinity();
     const uint32_t key = prefix | ~prefix_mask;
     return key >= OrderedKey(kInfinity) ? kInfinity : FromOrderedKey(key);
   }
@@ -107,67 +191,280 @@ constexpr RadixPass GetRadixPass(int pass) {
 // ValidateSamplingParams rejects give some token, never undefined behaviour.
 struct RowPlan {
   bool greedy = true;  // the best token alone
-  double temperature = 1.0;
-  float scale = 0.0f;  // log2(e) / temperature, finite and normal
-  int32_t top_k = 0;   // 0: off, else 1 < top_k < vocab
-  float top_p = 1.0f;  // 1: off, else 0 < top_p < 1
-  float min_p = 0.0f;  // 0: off, else at most 1
-  bool sequential = true;
+  FilterOrder order = FilterOrder::kSequential;
 
+  // What filters, `sum` of SubTile and kUnfiltered logprobs see; `scale` is
+  // log2(e) / temperature, finite and normal.
+  double temperature = 1.0;
+  float scale = 0.0f;
+  // What mirostat and the draw see; another than the above only for kLlamaCpp.
+  double draw_temperature = 1.0;
+  float draw_scale = 0.0f;
+
+  int32_t top_k = 0;             // 0: off, else 1 < top_k < vocab
+  float top_p = 1.0f;            // 1: off, else below
+  float min_p = 0.0f;            // 0: off, else at most 1
+  float typical_p = 1.0f;        // 1: off, else between 0 and 1
+  float top_n_sigma = 0.0f;      // 0: off
+  float xtc_probability = 0.0f;  // 0: off
+  float xtc_threshold = 0.0f;
+  float mirostat_tau = 0.0f;  // 0: off
+  float mirostat_eta = 0.0f;
+
+  // 1 and 0 where off.
+  float repetition_penalty = 1.0f;
+  float frequency_penalty = 0.0f;
+  float presence_penalty = 0.0f;
+  bool use_bitmask = false;
+  bool only_allowed = false;
+  int32_t num_top_logprobs = 0;
+
+  // False: a plain draw from the sub-tiles' sums.
   constexpr bool filtered() const {
-    return top_k != 0 || top_p < 1.0f || min_p > 0.0f;
+    return top_k != 0 || top_p < 1.0f || min_p > 0.0f || typical_p < 1.0f ||
+           top_n_sigma > 0.0f || xtc_probability > 0.0f ||
+           mirostat_tau > 0.0f || scale != draw_scale;
   }
+  // top-p counts what top-k and top-n-sigma kept, not the whole distribution.
+  constexpr bool top_p_of_kept() const { return order != FilterOrder::kJoint; }
 };
 
-constexpr RowPlan MakeRowPlan(const SamplingParams& params, int64_t vocab) {
+constexpr float ScaleOf(double temperature) {
   constexpr float kMin = std::numeric_limits<float>::min();
   constexpr float kMax = std::numeric_limits<float>::max();
-  constexpr double kLog2E = 1.4426950408889634;
+  // A scale that is no normal number would make 0 * inf of the best.
+  const double scale = 1.4426950408889634 / temperature;
+  return scale < kMin ? kMin : scale > kMax ? kMax : static_cast<float>(scale);
+}
+
+// scale of raw logprobs: that of temperature 1.
+inline constexpr float kRawScale = ScaleOf(1.0);
+
+// The value where it is positive and finite, else the nearest that is; 0 for
+// NaN.
+constexpr float PositiveOr0(float value) {
+  constexpr float kMax = std::numeric_limits<float>::max();
+  return value > 0.0f ? (value < kMax ? value : kMax) : 0.0f;
+}
+
+constexpr RowPlan MakeRowPlan(const SamplingParams& params, int64_t vocab) {
   RowPlan plan;
   const bool random = params.temperature > 0.0f;
-  if (random) {
-    plan.temperature = params.temperature < kMax ? params.temperature : kMax;
-  }
-  // A temperature that is no normal number would make 0 * inf of the best.
-  const double scale = kLog2E / plan.temperature;
-  plan.scale = scale < kMin   ? kMin
-               : scale > kMax ? kMax
-                              : static_cast<float>(scale);
-  plan.greedy = !random || params.top_k == 1 || params.top_p <= 0.0f;
+  plan.order = params.filter_order;
+  const bool llama = plan.order == FilterOrder::kLlamaCpp;
+  if (random) plan.draw_temperature = PositiveOr0(params.temperature);
+  if (!llama) plan.temperature = plan.draw_temperature;
+  plan.scale = ScaleOf(plan.temperature);
+  plan.draw_scale = ScaleOf(plan.draw_temperature);
   if (params.top_k > 1 && params.top_k < vocab) plan.top_k = params.top_k;
-  if (params.top_p > 0.0f && params.top_p < 1.0f) plan.top_p = params.top_p;
+  if (params.top_p < 1.0f) plan.top_p = params.top_p;
   if (params.min_p > 0.0f) plan.min_p = params.min_p < 1.0f ? params.min_p : 1;
-  plan.sequential = params.filter_order == FilterOrder::kSequential;
+  if (params.typical_p > 0.0f && params.typical_p < 1.0f) {
+    plan.typical_p = params.typical_p;
+  }
+  plan.top_n_sigma = PositiveOr0(params.top_n_sigma);
+  if (params.xtc_threshold <= 0.5f) {
+    plan.xtc_probability = PositiveOr0(params.xtc_probability);
+    plan.xtc_threshold = PositiveOr0(params.xtc_threshold);
+  }
+  plan.mirostat_tau = PositiveOr0(params.mirostat_tau);
+  plan.mirostat_eta = params.mirostat_eta;
+  // llama.cpp's typical-p comes before top-p and can drop the best.
+  const bool best_alone =
+      params.top_p <= 0.0f && !(llama && plan.typical_p < 1.0f);
+  plan.greedy = !random || params.top_k == 1 || best_alone;
+  if (params.repetition_penalty > 0.0f) {
+    plan.repetition_penalty = params.repetition_penalty;
+  }
+  plan.frequency_penalty = params.frequency_penalty;
+  plan.presence_penalty = params.presence_penalty;
+  plan.use_bitmask = (params.flags & kUseBitmask) != 0;
+  plan.only_allowed = (params.flags & kOnlyAllowed) != 0;
+  if (params.num_top_logprobs > 0) {
+    plan.num_top_logprobs = params.num_top_logprobs < kMaxTopLogprobs
+                                ? params.num_top_logprobs
+                                : kMaxTopLogprobs;
+  }
   return plan;
 }
 
-// The filters in numbers. `best` is the row's largest logit, finite.
-
-// min-p keeps logits from here on; `log` is the natural logarithm of min_p.
-constexpr float MinPThreshold(const RowPlan& plan, float best, double log) {
-  return FloatAbove(best + plan.temperature * log);
+// The logit that counts, of one that the bitmask has let pass.
+TENON_HOST_DEVICE inline float ApplyEdit(const RowPlan& plan,
+                                         const LogitEdit& edit, float x) {
+  if ((edit.state & LogitEdit::kBan) != 0) return -kInfinity;
+  if (plan.only_allowed && (edit.state & LogitEdit::kAllow) == 0) {
+    return -kInfinity;
+  }
+  x = strict::Add(x, edit.bias);
+  const uint32_t count = edit.state & LogitEdit::kCountMask;
+  if (count != 0 || (edit.state & LogitEdit::kInPrompt) != 0) {
+    x = x > 0.0f ? strict::Div(x, plan.repetition_penalty)
+                 : strict::Mul(x, plan.repetition_penalty);
+  }
+  if (count != 0) {
+    x = strict::Sub(
+        x, strict::Mul(plan.frequency_penalty, static_cast<float>(count)));
+    x = strict::Sub(x, plan.presence_penalty);
+  }
+  return strict::Add(x, edit.offset);
 }
 
-// top-p keeps the best tokens up to this fixed-point mass; `mass` is that of
-// all tokens it chooses from, the best one's being 1.
-constexpr uint64_t TopPTarget(const RowPlan& plan, double mass) {
-  const double exact = plan.top_p * mass * kMassOfBest;
+// Edits [begin, end) of a row, inside what there is whatever the offsets are.
+struct EditRange {
+  int64_t begin = 0;
+  int64_t end = 0;
+};
+constexpr EditRange EditsOfRow(const SamplerParams& params, int64_t row) {
+  if (params.edits == nullptr) return {};
+  const int32_t* offsets = params.edit_offsets.As<const int32_t>();
+  EditRange range{offsets[row], offsets[row + 1]};
+  if (range.begin < 0) range.begin = 0;
+  if (range.end > params.num_edits) range.end = params.num_edits;
+  if (range.end < range.begin) range.end = range.begin;
+  return range;
+}
+
+// The filters in numbers. `best` is the largest logit, finite; `mass` a sum of
+// FixedMass or TileMass(kMassBits) of the tokens a filter chooses from, as
+// Weight(x, best, plan.scale) gives it.
+
+// min-p keeps logits from here on; `best` is the largest that is kept.
+TENON_HOST_DEVICE inline float MinPThreshold(const RowPlan& plan, float best) {
+  return FloatAbove(
+      strict::Add(static_cast<double>(best),
+                  strict::Mul(plan.temperature,
+                              strict::Log(static_cast<double>(plan.min_p)))));
+}
+
+// top-p and typical-p keep tokens up to this mass: ceil(p * mass), at least 1.
+TENON_HOST_DEVICE inline uint64_t MassTarget(float p, uint64_t mass) {
+  const double exact =
+      strict::Mul(static_cast<double>(p), static_cast<double>(mass));
+  if (!(exact > 0.0)) return 1;
   const uint64_t whole = static_cast<uint64_t>(exact);
-  const uint64_t target = whole + (static_cast<double>(whole) < exact ? 1 : 0);
-  return target > 0 ? target : 1;
+  return static_cast<double>(whole) < exact ? whole + 1 : whole;
 }
 
 // Where `count` tokens have `mass` together, those with less than (1 - top_p) *
 // mass / count each cannot make up what top-p leaves out: its cutoff is not
-// among them. This returns half of that, which leaves room for rounding, and
-// with its logarithm the next function gives a logit that the search may start
-// from.
-constexpr double TopPNegligibleMass(const RowPlan& plan, double mass,
-                                    double count) {
-  return 0.5 * (1.0 - plan.top_p) * mass / count;
+// among them. The search may start from this logit; half of that mass leaves
+// room for rounding. Only a bound: no result depends on it.
+TENON_HOST_DEVICE inline float TopPLowerBound(const RowPlan& plan, float best,
+                                              uint64_t mass, int64_t count) {
+  const double negligible = 0.5 * (1.0 - plan.top_p) *
+                            (static_cast<double>(mass) / kMassOfBest) /
+                            static_cast<double>(count);
+  return FloatBelow(best + plan.temperature * strict::Log(negligible));
 }
-constexpr float TopPLowerBound(const RowPlan& plan, float best, double log) {
-  return FloatBelow(best + plan.temperature * log);
+
+// Of all logits above -inf. Doubles in a fixed order: in a sub-tile as that of
+// SubTile::sum, with x and x * x (fused: squares = fma(x, x, squares), starting
+// from 0) in place of e, -inf and what is past the end being passed over; then
+// over sub-tiles P[j] = the sum over t = j, j + 32, j + 64, ... in this order,
+// j < 32, and P[j] = P[j] + P[j + s] for s = 16, 8, 4, 2, 1, the result being
+// P[0].
+struct Moments {
+  double sum;
+  double squares;
+  int64_t count;
+};
+
+// top-n-sigma keeps logits from here on.
+TENON_HOST_DEVICE inline float SigmaThreshold(const RowPlan& plan, float best,
+                                              const Moments& moments) {
+  const double count = static_cast<double>(moments.count);
+  const double mean = strict::Div(moments.sum, count);
+  const double variance =
+      strict::Sub(strict::Div(moments.squares, count), strict::Mul(mean, mean));
+  const double sigma = strict::Sqrt(variance > 0.0 ? variance : 0.0);
+  const float threshold = FloatAbove(
+      strict::Sub(static_cast<double>(best),
+                  strict::Mul(static_cast<double>(plan.top_n_sigma), sigma)));
+  return threshold < best ? threshold : best;
+}
+
+// typical-p: the entropy in bits, but for the logarithm of the sum, which every
+// token's surprise has as well, is `surprise` / `mass`, a sum of these.
+TENON_HOST_DEVICE inline uint64_t FixedSurprise(float x, float best,
+                                                float scale) {
+  const float bits = strict::Mul(strict::Sub(best, x), scale);
+  const float weight = strict::Exp2(-bits);
+  return weight > 0.0f ? FixedMass(strict::Mul(weight, bits)) : 0;
+}
+
+// The logit of a token whose surprise is the entropy, and how far from it a
+// token is: typical-p keeps the nearest. Radix selection takes the negative.
+TENON_HOST_DEVICE inline float TypicalCentre(const RowPlan& plan, float best,
+                                             uint64_t surprise, uint64_t mass) {
+  const double bits =
+      strict::Div(static_cast<double>(surprise), static_cast<double>(mass));
+  return static_cast<float>(
+      strict::Sub(static_cast<double>(best),
+                  strict::Div(bits, static_cast<double>(plan.scale))));
+}
+TENON_HOST_DEVICE inline float TypicalDistance(float x, float centre) {
+  const float difference = strict::Sub(x, centre);
+  return difference < 0.0f ? -difference : difference;
+}
+
+// XTC: whether it drops tokens, and the FixedMass from which a token counts as
+// a top choice. Of the kept top choices the last in rank stays; what ranks
+// before it goes.
+constexpr bool XtcActs(const RowPlan& plan, const SamplingParams& params) {
+  return plan.xtc_probability > 0.0f &&
+         UniformAt(params.seed, params.position, RandomStream::kXtc) <
+             plan.xtc_probability;
+}
+TENON_HOST_DEVICE inline uint64_t XtcMass(const RowPlan& plan, uint64_t mass) {
+  return MassTarget(plan.xtc_threshold, mass);
+}
+
+// mirostat keeps logits from here on. `best` is the largest that is kept, and
+// `mass` relative to it, by draw_scale.
+TENON_HOST_DEVICE inline double Log2OfMass(uint64_t mass) {
+  return strict::Mul(
+      strict::Log(strict::Mul(static_cast<double>(mass), 0x1p-43)),
+      1.4426950408889634);
+}
+TENON_HOST_DEVICE inline float MirostatThreshold(const RowPlan& plan,
+                                                 float best, uint64_t mass,
+                                                 float mu) {
+  const double below =
+      strict::Div(strict::Sub(static_cast<double>(mu), Log2OfMass(mass)),
+                  static_cast<double>(plan.draw_scale));
+  const float threshold =
+      FloatAbove(strict::Sub(static_cast<double>(best), below));
+  return threshold < best ? threshold : best;
+}
+
+// mu after token of logit x, `mass` that of what mirostat kept.
+TENON_HOST_DEVICE inline float NextMirostatMu(const RowPlan& plan, float best,
+                                              uint64_t mass, float mu,
+                                              float x) {
+  const double surprise = strict::Add(
+      strict::Mul(
+          strict::Sub(static_cast<double>(best), static_cast<double>(x)),
+          static_cast<double>(plan.draw_scale)),
+      Log2OfMass(mass));
+  return static_cast<float>(strict::Sub(
+      static_cast<double>(mu),
+      strict::Mul(
+          static_cast<double>(plan.mirostat_eta),
+          strict::Sub(surprise, static_cast<double>(plan.mirostat_tau)))));
+}
+
+// The logprob of logit x where `mass`, in units of 2^-bits of the best's, is
+// the sum.
+TENON_HOST_DEVICE inline float LogprobOf(float x, float best,
+                                         double temperature, uint64_t mass,
+                                         int bits) {
+  const uint64_t exponent = static_cast<uint64_t>(1023 - bits) << 52;
+  const double unit = __builtin_bit_cast(double, exponent);
+  const double gap =
+      strict::Sub(static_cast<double>(x), static_cast<double>(best));
+  return static_cast<float>(
+      strict::Sub(strict::Div(gap, temperature),
+                  strict::Log(strict::Mul(static_cast<double>(mass), unit))));
 }
 
 }  // namespace tenon

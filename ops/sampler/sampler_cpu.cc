@@ -200,23 +200,22 @@ uint64_t KeptMass(const Row& row, const Cutoff& cutoff) {
 Cutoff SelectKept(const Row& row) {
   const RowPlan& plan = row.plan;
   Cutoff cutoff;
-  double mass = row.total;
-  double count = static_cast<double>(row.logits.vocab);
+  uint64_t mass = static_cast<uint64_t>(row.total * kMassOfBest);
+  int64_t count = row.logits.vocab;
   if (plan.top_k != 0) {
     cutoff = SelectTopK(row);
-    if (plan.sequential && plan.top_p < 1.0f) {
-      mass = static_cast<double>(KeptMass(row, cutoff)) / kMassOfBest;
+    if (plan.top_p_of_kept() && plan.top_p < 1.0f) {
+      mass = KeptMass(row, cutoff);
       count = plan.top_k;
     }
   }
   if (plan.min_p > 0.0f) {
-    const float value = MinPThreshold(plan, row.best, std::log(plan.min_p));
+    const float value = MinPThreshold(plan, row.best);
     if (value > cutoff.value) cutoff = {value};
   }
   if (plan.top_p < 1.0f) {
-    const double negligible = TopPNegligibleMass(plan, mass, count);
-    cutoff = SelectTopP(row, cutoff, TopPTarget(plan, mass),
-                        TopPLowerBound(plan, row.best, std::log(negligible)));
+    cutoff = SelectTopP(row, cutoff, MassTarget(plan.top_p, mass),
+                        TopPLowerBound(plan, row.best, mass, count));
   }
   return cutoff;
 }
@@ -306,6 +305,11 @@ Outcome Decide(Row& row, const SamplingParams& params, bool with_logprob) {
 }
 
 }  // namespace
+
+size_t SamplerCpuWorkspaceBytes(const SamplerParams& p) {
+  return static_cast<size_t>(p.logits.shape[0] * NumSubTiles(p.vocab())) *
+         (sizeof(SubTile) + sizeof(double));
+}
 
 Status SamplerCpu(const SamplerParams& p, Stream stream) {
   const int64_t rows = p.logits.shape[0];

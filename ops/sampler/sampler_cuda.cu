@@ -213,24 +213,22 @@ template <class T>
 __device__ Cutoff SelectKept(const DeviceRow<T>& row) {
   const RowPlan& plan = row.plan;
   Cutoff cutoff;
-  double mass = row.total;
-  double count = row.logits.vocab;
+  uint64_t mass = static_cast<uint64_t>(row.total * kMassOfBest);
+  int64_t count = row.logits.vocab;
   if (plan.top_k != 0) {
     cutoff = SelectTopK(row);
-    if (plan.sequential && plan.top_p < 1.0f) {
-      mass = static_cast<double>(KeptMass(row, cutoff)) / kMassOfBest;
+    if (plan.top_p_of_kept() && plan.top_p < 1.0f) {
+      mass = KeptMass(row, cutoff);
       count = plan.top_k;
     }
   }
   if (plan.min_p > 0.0f) {
-    const double logarithm = log(static_cast<double>(plan.min_p));
-    const float value = MinPThreshold(plan, row.best, logarithm);
+    const float value = MinPThreshold(plan, row.best);
     if (value > cutoff.value) cutoff = Cutoff{value};
   }
   if (plan.top_p < 1.0f) {
-    const double logarithm = log(TopPNegligibleMass(plan, mass, count));
-    cutoff = SelectTopP(row, cutoff, TopPTarget(plan, mass),
-                        TopPLowerBound(plan, row.best, logarithm));
+    cutoff = SelectTopP(row, cutoff, MassTarget(plan.top_p, mass),
+                        TopPLowerBound(plan, row.best, mass, count));
   }
   return cutoff;
 }
@@ -283,6 +281,13 @@ __device__ float BestLogit(DecideScratch& scratch, const float* tile_max,
   return cuda::WarpMaxOrNan(scratch.warp_max[threadIdx.x % 32]);
 }
 
+// What these kernels do not have: no token rather than another one.
+__device__ bool AsksForMore(const RowPlan& plan) {
+  return plan.typical_p < 1.0f || plan.top_n_sigma > 0.0f ||
+         plan.xtc_probability > 0.0f || plan.mirostat_tau > 0.0f ||
+         plan.order == FilterOrder::kLlamaCpp || plan.only_allowed;
+}
+
 // Kernel B: one block per row.
 template <class T>
 __global__ void __launch_bounds__(kDecideThreads)
@@ -313,7 +318,7 @@ __global__ void __launch_bounds__(kDecideThreads)
   int token = -1;
   if (isnan(row.best)) {
     status = SampleStatus::kNonFinite;
-  } else if (row.best == -INFINITY) {
+  } else if (row.best == -INFINITY || AsksForMore(row.plan)) {
     status = SampleStatus::kNoSupport;
   } else if (row.best == INFINITY) {
     token = FirstBestToken(row);
@@ -371,7 +376,27 @@ Status LaunchSampler(const SamplerParams& p, Stream stream) {
 
 }  // namespace
 
+size_t SamplerCudaWorkspaceBytes(const SamplerParams& p) {
+  return static_cast<size_t>(p.logits.shape[0] * NumSubTiles(p.vocab())) *
+         sizeof(SubTile);
+}
+
 Status SamplerCuda(const SamplerParams& p, Stream stream) {
+  const char* missing = p.edits != nullptr               ? "edits"
+                        : p.bitmask.present()            ? "bitmask"
+                        : p.random_bits.present()        ? "random_bits"
+                        : p.mirostat_mu.present()        ? "mirostat_mu"
+                        : p.raw_logprobs.present()       ? "raw_logprobs"
+                        : p.processed_logprobs.present() ? "processed_logprobs"
+                        : p.top_tokens.present()         ? "top_tokens"
+                        : p.probabilities.present()      ? "probabilities"
+                        : p.stream != RandomStream::kTarget ? "stream"
+                        : p.vocab() != p.logits.shape[1]    ? "valid_vocab"
+                                                            : nullptr;
+  if (missing != nullptr) {
+    return UnimplementedError("Sampler: ", missing, " on ",
+                              DeviceTypeName(p.logits.device.type));
+  }
   const cuda::DeviceGuard guard(p.logits.device);
   TENON_RETURN_IF_ERROR(guard.status());
   return cuda::WithFloatType(p.logits.dtype, [&](auto zero) {

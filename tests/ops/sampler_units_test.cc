@@ -146,11 +146,11 @@ TEST(SamplingParamsTest, RejectsOutOfRange) {
   expect({"top_p", "1.5"}, [](SamplingParams& s) { s.top_p = 1.5f; });
   expect({"min_p", "1.5"}, [](SamplingParams& s) { s.min_p = 1.5f; });
   expect({"top_k", "-2"}, [](SamplingParams& s) { s.top_k = -2; });
-  expect({"filter_order", "2"}, [](SamplingParams& s) {
-    s.filter_order = static_cast<FilterOrder>(2);
+  expect({"filter_order", "3"}, [](SamplingParams& s) {
+    s.filter_order = static_cast<FilterOrder>(3);
   });
   expect({"reserved0", "1"}, [](SamplingParams& s) { s.reserved0 = 1; });
-  expect({"reserved", "7"}, [](SamplingParams& s) { s.reserved[21] = 7; });
+  expect({"reserved", "7"}, [](SamplingParams& s) { s.reserved[6] = 7; });
 }
 
 TEST(RowPlanTest, OrderedKeysOrderFloatsAndComeBack) {
