@@ -120,13 +120,28 @@ Status LaunchDependent(const char* op, Stream stream, dim3 grid, dim3 block,
 }
 
 // Waits until the kernels before this one in the stream are done and their
-// writes can be seen, then lets the next one set up its blocks. Without
-// LaunchDependent it does nothing.
-__device__ __forceinline__ void WaitForPreviousKernels() {
+// writes can be seen. Without LaunchDependent it does nothing.
+__device__ __forceinline__ void WaitBeforeReading() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel set up its blocks, once all of this one's are running.
+// Called before the wait, it lets the next one begin while kernels ahead of
+// this one still run: then the next one may read nothing before its own wait
+// but what no kernel writes (weights).
+__device__ __forceinline__ void LetNextKernelStart() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+// Both, in the order that always works: what kernels ahead of this one wrote
+// can be read by the next one before its wait.
+__device__ __forceinline__ void WaitForPreviousKernels() {
+  WaitBeforeReading();
+  LetNextKernelStart();
 }
 
 template <class A, class B>
@@ -137,7 +152,8 @@ constexpr __host__ __device__ auto CeilDiv(A a, B b) -> decltype(a / b) {
 // Launches a thread per element of a matrix: row blockIdx.x * blockDim.y +
 // threadIdx.y, column blockIdx.y * blockDim.x + threadIdx.x, either of which
 // may not exist. Only the grid's first dimension has no small limit, so threads
-// have to go on to further columns, gridDim.y * blockDim.x apart.
+// have to go on to further columns, gridDim.y * blockDim.x apart. A dependent
+// launch.
 template <class... KernelArgs, class... Args>
 Status LaunchOverRows(const char* op, Stream stream, int64_t rows, int64_t cols,
                       int max_threads, void (*kernel)(KernelArgs...),
@@ -148,7 +164,7 @@ Status LaunchOverRows(const char* op, Stream stream, int64_t rows, int64_t cols,
   const dim3 grid(static_cast<unsigned>(CeilDiv(rows, int64_t{block.y})),
                   static_cast<unsigned>(std::min<int64_t>(
                       CeilDiv(cols, int64_t{columns}), 65535)));
-  return Launch(op, stream, grid, block, 0, kernel, args...);
+  return LaunchDependent(op, stream, grid, block, 0, kernel, args...);
 }
 
 // Returns f(T()) for the device's type of float32, float16 or bfloat16.

@@ -26,6 +26,7 @@ struct KernelParams {
 template <class Access>
 __global__ void __launch_bounds__(kThreads)
     EmbeddingKernel(const __grid_constant__ KernelParams p) {
+  cuda::WaitForPreviousKernels();
   for (int64_t token = blockIdx.x; token < p.tokens; token += gridDim.x) {
     const int64_t id = p.wide_ids ? static_cast<const int64_t*>(p.ids)[token]
                                   : static_cast<const int32_t*>(p.ids)[token];
@@ -40,7 +41,7 @@ __global__ void __launch_bounds__(kThreads)
         static_cast<const Access*>(p.table) + id * p.table_stride;
 #pragma unroll 4
     for (int64_t i = threadIdx.x; i < p.row_size; i += kThreads) {
-      out[i] = __ldg(row + i);
+      out[i] = row[i];
     }
   }
 }
@@ -61,8 +62,9 @@ Status LaunchEmbedding(const EmbeddingParams& p, Stream stream) {
                                p.out.shape[1] * element / access};
   const int64_t grid =
       std::min<int64_t>(p.out.shape[0], std::numeric_limits<int32_t>::max());
-  return cuda::Launch("Embedding", stream, dim3(static_cast<unsigned>(grid)),
-                      dim3(kThreads), 0, EmbeddingKernel<Access>, kernel);
+  return cuda::LaunchDependent(
+      "Embedding", stream, dim3(static_cast<unsigned>(grid)), dim3(kThreads), 0,
+      EmbeddingKernel<Access>, kernel);
 }
 
 }  // namespace

@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(GemmTile<T, Shape, kAligned>::kThreads)
     TileKernel(LinearParams p, bool out_aligned) {
   using Tile = GemmTile<T, Shape, kAligned>;
   extern __shared__ __align__(128) char shared[];
+  cuda::WaitForPreviousKernels();
   const int64_t tokens = p.x.shape[0];
   const int64_t out_features = p.weight.shape[0];
   const TilePosition at =
@@ -83,10 +84,10 @@ Status LaunchTile(const LinearParams& p, Stream stream) {
   using Tile = GemmTile<T, Shape, kAligned>;
   const int64_t tiles = CeilDiv(p.x.shape[0], int64_t{Shape::kM}) *
                         CeilDiv(p.weight.shape[0], int64_t{Shape::kN});
-  return cuda::Launch("Linear", stream, dim3(static_cast<unsigned>(tiles)),
-                      dim3(Tile::kThreads), Tile::kSharedBytes,
-                      TileKernel<T, Shape, kAligned>, p,
-                      cuda::RowsAreAligned(p.out, 16));
+  return cuda::LaunchDependent(
+      "Linear", stream, dim3(static_cast<unsigned>(tiles)),
+      dim3(Tile::kThreads), Tile::kSharedBytes, TileKernel<T, Shape, kAligned>,
+      p, cuda::RowsAreAligned(p.out, 16));
 }
 
 template <class T>

@@ -14,6 +14,7 @@ template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads)
     MoeSumReduceKernel(MoeSumReduceParams p) {
   using V = Vec<T, kVec>;
+  cuda::WaitForPreviousKernels();
   const int64_t token = blockIdx.x * int64_t{blockDim.y} + threadIdx.y;
   if (token >= p.out.shape[0]) return;
   const int num_vecs = static_cast<int>(p.out.shape[1]) / kVec;

@@ -26,6 +26,7 @@ __device__ __forceinline__ T Activate(const MoeSwiGluParams& p, T gate, T up) {
 template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads) MoeSwiGluKernel(MoeSwiGluParams p) {
   using V = Vec<T, kVec>;
+  cuda::WaitForPreviousKernels();
   const int64_t row = blockIdx.x * int64_t{blockDim.y} + threadIdx.y;
   const int num_vecs = static_cast<int>(p.out.shape[1]) / kVec;
   if (row >= p.out.shape[0]) return;

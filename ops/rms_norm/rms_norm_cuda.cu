@@ -66,6 +66,7 @@ template <class T, class W, bool kAligned>
 __global__ void __launch_bounds__(kThreads) RmsNormKernel(RmsNormParams p) {
   constexpr int kVec = 16 / sizeof(T);
   __shared__ float shared[kThreads / 32];
+  cuda::WaitForPreviousKernels();
   const int64_t row = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
   if (row >= p.x.shape[0]) return;
   const int hidden = static_cast<int>(p.x.shape[1]);
@@ -148,7 +149,7 @@ Status LaunchRmsNorm(const RmsNormParams& p, Stream stream) {
       cuda::RowsAreWholeChunks(p.x) && cuda::RowsAreAligned(p.out, 16) &&
       cuda::RowsAreAligned(p.weight, 16) &&
       (!p.residual.present() || cuda::RowsAreAligned(p.residual, 16));
-  return cuda::Launch(
+  return cuda::LaunchDependent(
       "RmsNorm", stream, grid, dim3(kThreads), 0,
       aligned ? RmsNormKernel<T, W, true> : RmsNormKernel<T, W, false>, p);
 }
