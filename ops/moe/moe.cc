@@ -78,16 +78,17 @@ bool IsSameMatrix(const TensorView& a, const TensorView& b) {
 struct Inputs {
   TensorView gate, up, down;
   TensorView gate_scales, up_scales, down_scales;
-  TensorView logits, correction_bias;
+  TensorView logits, correction_bias, padding;
 };
 
 Inputs InputsOf(const MoeParams& p) {
   Inputs in = {ViewOf(p.gate),       ViewOf(p.up),       ViewOf(p.down),
                ScalesViewOf(p.gate), ScalesViewOf(p.up), ScalesViewOf(p.down),
-               TensorView(),         TensorView()};
+               TensorView(),         TensorView(),       TensorView()};
   if (p.router != nullptr) {
     in.logits = p.router->logits;
     in.correction_bias = p.router->correction_bias;
+    in.padding = p.router->padding;
   }
   return in;
 }
@@ -101,7 +102,8 @@ Status CheckApartFromInputs(const NamedView& written, const Inputs& in) {
                         {"up.scales", in.up_scales},
                         {"down.scales", in.down_scales},
                         {"router.logits", in.logits},
-                        {"router.correction_bias", in.correction_bias}});
+                        {"router.correction_bias", in.correction_bias},
+                        {"router.padding", in.padding}});
 }
 
 Status ValidateRouter(const MoeParams& p, const Inputs& in) {
@@ -189,6 +191,9 @@ MoeParams Chunk(const MoeParams& p, int64_t first, int64_t count,
   if (p.router != nullptr) {
     *router = *p.router;
     router->logits = Rows(p.router->logits, first, count);
+    if (router->padding.present()) {
+      router->padding = Rows(p.router->padding, first, count);
+    }
     router->topk_weights = chunk.topk_weights;
     router->topk_ids = chunk.topk_ids;
     chunk.router = router;

@@ -142,7 +142,8 @@ __device__ __forceinline__ void RouteTokens(const Params& p,
     if (lane < p.columns) {
       const int shared_expert =
           static_cast<int>(r.logits.shape[1]) + lane - r.top_k;
-      mark(token, lane, lane < r.top_k ? choice.id : shared_expert);
+      const bool routed = lane < r.top_k || choice.id < 0;
+      mark(token, lane, routed ? choice.id : shared_expert);
     }
     moe_router::StoreChoice(r, first + token, choice);
 #pragma unroll

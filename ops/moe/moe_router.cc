@@ -62,18 +62,24 @@ Status ValidateMoeRouter(const MoeRouterParams& p) {
     TENON_RETURN_IF_ERROR(CheckTensor(kOp, "correction_bias", p.correction_bias,
                                       {num_experts}, float32, device));
   }
+  if (p.padding.present()) {
+    TENON_RETURN_IF_ERROR(CheckTensor(kOp, "padding", p.padding, {tokens},
+                                      DTypes({DType::kInt32}), device));
+  }
   const int64_t columns = int64_t{p.top_k} + p.num_fused_shared_experts;
   TENON_RETURN_IF_ERROR(CheckOutput(kOp, "topk_weights", p.topk_weights,
                                     {tokens, columns}, float32, device));
   TENON_RETURN_IF_ERROR(CheckOutput(kOp, "topk_ids", p.topk_ids,
                                     {tokens, columns}, DTypes({DType::kInt32}),
                                     device));
-  TENON_RETURN_IF_ERROR(CheckSeparate(
-      kOp, {"topk_weights", p.topk_weights},
-      {{"logits", p.logits}, {"correction_bias", p.correction_bias}}));
+  TENON_RETURN_IF_ERROR(CheckSeparate(kOp, {"topk_weights", p.topk_weights},
+                                      {{"logits", p.logits},
+                                       {"correction_bias", p.correction_bias},
+                                       {"padding", p.padding}}));
   return CheckSeparate(kOp, {"topk_ids", p.topk_ids},
                        {{"logits", p.logits},
                         {"correction_bias", p.correction_bias},
+                        {"padding", p.padding},
                         {"topk_weights", p.topk_weights}});
 }
 

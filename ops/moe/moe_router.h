@@ -28,9 +28,13 @@ enum class MoeGroupScore : int32_t {
 //            * routed_scaling_factor, if that is not 1
 //   then num_fused_shared_experts ids num_experts, num_experts + 1, ... follow,
 //   each with weight 1
+// A token whose entry in `padding` is negative chooses none: all its ids are
+// -1, all its weights 0.
 //
 // Shapes: logits [tokens, num_experts] float32, float16 or bfloat16, rows may
-// be strided; correction_bias [num_experts] float32, optional; topk_weights
+// be strided; correction_bias [num_experts] float32, optional; padding [tokens]
+// int32, optional (positions serve, where padding has negative ones);
+// topk_weights
 // float32 and topk_ids int32, both [tokens, top_k + num_fused_shared_experts],
 // rows may be strided. num_experts is 1 to 1024, top_k 1 to 32 and at most the
 // number of experts in the selected groups. MoeGroupScore::kTop2Sum needs
@@ -47,6 +51,7 @@ enum class MoeGroupScore : int32_t {
 struct MoeRouterParams {
   TensorView logits;
   TensorView correction_bias;  // optional
+  TensorView padding;          // optional
   TensorView topk_weights;     // out
   TensorView topk_ids;         // out
   int32_t top_k = 0;

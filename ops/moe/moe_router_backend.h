@@ -15,6 +15,12 @@ inline constexpr float kMoeRouterMinSum = 1e-20f;
 // of NaN, is below those of all numbers.
 inline constexpr unsigned kMoeRouterNanKey = 1;
 
+// Whether a token chooses no expert.
+constexpr bool IsMoePadding(const MoeRouterParams& p, int64_t token) {
+  return p.padding.present() &&
+         p.padding.As<const int32_t>()[token * p.padding.stride[0]] < 0;
+}
+
 // Backends trust `params`: MoeRouter() has validated them.
 Status MoeRouterCpu(const MoeRouterParams& params, Stream stream);
 Status MoeRouterCuda(const MoeRouterParams& params, Stream stream);

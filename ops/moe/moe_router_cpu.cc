@@ -95,6 +95,14 @@ void DropGroups(const MoeRouterParams& p, const float* choice, int num_experts,
 
 void RouteToken(const MoeRouterParams& p, int64_t token) {
   const int num_experts = static_cast<int>(p.logits.shape[1]);
+  int32_t* ids = p.topk_ids.As<int32_t>() + token * p.topk_ids.stride[0];
+  float* weights =
+      p.topk_weights.As<float>() + token * p.topk_weights.stride[0];
+  if (IsMoePadding(p, token)) {
+    std::fill_n(ids, p.topk_ids.shape[1], -1);
+    std::fill_n(weights, p.topk_weights.shape[1], 0.0f);
+    return;
+  }
   float logits[kMaxExperts];
   const char* row =
       p.logits.As<char>() + token * p.logits.stride[0] *
@@ -114,9 +122,6 @@ void RouteToken(const MoeRouterParams& p, int64_t token) {
   }
   if (p.num_expert_groups > 1) DropGroups(p, choice, num_experts, keys);
 
-  int32_t* ids = p.topk_ids.As<int32_t>() + token * p.topk_ids.stride[0];
-  float* weights =
-      p.topk_weights.As<float>() + token * p.topk_weights.stride[0];
   SelectBest(keys, num_experts, p.top_k, ids);
   float sum = 0.0f;
   for (int j = 0; j < p.top_k; ++j) {

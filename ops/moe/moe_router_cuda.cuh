@@ -257,7 +257,8 @@ __device__ __forceinline__ float SumOfFirst(float value, int count) {
   return value;
 }
 
-// The lane-th choice of a token; of lanes from top_k on, nothing.
+// The lane-th choice of a token; of lanes from top_k on, nothing. Of padding
+// all lanes have id -1.
 struct Choice {
   int id = 0;
   float weight = 0.0f;
@@ -275,6 +276,7 @@ __device__ Choice Route(const MoeRouterParams& p, int64_t token,
                         uint32_t* group_keys) {
   const int lane = threadIdx.x % 32;
   const int num_experts = static_cast<int>(p.logits.shape[1]);
+  const bool is_padding = IsMoePadding(p, token);
   uint32_t keys[kValues];
 #pragma unroll
   for (int i = 0; i < kValues; ++i) keys[i] = Key(logits[i]);
@@ -321,6 +323,7 @@ __device__ Choice Route(const MoeRouterParams& p, int64_t token,
   if (p.routed_scaling_factor != 1.0f) {
     result.weight *= p.routed_scaling_factor;
   }
+  if (is_padding) result = {-1, 0.0f};
   return result;
 }
 
@@ -335,8 +338,10 @@ __device__ __forceinline__ void StoreChoice(const MoeRouterParams& p,
     ids[lane] = choice.id;
   }
   for (int j = lane; j < p.num_fused_shared_experts; j += 32) {
-    weights[p.top_k + j] = 1.0f;
-    ids[p.top_k + j] = static_cast<int32_t>(p.logits.shape[1]) + j;
+    const bool is_padding = choice.id < 0;
+    weights[p.top_k + j] = is_padding ? 0.0f : 1.0f;
+    ids[p.top_k + j] =
+        is_padding ? -1 : static_cast<int32_t>(p.logits.shape[1]) + j;
   }
 }
 

@@ -81,6 +81,7 @@ struct Problem {
   DType logits_dtype = DType::kFloat32;
   bool fp8 = false;
   std::vector<int64_t> ids;  // not empty: no router
+  int64_t tail = 0;          // the last tokens that are padding
   MoeRouterParams options;   // but for the tensors and top_k
   bool biased = false;
 };
@@ -121,6 +122,10 @@ class Call {
     router_.top_k = p.top_k;
     router_.logits = logits_.view();
     if (p.biased) router_.correction_bias = bias_.view();
+    std::vector<int64_t> marks(p.tokens, 0);
+    std::fill_n(marks.rbegin(), std::min(p.tail, p.tokens), -1);
+    marks_ = TestTensor::FromIntegers(device, DType::kInt32, {p.tokens}, marks);
+    if (p.tail > 0) router_.padding = marks_.view();
     router_.topk_weights = weights_.view();
     router_.topk_ids = ids_.view();
 
@@ -161,7 +166,8 @@ class Call {
 
  private:
   Problem problem_;
-  TestTensor logits_, bias_, weights_, ids_, x_, w13_, w2_, out_, workspace_;
+  TestTensor logits_, bias_, weights_, ids_, x_, w13_, w2_, out_, workspace_,
+      marks_;
   MoeRouterParams router_;
   MoeParams params_;
 };
@@ -258,6 +264,21 @@ TEST_P(MoePrepareTest, Acceptance22_RouterInTheLayer) {
       problem.num_experts = num_experts;
       problem.options.renormalize = true;
       ExpectSameAsSeparate(problem);
+    }
+  }
+}
+
+TEST_P(MoePrepareTest, PaddingHasNoExpert) {
+  for (int64_t tokens : {1, 4, 8, 16, 24, 40, 200, 600}) {
+    if (tokens > (on_cuda() ? 20000 : 64)) continue;
+    for (const bool fp8 : {false, true}) {
+      Problem problem;
+      problem.tokens = tokens;
+      problem.tail = tokens / 3 + 1;
+      problem.fp8 = fp8;
+      problem.options.num_fused_shared_experts = tokens % 16 == 8 ? 2 : 0;
+      if (!fp8) ExpectSameAsSeparate(problem);  // no scales to compute with
+      if (on_cuda()) ExpectPrepares(problem);
     }
   }
 }

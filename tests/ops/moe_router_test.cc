@@ -381,6 +381,29 @@ TEST_P(MoeRouterTest, RowDoesNotDependOnTheOthers) {
                                 all.weights.begin() + 42 * 8));
 }
 
+TEST_P(MoeRouterTest, PaddingChoosesNoExpert) {
+  constexpr int64_t kTokens = 13;
+  for (const int64_t num_experts : {8, 128, 200, 1000}) {
+    SCOPED_TRACE(num_experts);
+    const TestTensor logits =
+        Logits(kTokens, num_experts, Normal(kTokens * num_experts, 9, 0, 3), 7);
+    MoeRouterParams options = Options(5, true);
+    options.num_fused_shared_experts = 2;
+    const Result expected = Run(options, logits);
+    std::vector<int64_t> marks(kTokens);
+    for (int64_t t = 0; t < kTokens; ++t) marks[t] = t % 3 == 1 ? -t : t;
+    const TestTensor padding =
+        TestTensor::FromIntegers(device(), DType::kInt32, {kTokens}, marks);
+    options.padding = padding.view();
+    const Result actual = Run(options, logits);
+    for (int64_t i = 0; i < kTokens * 7; ++i) {
+      const bool is_padding = i / 7 % 3 == 1;
+      EXPECT_EQ(actual.ids[i], is_padding ? -1 : expected.ids[i]);
+      EXPECT_EQ(actual.weights[i], is_padding ? 0.0 : expected.weights[i]);
+    }
+  }
+}
+
 TEST_P(MoeRouterTest, ZeroTokensIsOk) {
   const Result result = Run(Options(8), Logits(0, 128, {}));
   EXPECT_TRUE(result.ids.empty());
