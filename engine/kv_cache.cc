@@ -31,6 +31,16 @@ Status Validate(const KvCacheOptions& o) {
         kWhat, ": dtype is ", DTypeName(o.dtype),
         ", expected float32, float16, bfloat16 or float8_e4m3");
   }
+  constexpr double kMin = std::numeric_limits<float>::min();
+  constexpr double kMax = std::numeric_limits<float>::max();
+  TENON_RETURN_IF_ERROR(CheckFinite(kWhat, "k_scale", o.k_scale, kMin, kMax));
+  TENON_RETURN_IF_ERROR(CheckFinite(kWhat, "v_scale", o.v_scale, kMin, kMax));
+  if (o.dtype != DType::kFloat8E4M3 &&
+      (o.k_scale != 1.0f || o.v_scale != 1.0f)) {
+    return InvalidArgumentError(kWhat, ": k_scale is ", o.k_scale,
+                                " and v_scale ", o.v_scale, ", expected 1 for ",
+                                DTypeName(o.dtype));
+  }
   return Status();
 }
 

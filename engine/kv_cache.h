@@ -29,6 +29,9 @@ struct KvCacheOptions {
   int32_t num_kv_heads = 0;  // of this rank
   int32_t head_dim = 0;
   DType dtype = DType::kInvalid;
+  // Of float8_e4m3: K and V are what is stored times this. 1 otherwise.
+  float k_scale = 1.0f;
+  float v_scale = 1.0f;
   Device device;
   int32_t page_size = 16;  // tokens
   int64_t num_pages = 0;

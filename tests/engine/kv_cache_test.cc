@@ -376,6 +376,11 @@ TEST(KvCacheTest, RejectsBadOptions) {
   expect("max_context", [](KvCacheOptions& o) { o.max_context = 0; });
   expect("dtype", [](KvCacheOptions& o) { o.dtype = DType::kInt32; });
   expect("dtype", [](KvCacheOptions& o) { o.dtype = DType::kInvalid; });
+  expect("k_scale is 2", [](KvCacheOptions& o) { o.k_scale = 2.0f; });
+  expect("v_scale is 0", [](KvCacheOptions& o) {
+    o.dtype = DType::kFloat8E4M3;
+    o.v_scale = 0.0f;
+  });
   expect("num_pages", [](KvCacheOptions& o) {
     o.num_layers = o.num_kv_heads = o.head_dim = o.page_size = 1 << 16;
     o.num_pages = 1 << 30;
