@@ -15,7 +15,10 @@ namespace tenon {
 struct MoeKernelTable;
 
 // What a step reads, on the model's device. `tokens` rows are new tokens of
-// `rows` sequences, one sequence after the other.
+// `rows` sequences, one sequence after the other. A token at a negative
+// position is padding: it has no expert, and with a negative slot and a kv_len
+// of 0 it changes and reads no cache either. Its residual is finite if its id
+// is negative too.
 struct StepInputs {
   TensorView token_ids;     // [tokens] int32
   TensorView positions;     // [tokens] int32

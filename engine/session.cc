@@ -8,6 +8,8 @@
 #include "engine/decode_step.h"
 #include "engine/moe_kernel_file.h"
 #include "engine/step_buffers.h"
+#include "engine/step_graphs.h"
+#include "engine/step_rows.h"
 #include "ops/core/memory.h"
 #include "ops/core/validate.h"
 #include "ops/linear/cublas_lt.h"
@@ -16,7 +18,6 @@ namespace tenon {
 namespace {
 
 constexpr char kCreate[] = "Session";
-constexpr char kStep[] = "Step";
 
 // Fills in what the options leave to the session, and checks the rest.
 Status ResolveOptions(const ModelConfig& config, SessionOptions* o) {
@@ -56,18 +57,6 @@ Status ResolvePages(const KvCacheOptions& cache, SessionOptions* o) {
   return CheckRange(kCreate, "num_pages", o->num_pages, 1, kMax);
 }
 
-// Logit rows of one step: those that are sampled come first, so that they form
-// one matrix for the sampler.
-struct LogitPlan {
-  int32_t num_sampled = 0;
-  int32_t num_rows = 0;
-};
-
-int32_t NumLogitRows(const StepRow& row) {
-  if (row.logits_mode == LogitsMode::kAll) return row.num_tokens;
-  return row.sample || row.logits_mode == LogitsMode::kLast ? 1 : 0;
-}
-
 double Microseconds() {
   return std::chrono::duration<double, std::micro>(
              std::chrono::steady_clock::now().time_since_epoch())
@@ -87,22 +76,22 @@ struct Session::Impl {
   KvCache cache;
   Activations activations;
   StepBuffers buffers;
+  DecodeBuckets buckets;  // none on the CPU
+  StepGraphs graphs;      // one for each bucket, or none
   bool is_broken = false;
 
   // Of the step under way; they keep their memory.
   std::vector<AppendRow> append;
-  std::vector<int32_t> expert_ids;        // host copy, with count_experts
+  std::vector<LogitPlace> logit_places;  // of each row
+  Buffer expert_ids;  // [layers, tokens, top_k] int32, with count_experts
   std::vector<char> expert_is_used;       // of one layer
   std::vector<int32_t> distinct_experts;  // of each sparse layer
 
   Status CheckUsable(const char* what) const;
-  Status CheckTokens(const std::vector<StepRow>& rows) const;
-  Status CheckRows(const std::vector<StepRow>& rows) const;
-  Status CheckTotals(const std::vector<StepRow>& rows) const;
-  void FillInputs(const std::vector<StepRow>& rows);
-  LogitPlan PlanLogits(const std::vector<StepRow>& rows);
-  Status Execute(const std::vector<StepRow>& rows, const LogitPlan& plan);
-  Status CopyLogits(const std::vector<StepRow>& rows, const LogitPlan& plan);
+  Status CaptureGraphs();
+  Status EnqueueModel();
+  Status Execute(const std::vector<StepRow>& rows);
+  Status CopyLogits(const std::vector<StepRow>& rows);
   Status CountExperts(int64_t tokens);
   void Recover() noexcept;
 };
@@ -126,116 +115,10 @@ Status Session::Impl::CheckUsable(const char* what) const {
                           "unable to go on; destroy it");
 }
 
-Status Session::Impl::CheckTokens(const std::vector<StepRow>& rows) const {
-  const int64_t vocab = model->config.vocab_size;
-  for (size_t i = 0; i < rows.size(); ++i) {
-    const StepRow& row = rows[i];
-    for (int32_t j = 0; j < row.num_tokens; ++j) {
-      if (row.tokens[j] >= 0 && row.tokens[j] < vocab) continue;
-      return InvalidArgumentError(kStep, ": rows[", i, "].tokens[", j, "] is ",
-                                  row.tokens[j], ", expected 0 to ", vocab - 1);
-    }
-  }
-  return Status();
-}
-
-// Checks what needs neither the cache, which checks sequences and pages, nor a
-// look at the tokens, of which there may be too many.
-Status Session::Impl::CheckRows(const std::vector<StepRow>& rows) const {
-  for (size_t i = 0; i < rows.size(); ++i) {
-    const StepRow& row = rows[i];
-    if (row.tokens == nullptr || row.num_tokens <= 0) {
-      return InvalidArgumentError(kStep, ": rows[", i, "] has no tokens");
-    }
-    if (row.logits_mode != LogitsMode::kNone && row.logits == nullptr) {
-      return InvalidArgumentError(kStep, ": rows[", i,
-                                  "].logits is null, with a logits_mode");
-    }
-    if (!row.sample) continue;
-    const Status sampling = ValidateSamplingParams(row.sampling);
-    if (!sampling.ok()) {
-      return InvalidArgumentError(kStep, ": rows[", i,
-                                  "].sampling: ", sampling.message());
-    }
-  }
-  return Status();
-}
-
-Status Session::Impl::CheckTotals(const std::vector<StepRow>& rows) const {
-  int64_t tokens = 0;
-  int64_t logit_rows = 0;
-  for (size_t i = 0; i < rows.size(); ++i) {
-    tokens += rows[i].num_tokens;
-    logit_rows += NumLogitRows(rows[i]);
-  }
-  if (rows.size() > static_cast<size_t>(options.max_sequences)) {
-    return ResourceExhaustedError(kStep, ": ", rows.size(),
-                                  " rows, more than max_sequences ",
-                                  options.max_sequences);
-  }
-  if (tokens > options.max_tokens) {
-    return ResourceExhaustedError(kStep, ": ", tokens,
-                                  " tokens, more than max_tokens ",
-                                  options.max_tokens);
-  }
-  if (logit_rows > options.max_logit_rows) {
-    return ResourceExhaustedError(kStep, ": logits of ", logit_rows,
-                                  " tokens, more than max_logit_rows ",
-                                  options.max_logit_rows);
-  }
-  return Status();
-}
-
-// Fills the host side of all inputs but the logit rows, for an append that is
-// committed.
-void Session::Impl::FillInputs(const std::vector<StepRow>& rows) {
-  int32_t tokens = 0;
-  buffers.query_start()[0] = 0;
-  for (size_t i = 0; i < rows.size(); ++i) {
-    const StepRow& row = rows[i];
-    const StatusOr<int32_t> length = cache.Length(row.sequence);
-    const int32_t first = *length - row.num_tokens;
-    for (int32_t j = 0; j < row.num_tokens; ++j) {
-      buffers.token_ids()[tokens + j] = row.tokens[j];
-      buffers.positions()[tokens + j] = first + j;
-    }
-    tokens += row.num_tokens;
-    buffers.query_start()[i + 1] = tokens;
-    buffers.kv_len()[i] = *length;
-  }
-  cache.FillSlotMapping(buffers.slot_mapping());
-  cache.FillBlockTable(buffers.block_table(), limits.max_pages_per_row);
-}
-
-// Fills the tokens whose logits to compute, the sampled ones first, and the
-// parameters of those.
-LogitPlan Session::Impl::PlanLogits(const std::vector<StepRow>& rows) {
-  LogitPlan plan;
-  const int32_t* query_start = buffers.query_start();
-  for (size_t i = 0; i < rows.size(); ++i) {
-    if (!rows[i].sample) continue;
-    SamplingParams* sampling = &buffers.sampling()[plan.num_sampled];
-    *sampling = rows[i].sampling;
-    sampling->position = static_cast<uint64_t>(buffers.kv_len()[i]);
-    buffers.logit_rows()[plan.num_sampled++] = query_start[i + 1] - 1;
-  }
-  plan.num_rows = plan.num_sampled;
-  for (size_t i = 0; i < rows.size(); ++i) {
-    const int32_t wanted = NumLogitRows(rows[i]);
-    const int32_t end = query_start[i + 1] - (rows[i].sample ? 1 : 0);
-    for (int32_t j = query_start[i + 1] - wanted; j < end; ++j) {
-      buffers.logit_rows()[plan.num_rows++] = j;
-    }
-  }
-  return plan;
-}
-
-Status Session::Impl::Execute(const std::vector<StepRow>& rows,
-                              const LogitPlan& plan) {
-  const int32_t num_rows = static_cast<int32_t>(rows.size());
-  const StepInputs inputs = buffers.Inputs(num_rows, plan.num_rows);
-  TENON_RETURN_IF_ERROR(cache.CopyPages(stream.get()));
-  TENON_RETURN_IF_ERROR(buffers.Upload(num_rows, stream.get()));
+// Enqueues the model and the sampler over what the buffers' arrays on the
+// device will hold by then.
+Status Session::Impl::EnqueueModel() {
+  const StepInputs inputs = buffers.Inputs();
   const StepContext context{model->config,
                             model->weights,
                             cache,
@@ -246,18 +129,40 @@ Status Session::Impl::Execute(const std::vector<StepRow>& rows,
                             stream.get(),
                             &moe_kernels};
   TENON_RETURN_IF_ERROR(DecodeStep(context));
-  if (plan.num_sampled > 0) {
+  if (buffers.shape().sampled_rows == 0) return Status();
+  return Sampler(buffers.Sampling(activations), stream.get());
+}
+
+// A first run, of padding alone, loads the kernels, and has cuBLASLt choose its
+// algorithms.
+Status Session::Impl::CaptureGraphs() {
+  const auto enqueue = [this] { return EnqueueModel(); };
+  for (const int32_t bucket : buckets.sizes()) {
+    buffers.SetShape(DecodeShape(bucket));
+    buffers.FillPadding(0);
+    TENON_RETURN_IF_ERROR(buffers.Upload(stream.get()));
+    TENON_RETURN_IF_ERROR(EnqueueModel());
+    TENON_RETURN_IF_ERROR(Synchronize(model->device, stream.get()));
     TENON_RETURN_IF_ERROR(
-        Sampler(buffers.Sampling(activations, plan.num_sampled), stream.get()));
+        graphs.Capture(bucket, model->device, stream.get(), enqueue));
   }
-  TENON_RETURN_IF_ERROR(CopyLogits(rows, plan));
+  return Synchronize(model->device, stream.get());
+}
+
+Status Session::Impl::Execute(const std::vector<StepRow>& rows) {
+  TENON_RETURN_IF_ERROR(cache.CopyPages(stream.get()));
+  TENON_RETURN_IF_ERROR(buffers.Upload(stream.get()));
+  const StepShape& shape = buffers.shape();
+  const Graph* graph = shape.is_decode ? graphs.Find(shape.rows) : nullptr;
+  TENON_RETURN_IF_ERROR(graph != nullptr ? graph->Launch(stream.get())
+                                         : EnqueueModel());
+  TENON_RETURN_IF_ERROR(CopyLogits(rows));
   TENON_RETURN_IF_ERROR(buffers.Download(stream.get()));
   return Synchronize(model->device, stream.get());
 }
 
-// Copies logits to the callers that asked, in the order of PlanLogits.
-Status Session::Impl::CopyLogits(const std::vector<StepRow>& rows,
-                                 const LogitPlan& plan) {
+// Copies logits to the callers that asked.
+Status Session::Impl::CopyLogits(const std::vector<StepRow>& rows) {
   const int64_t vocab = model->config.vocab_size;
   const auto copy = [&](int32_t from_row, int32_t count, float* to) {
     return CopyMemory(
@@ -265,37 +170,36 @@ Status Session::Impl::CopyLogits(const std::vector<StepRow>& rows,
         model->device, static_cast<size_t>(count * vocab) * sizeof(float),
         stream.get());
   };
-  int32_t sampled = 0;
-  int32_t other = plan.num_sampled;
-  for (const StepRow& row : rows) {
-    const int32_t wanted = NumLogitRows(row);
-    const int32_t others = wanted - (row.sample ? 1 : 0);
-    if (row.logits_mode != LogitsMode::kNone) {
-      TENON_RETURN_IF_ERROR(copy(other, others, row.logits));
-      if (row.sample) {
-        TENON_RETURN_IF_ERROR(copy(sampled, 1, row.logits + others * vocab));
-      }
-    }
-    sampled += row.sample;
-    other += others;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    if (rows[i].logits_mode == LogitsMode::kNone) continue;
+    const LogitPlace& place = logit_places[i];
+    const int32_t others = NumLogitRows(rows[i]) - 1;
+    TENON_RETURN_IF_ERROR(copy(place.others, others, rows[i].logits));
+    TENON_RETURN_IF_ERROR(copy(place.last, 1, rows[i].logits + others * vocab));
   }
   return Status();
 }
 
-// Fills distinct_experts.
+// Fills distinct_experts. Padding comes after the tokens, and is left out.
 Status Session::Impl::CountExperts(int64_t tokens) {
   distinct_experts.clear();
-  const TensorView& ids = activations.topk_ids;
-  if (!options.count_experts || !ids.present()) return Status();
-  expert_ids.resize(static_cast<size_t>(tokens * ids.shape[2]));
+  const int64_t ids_per_layer = tokens * model->config.num_experts_per_tok;
+  auto* ids = static_cast<int32_t*>(expert_ids.data());
+  if (ids == nullptr) return Status();
   for (int32_t layer = 0; layer < model->config.num_layers; ++layer) {
     if (!model->config.IsMoeLayer(layer)) continue;
     TENON_RETURN_IF_ERROR(CopyMemory(
-        expert_ids.data(), Device(), activations.TopkIds(layer).data,
-        model->device, expert_ids.size() * sizeof(int32_t), stream.get()));
-    TENON_RETURN_IF_ERROR(Synchronize(model->device, stream.get()));
+        ids + layer * ids_per_layer, Device(), activations.TopkIds(layer).data,
+        model->device, static_cast<size_t>(ids_per_layer) * sizeof(int32_t),
+        stream.get()));
+  }
+  TENON_RETURN_IF_ERROR(Synchronize(model->device, stream.get()));
+  for (int32_t layer = 0; layer < model->config.num_layers; ++layer) {
+    if (!model->config.IsMoeLayer(layer)) continue;
     std::fill(expert_is_used.begin(), expert_is_used.end(), 0);
-    for (int32_t id : expert_ids) expert_is_used[static_cast<size_t>(id)] = 1;
+    for (int64_t i = 0; i < ids_per_layer; ++i) {
+      expert_is_used[static_cast<size_t>(ids[layer * ids_per_layer + i])] = 1;
+    }
     distinct_experts.push_back(static_cast<int32_t>(
         std::count(expert_is_used.begin(), expert_is_used.end(), 1)));
   }
@@ -355,11 +259,23 @@ StatusOr<std::unique_ptr<Session>> Session::Create(
   TENON_RETURN_IF_ERROR(stream.status());
   impl->stream = *std::move(stream);
   impl->append.reserve(static_cast<size_t>(o.max_sequences));
+  impl->logit_places.reserve(static_cast<size_t>(o.max_sequences));
   if (o.count_experts && m.config.num_experts > 0) {
-    impl->expert_ids.reserve(static_cast<size_t>(int64_t{o.max_tokens} *
-                                                 m.config.num_experts_per_tok));
+    const bool cuda = m.device.type == DeviceType::kCuda;
+    StatusOr<Buffer> ids = Buffer::Allocate(
+        m.device,
+        static_cast<size_t>(NumElements(impl->activations.topk_ids)) *
+            sizeof(int32_t),
+        cuda ? MemoryKind::kPinned : MemoryKind::kDevice);
+    TENON_RETURN_IF_ERROR(ids.status());
+    impl->expert_ids = *std::move(ids);
     impl->expert_is_used.resize(static_cast<size_t>(m.config.num_experts));
     impl->distinct_experts.reserve(static_cast<size_t>(m.config.num_layers));
+  }
+  if (m.device.type == DeviceType::kCuda) {
+    impl->buckets = DecodeBuckets(
+        std::min({o.max_sequences, o.max_tokens, o.max_logit_rows}));
+    if (o.cuda_graphs) TENON_RETURN_IF_ERROR(impl->CaptureGraphs());
   }
   return std::unique_ptr<Session>(new Session(std::move(impl)));
 }
@@ -396,10 +312,9 @@ Status Session::Step(const std::vector<StepRow>& rows,
                      std::vector<StepRowResult>* results, StepStats* stats) {
   const double begin = Microseconds();
   Impl& s = *impl_;
-  TENON_RETURN_IF_ERROR(s.CheckUsable(kStep));
-  TENON_RETURN_IF_ERROR(s.CheckRows(rows));
-  TENON_RETURN_IF_ERROR(s.CheckTotals(rows));
-  TENON_RETURN_IF_ERROR(s.CheckTokens(rows));
+  TENON_RETURN_IF_ERROR(s.CheckUsable("Step"));
+  TENON_RETURN_IF_ERROR(
+      CheckStepRows(rows, s.options, s.model->config.vocab_size));
   // What could fail at the end, when there is no way back.
   results->reserve(rows.size());
   if (stats != nullptr) {
@@ -410,13 +325,16 @@ Status Session::Step(const std::vector<StepRow>& rows,
     s.append.push_back({row.sequence, row.num_tokens});
   }
   TENON_RETURN_IF_ERROR(s.cache.PlanAppend(s.append));
-  int32_t tokens;
+  int32_t tokens = 0;
+  for (const StepRow& row : rows) tokens += row.num_tokens;
   try {
     s.cache.CommitAppend();
-    s.FillInputs(rows);
-    tokens = s.buffers.query_start()[rows.size()];
     Status status;
-    if (!rows.empty()) status = s.Execute(rows, s.PlanLogits(rows));
+    if (!rows.empty()) {
+      s.buffers.SetShape(ShapeOf(rows, s.buckets));
+      FillStep(rows, s.cache, &s.buffers, &s.logit_places);
+      status = s.Execute(rows);
+    }
     if (status.ok() && stats != nullptr) status = s.CountExperts(tokens);
     if (!status.ok()) {
       s.Recover();
@@ -430,12 +348,11 @@ Status Session::Step(const std::vector<StepRow>& rows,
 
   // Only now: a row's tokens may point into the results of the last step.
   results->assign(rows.size(), StepRowResult());
-  int32_t sampled = 0;
   for (size_t i = 0; i < rows.size(); ++i) {
     if (!rows[i].sample) continue;
-    (*results)[i] = {s.buffers.tokens()[sampled], s.buffers.logprobs()[sampled],
-                     static_cast<SampleStatus>(s.buffers.statuses()[sampled])};
-    ++sampled;
+    const int32_t at = s.logit_places[i].last;
+    (*results)[i] = {s.buffers.tokens()[at], s.buffers.logprobs()[at],
+                     static_cast<SampleStatus>(s.buffers.statuses()[at])};
   }
   if (stats != nullptr) {
     stats->rows = static_cast<int32_t>(rows.size());
@@ -455,5 +372,7 @@ int64_t Session::num_free_pages() const {
   return impl_->cache.num_free_pages();
 }
 int64_t Session::kv_cache_bytes() const { return impl_->cache.bytes(); }
+int64_t Session::num_graphs() const { return impl_->graphs.num_graphs(); }
+int64_t Session::graph_bytes() const { return impl_->graphs.device_bytes(); }
 
 }  // namespace tenon

@@ -29,6 +29,10 @@ struct SessionOptions {
   bool batch_invariant = false;
   // Count the distinct experts that each layer of a step used (StepStats).
   bool count_experts = false;
+  // CUDA: steps in which every row has one token are captured as graphs, one
+  // for each number of rows of DecodeBuckets (step_graphs.h), when the session
+  // is created. No token depends on it.
+  bool cuda_graphs = true;
   int32_t num_threads = 0;  // CPU; 0: one per usable CPU
   // Sizes of the expert kernels on this GPU, a file of tools/tune; empty: those
   // built in. No token depends on them. The CPU has none, but checks the file.
@@ -106,6 +110,10 @@ class Session {
   int32_t num_sequences() const;
   int64_t num_free_pages() const;
   int64_t kv_cache_bytes() const;  // of all pages
+  // CUDA graphs captured by Create, and the device memory that they took (by
+  // which its free memory shrank meanwhile).
+  int64_t num_graphs() const;
+  int64_t graph_bytes() const;
   // Whether an error of the device has left the session unable to go on.
   bool is_broken() const;
 

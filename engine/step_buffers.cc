@@ -6,53 +6,94 @@
 #include "ops/core/workspace.h"
 
 namespace tenon {
+namespace {
+
+// Places an array of `count` elements of `size` bytes; returns its offset.
+int64_t Place(WorkspaceCutter* layout, int64_t count, size_t size) {
+  const int64_t offset = static_cast<int64_t>(layout->size());
+  layout->TakeBytes(static_cast<size_t>(count) * size);
+  return offset;
+}
+
+}  // namespace
+
+SamplingParams CheapestSampling() {
+  SamplingParams greedy;
+  greedy.temperature = 0.0f;
+  return greedy;
+}
 
 StatusOr<StepBuffers> StepBuffers::Create(Device device,
                                           const StepLimits& limits) {
   StepBuffers b;
   b.device_ = device;
-  b.max_pages_ = limits.max_pages_per_row;
+  b.limits_ = limits;
   WorkspaceCutter layout(nullptr);  // counts; the memory comes after
-  const auto place = [&](int64_t count, size_t size, int64_t* offset) {
-    *offset = static_cast<int64_t>(layout.size());
-    layout.TakeBytes(static_cast<size_t>(count) * size);
-  };
-  const int64_t tokens = limits.max_tokens;
-  const int64_t rows = limits.max_rows;
   const int64_t logit_rows = limits.max_logit_rows;
-  place(logit_rows, sizeof(int32_t), &b.tokens_);
-  place(logit_rows, sizeof(float), &b.logprobs_);
-  place(logit_rows, sizeof(int32_t), &b.statuses_);
+  b.tokens_ = Place(&layout, logit_rows, sizeof(int32_t));
+  b.logprobs_ = Place(&layout, logit_rows, sizeof(float));
+  b.statuses_ = Place(&layout, logit_rows, sizeof(int32_t));
   b.results_end_ = static_cast<int64_t>(layout.size());
-  place(tokens, sizeof(int32_t), &b.token_ids_);
-  place(tokens, sizeof(int32_t), &b.positions_);
-  place(tokens, sizeof(int64_t), &b.slot_mapping_);
-  place(rows + 1, sizeof(int32_t), &b.query_start_);
-  place(rows, sizeof(int32_t), &b.kv_len_);
-  place(logit_rows, sizeof(int32_t), &b.logit_rows_);
-  place(logit_rows, sizeof(SamplingParams), &b.sampling_);
-  place(rows * b.max_pages_, sizeof(int32_t), &b.block_table_);
+  StepShape largest;
+  largest.tokens = limits.max_tokens;
+  largest.rows = limits.max_rows;
+  largest.logit_rows = limits.max_logit_rows;
+  const auto bytes = static_cast<size_t>(b.LayOut(largest).end);
 
   const bool cuda = device.type == DeviceType::kCuda;
   StatusOr<Buffer> host = Buffer::Allocate(
-      device, layout.size(), cuda ? MemoryKind::kPinned : MemoryKind::kDevice);
+      device, bytes, cuda ? MemoryKind::kPinned : MemoryKind::kDevice);
   TENON_RETURN_IF_ERROR(host.status());
   b.host_ = *std::move(host);
   if (cuda) {
-    StatusOr<Buffer> memory = Buffer::Allocate(device, layout.size());
+    StatusOr<Buffer> memory = Buffer::Allocate(device, bytes);
     TENON_RETURN_IF_ERROR(memory.status());
     b.memory_ = *std::move(memory);
   }
   return b;
 }
 
-Status StepBuffers::Upload(int32_t rows, Stream stream) {
+StepBuffers::InputArrays StepBuffers::LayOut(const StepShape& shape) const {
+  WorkspaceCutter layout(nullptr);
+  layout.TakeBytes(static_cast<size_t>(results_end_));
+  const int64_t rows = shape.rows;
+  InputArrays a;
+  a.token_ids = Place(&layout, shape.tokens, sizeof(int32_t));
+  a.positions = Place(&layout, shape.tokens, sizeof(int32_t));
+  a.slot_mapping = Place(&layout, shape.tokens, sizeof(int64_t));
+  a.query_start = Place(&layout, rows + 1, sizeof(int32_t));
+  a.kv_len = Place(&layout, rows, sizeof(int32_t));
+  a.logit_rows = Place(&layout, shape.logit_rows, sizeof(int32_t));
+  a.sampling = Place(&layout, shape.logit_rows, sizeof(SamplingParams));
+  a.block_table =
+      Place(&layout, rows * limits_.max_pages_per_row, sizeof(int32_t));
+  a.end = static_cast<int64_t>(layout.size());
+  return a;
+}
+
+void StepBuffers::SetShape(const StepShape& shape) {
+  shape_ = shape;
+  inputs_ = LayOut(shape);
+}
+
+void StepBuffers::FillPadding(int32_t first) {
+  for (int32_t i = first; i < shape_.rows; ++i) {
+    token_ids()[i] = -1;
+    positions()[i] = -1;
+    slot_mapping()[i] = -1;
+    query_start()[i + 1] = i + 1;
+    kv_len()[i] = 0;
+    logit_rows()[i] = i;
+    sampling()[i] = CheapestSampling();
+  }
+  query_start()[0] = 0;
+}
+
+Status StepBuffers::Upload(Stream stream) {
   if (memory_.data() == nullptr) return Status();
-  const int64_t end = block_table_ + int64_t{rows} * max_pages_ *
-                                         static_cast<int64_t>(sizeof(int32_t));
   return CopyMemory(static_cast<char*>(memory_.data()) + results_end_, device_,
                     static_cast<char*>(host_.data()) + results_end_, Device(),
-                    static_cast<size_t>(end - results_end_), stream);
+                    static_cast<size_t>(inputs_.end - results_end_), stream);
 }
 
 Status StepBuffers::Download(Stream stream) {
@@ -67,16 +108,25 @@ TensorView StepBuffers::DeviceView(int64_t offset, DType dtype,
   return MakeTensor(static_cast<char*>(base) + offset, dtype, device_, shape);
 }
 
-StepInputs StepBuffers::Inputs(int32_t rows, int32_t num_logit_rows) const {
-  const int32_t tokens = query_start()[rows];
+StepInputs StepBuffers::Inputs() const {
+  const InputArrays& a = inputs_;
+  const int64_t tokens = shape_.tokens;
+  const int64_t rows = shape_.rows;
   StepInputs in;
-  in.token_ids = DeviceView(token_ids_, DType::kInt32, {tokens});
-  in.positions = DeviceView(positions_, DType::kInt32, {tokens});
-  in.slot_mapping = DeviceView(slot_mapping_, DType::kInt64, {tokens});
-  in.block_table = DeviceView(block_table_, DType::kInt32, {rows, max_pages_});
-  in.query_start = DeviceView(query_start_, DType::kInt32, {rows + 1});
-  in.kv_len = DeviceView(kv_len_, DType::kInt32, {rows});
-  in.logit_rows = DeviceView(logit_rows_, DType::kInt32, {num_logit_rows});
+  in.token_ids = DeviceView(a.token_ids, DType::kInt32, {tokens});
+  in.positions = DeviceView(a.positions, DType::kInt32, {tokens});
+  in.slot_mapping = DeviceView(a.slot_mapping, DType::kInt64, {tokens});
+  in.block_table = DeviceView(a.block_table, DType::kInt32,
+                              {rows, int64_t{limits_.max_pages_per_row}});
+  in.query_start = DeviceView(a.query_start, DType::kInt32, {rows + 1});
+  in.kv_len = DeviceView(a.kv_len, DType::kInt32, {rows});
+  in.logit_rows =
+      DeviceView(a.logit_rows, DType::kInt32, {int64_t{shape_.logit_rows}});
+  if (shape_.is_decode) {
+    in.max_kv_len = limits_.max_context;
+    in.max_query_len = 1;
+    return in;
+  }
   in.max_kv_len = *std::max_element(kv_len(), kv_len() + rows);
   for (int32_t i = 0; i < rows; ++i) {
     in.max_query_len =
@@ -85,11 +135,12 @@ StepInputs StepBuffers::Inputs(int32_t rows, int32_t num_logit_rows) const {
   return in;
 }
 
-SamplerParams StepBuffers::Sampling(const Activations& activations,
-                                    int32_t rows) const {
+SamplerParams StepBuffers::Sampling(const Activations& activations) const {
+  const int64_t rows = shape_.sampled_rows;
   SamplerParams p;
   p.logits = Rows(activations.logits, 0, rows);
-  p.params = DeviceView(sampling_, DType::kUInt8, {1}).As<SamplingParams>();
+  p.params =
+      DeviceView(inputs_.sampling, DType::kUInt8, {1}).As<SamplingParams>();
   p.tokens = DeviceView(tokens_, DType::kInt32, {rows});
   p.logprobs = DeviceView(logprobs_, DType::kFloat32, {rows});
   p.statuses = DeviceView(statuses_, DType::kInt32, {rows});

@@ -10,39 +10,77 @@
 
 namespace tenon {
 
+// How much of everything a step has.
+struct StepShape {
+  int32_t tokens = 0;
+  int32_t rows = 0;
+  int32_t logit_rows = 0;
+  int32_t sampled_rows = 0;  // the first of the logit rows
+  // One token in each row and all logits, padding included; see
+  // DecodeBuckets.
+  bool is_decode = false;
+};
+
+// For rows whose token nobody wants.
+SamplingParams CheapestSampling();
+
 // The small arrays that go to the device before a step, and those that come
 // back after it. Host and device memory have one layout, so that each way is
-// one copy; on the CPU they are the same memory.
+// one copy; on the CPU they are the same memory. The inputs lie one after the
+// other, as the shape of the step has it: steps of one shape have them in the
+// same places.
 class StepBuffers {
  public:
   static StatusOr<StepBuffers> Create(Device device, const StepLimits& limits);
 
+  // Begins a step. What the host side holds is undefined.
+  void SetShape(const StepShape& shape);
+  const StepShape& shape() const { return shape_; }
+
   // Host side, for the session to fill.
-  int32_t* token_ids() { return Host<int32_t>(token_ids_); }
-  int32_t* positions() { return Host<int32_t>(positions_); }
-  int64_t* slot_mapping() { return Host<int64_t>(slot_mapping_); }
-  int32_t* query_start() const { return Host<int32_t>(query_start_); }
-  int32_t* kv_len() const { return Host<int32_t>(kv_len_); }
-  int32_t* logit_rows() { return Host<int32_t>(logit_rows_); }
-  SamplingParams* sampling() { return Host<SamplingParams>(sampling_); }
-  int32_t* block_table() { return Host<int32_t>(block_table_); }
+  int32_t* token_ids() { return Host<int32_t>(inputs_.token_ids); }
+  int32_t* positions() { return Host<int32_t>(inputs_.positions); }
+  int64_t* slot_mapping() { return Host<int64_t>(inputs_.slot_mapping); }
+  int32_t* query_start() const { return Host<int32_t>(inputs_.query_start); }
+  int32_t* kv_len() const { return Host<int32_t>(inputs_.kv_len); }
+  int32_t* logit_rows() { return Host<int32_t>(inputs_.logit_rows); }
+  SamplingParams* sampling() { return Host<SamplingParams>(inputs_.sampling); }
+  int32_t* block_table() { return Host<int32_t>(inputs_.block_table); }
+
+  // Makes rows from `first` on padding, of a decode step: without experts,
+  // without attention, written nowhere.
+  void FillPadding(int32_t first);
 
   // Results, after Download and a synchronisation.
   const int32_t* tokens() const { return Host<int32_t>(tokens_); }
   const float* logprobs() const { return Host<float>(logprobs_); }
   const int32_t* statuses() const { return Host<int32_t>(statuses_); }
 
-  // Copies what a step of `rows` rows needs, in stream order.
-  Status Upload(int32_t rows, Stream stream);
+  // In stream order.
+  Status Upload(Stream stream);
   Status Download(Stream stream);
 
-  // Device views of the uploaded arrays, with the bounds that the host side of
-  // query_start and kv_len gives. At least one row.
-  StepInputs Inputs(int32_t rows, int32_t num_logit_rows) const;
-  // The sampler's arguments for the first `rows` logit rows.
-  SamplerParams Sampling(const Activations& activations, int32_t rows) const;
+  // Device views of the uploaded arrays. The bounds of lengths are what the
+  // host side holds; of a decode step they are those of the limits, so that
+  // they do not change from step to step. At least one row.
+  StepInputs Inputs() const;
+  // The sampler's arguments for the sampled rows.
+  SamplerParams Sampling(const Activations& activations) const;
 
  private:
+  // Byte offsets.
+  struct InputArrays {
+    int64_t token_ids = 0;
+    int64_t positions = 0;
+    int64_t slot_mapping = 0;
+    int64_t query_start = 0;
+    int64_t kv_len = 0;
+    int64_t logit_rows = 0;
+    int64_t sampling = 0;
+    int64_t block_table = 0;
+    int64_t end = 0;
+  };
+  InputArrays LayOut(const StepShape& shape) const;
   template <class T>
   T* Host(int64_t offset) const {
     return reinterpret_cast<T*>(static_cast<char*>(host_.data()) + offset);
@@ -51,23 +89,15 @@ class StepBuffers {
                         std::initializer_list<int64_t> shape) const;
 
   Device device_;
-  int64_t max_pages_ = 0;
+  StepLimits limits_;
   Buffer host_;
   Buffer memory_;  // empty on the CPU
-  // Byte offsets of the arrays; the block table is last of the inputs, since
-  // only the rows in use are copied.
-  int64_t token_ids_ = 0;
-  int64_t positions_ = 0;
-  int64_t slot_mapping_ = 0;
-  int64_t query_start_ = 0;
-  int64_t kv_len_ = 0;
-  int64_t logit_rows_ = 0;
-  int64_t sampling_ = 0;
   int64_t tokens_ = 0;
   int64_t logprobs_ = 0;
   int64_t statuses_ = 0;
   int64_t results_end_ = 0;
-  int64_t block_table_ = 0;
+  StepShape shape_;
+  InputArrays inputs_;
 };
 
 }  // namespace tenon

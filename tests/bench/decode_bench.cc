@@ -4,6 +4,7 @@
 //   --layers N    of the model's 48; default: all on CUDA, 4 on the CPU
 //   --batch N[,N] decode batch sizes; default 1,8,32 (CPU: 1)
 //   --context N   tokens in the cache of each sequence when timing starts; 512
+//   --graphs on|off|both  CUDA graphs of the decode steps; default: on
 //   --prefill N   tokens of the prefill that is timed; 512; 0: none
 // and the flags of every benchmark (bench.h). --dtype bf16,fp8 runs both; fp8
 // is attention projections and experts in float8_e4m3 with blocks of 128 x 128,
@@ -27,6 +28,7 @@ struct Flags {
   std::vector<int32_t> batches;
   int32_t context = 512;
   int32_t prefill = 512;
+  std::vector<bool> graphs = {true};
 };
 
 ModelConfig Qwen3Moe30B(int32_t layers, bool fp8) {
@@ -110,7 +112,7 @@ class DecodeBench {
   void Prefill() {
     const int32_t tokens = flags_.prefill;
     if (tokens == 0) return;
-    const std::unique_ptr<Session> session = MakeSession(1, tokens);
+    const std::unique_ptr<Session> session = MakeSession(1, tokens, false);
     std::vector<double> seconds;
     for (int repeat = 0; repeat < 4; ++repeat) {
       const SequenceId sequence = NewSequence(session.get());
@@ -131,9 +133,9 @@ class DecodeBench {
                  tokens / bench::Median(seconds));
   }
 
-  void Decode(int32_t batch) {
+  void Decode(int32_t batch, bool graphs) {
     const std::unique_ptr<Session> session =
-        MakeSession(batch, std::max(512, batch));
+        MakeSession(batch, std::max(512, batch), graphs);
     std::vector<StepRow> rows(batch);
     for (StepRow& row : rows) {
       row.sequence = NewSequence(session.get());
@@ -143,14 +145,16 @@ class DecodeBench {
     }
     std::vector<double> seconds;
     StepStats stats;
-    constexpr int kSteps = 24;
+    constexpr int kSteps = 44;
     for (int step = 0; step < kSteps; ++step) {
       // Random tokens, so that the routing is that of unrelated requests.
       const std::vector<int32_t> tokens = RandomTokens(batch);
       for (int32_t i = 0; i < batch; ++i) rows[i].tokens = &tokens[i];
+      // Counting experts takes time, so it is done in a step that is not timed.
+      const bool last = step + 1 == kSteps;
       const double begin = bench::Seconds();
-      bench::CheckOk(session->Step(rows, &results_, &stats));
-      if (step >= 4) seconds.push_back(bench::Seconds() - begin);
+      bench::CheckOk(session->Step(rows, &results_, last ? &stats : nullptr));
+      if (step >= 4 && !last) seconds.push_back(bench::Seconds() - begin);
     }
     double experts = 0.0;
     for (int32_t count : stats.distinct_experts) experts += count;
@@ -161,19 +165,23 @@ class DecodeBench {
                  batch * TokenFlops(config_, flags_.context, true)},
                 median * 1e6);
     std::fprintf(stderr,
-                 "decode batch %d: %.3f ms/step, %.1f tokens/s, "
-                 "%.1f distinct experts a layer\n",
-                 batch, median * 1e3, batch / median,
-                 experts / std::max<size_t>(stats.distinct_experts.size(), 1));
+                 "decode batch %d, graphs %s: %.3f ms/step, %.1f tokens/s, "
+                 "%.1f distinct experts a layer; %lld graphs of %.1f MB\n",
+                 batch, graphs ? "on" : "off", median * 1e3, batch / median,
+                 experts / std::max<size_t>(stats.distinct_experts.size(), 1),
+                 static_cast<long long>(session->num_graphs()),
+                 static_cast<double>(session->graph_bytes()) * 1e-6);
   }
 
  private:
-  std::unique_ptr<Session> MakeSession(int32_t sequences, int32_t tokens) {
+  std::unique_ptr<Session> MakeSession(int32_t sequences, int32_t tokens,
+                                       bool graphs) {
     SessionOptions options;
     options.max_sequences = sequences;
     options.max_tokens = tokens;
     options.max_context = std::max(flags_.context + 64, flags_.prefill);
     options.count_experts = true;
+    options.cuda_graphs = graphs;
     options.num_threads = bench_->num_threads();
     StatusOr<std::unique_ptr<Session>> session =
         Session::Create(model_, options);
@@ -231,6 +239,10 @@ Flags TakeFlags(int* argc, char** argv) {
       flags.context = std::atoi(argv[++i]);
     } else if (has_value && std::strcmp(argv[i], "--prefill") == 0) {
       flags.prefill = std::atoi(argv[++i]);
+    } else if (has_value && std::strcmp(argv[i], "--graphs") == 0) {
+      const std::string value = argv[++i];
+      flags.graphs = {value != "off"};
+      if (value == "both") flags.graphs.push_back(false);
     } else if (has_value && std::strcmp(argv[i], "--batch") == 0) {
       for (char* item = std::strtok(argv[++i], ","); item != nullptr;
            item = std::strtok(nullptr, ",")) {
@@ -261,7 +273,9 @@ int main(int argc, char** argv) {
   for (const tenon::DType dtype : b.DTypes({tenon::DType::kBFloat16})) {
     tenon::DecodeBench bench(&b, flags, dtype);
     bench.Prefill();
-    for (int32_t batch : flags.batches) bench.Decode(batch);
+    for (int32_t batch : flags.batches) {
+      for (const bool graphs : flags.graphs) bench.Decode(batch, graphs);
+    }
   }
   return b.Finish();
 }

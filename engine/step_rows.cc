@@ -1,0 +1,171 @@
+#include "engine/step_rows.h"
+
+namespace tenon {
+namespace {
+
+constexpr char kStep[] = "Step";
+
+Status CheckTokens(const std::vector<StepRow>& rows, int64_t vocab_size) {
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const StepRow& row = rows[i];
+    for (int32_t j = 0; j < row.num_tokens; ++j) {
+      if (row.tokens[j] >= 0 && row.tokens[j] < vocab_size) continue;
+      return InvalidArgumentError(kStep, ": rows[", i, "].tokens[", j, "] is ",
+                                  row.tokens[j], ", expected 0 to ",
+                                  vocab_size - 1);
+    }
+  }
+  return Status();
+}
+
+// Does not look at the tokens, of which there may be too many.
+Status CheckRows(const std::vector<StepRow>& rows) {
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const StepRow& row = rows[i];
+    if (row.tokens == nullptr || row.num_tokens <= 0) {
+      return InvalidArgumentError(kStep, ": rows[", i, "] has no tokens");
+    }
+    if (row.logits_mode != LogitsMode::kNone && row.logits == nullptr) {
+      return InvalidArgumentError(kStep, ": rows[", i,
+                                  "].logits is null, with a logits_mode");
+    }
+    if (!row.sample) continue;
+    const Status sampling = ValidateSamplingParams(row.sampling);
+    if (!sampling.ok()) {
+      return InvalidArgumentError(kStep, ": rows[", i,
+                                  "].sampling: ", sampling.message());
+    }
+  }
+  return Status();
+}
+
+Status CheckTotals(const std::vector<StepRow>& rows,
+                   const SessionOptions& options) {
+  int64_t tokens = 0;
+  int64_t logit_rows = 0;
+  for (const StepRow& row : rows) {
+    tokens += row.num_tokens;
+    logit_rows += NumLogitRows(row);
+  }
+  if (rows.size() > static_cast<size_t>(options.max_sequences)) {
+    return ResourceExhaustedError(kStep, ": ", rows.size(),
+                                  " rows, more than max_sequences ",
+                                  options.max_sequences);
+  }
+  if (tokens > options.max_tokens) {
+    return ResourceExhaustedError(kStep, ": ", tokens,
+                                  " tokens, more than max_tokens ",
+                                  options.max_tokens);
+  }
+  if (logit_rows > options.max_logit_rows) {
+    return ResourceExhaustedError(kStep, ": logits of ", logit_rows,
+                                  " tokens, more than max_logit_rows ",
+                                  options.max_logit_rows);
+  }
+  return Status();
+}
+
+// Has the row's next token drawn from logit row `logit_row`.
+void FillSampling(const StepRow& row, size_t i, int32_t logit_row,
+                  StepBuffers* buffers) {
+  SamplingParams* sampling = &buffers->sampling()[logit_row];
+  *sampling = row.sampling;
+  sampling->position = static_cast<uint64_t>(buffers->kv_len()[i]);
+}
+
+// Every row has its logits, wanted or not.
+void FillDecodeLogits(const std::vector<StepRow>& rows, StepBuffers* buffers,
+                      std::vector<LogitPlace>* places) {
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const auto row = static_cast<int32_t>(i);
+    buffers->logit_rows()[i] = row;
+    (*places)[i].last = row;
+    if (rows[i].sample) {
+      FillSampling(rows[i], i, row, buffers);
+    } else {
+      buffers->sampling()[i] = CheapestSampling();
+    }
+  }
+}
+
+// The sampled rows come first, so that they form one matrix for the sampler.
+void FillLogits(const std::vector<StepRow>& rows, StepBuffers* buffers,
+                std::vector<LogitPlace>* places) {
+  const int32_t* query_start = buffers->query_start();
+  int32_t next = 0;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    if (!rows[i].sample) continue;
+    FillSampling(rows[i], i, next, buffers);
+    buffers->logit_rows()[next] = query_start[i + 1] - 1;
+    (*places)[i].last = next++;
+  }
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const int32_t wanted = NumLogitRows(rows[i]);
+    const int32_t end = query_start[i + 1] - (rows[i].sample ? 1 : 0);
+    (*places)[i].others = next;
+    for (int32_t j = query_start[i + 1] - wanted; j < end; ++j) {
+      buffers->logit_rows()[next++] = j;
+    }
+    if (wanted > 0 && !rows[i].sample) (*places)[i].last = next - 1;
+  }
+}
+
+}  // namespace
+
+int32_t NumLogitRows(const StepRow& row) {
+  if (row.logits_mode == LogitsMode::kAll) return row.num_tokens;
+  return row.sample || row.logits_mode == LogitsMode::kLast ? 1 : 0;
+}
+
+Status CheckStepRows(const std::vector<StepRow>& rows,
+                     const SessionOptions& options, int64_t vocab_size) {
+  TENON_RETURN_IF_ERROR(CheckRows(rows));
+  TENON_RETURN_IF_ERROR(CheckTotals(rows, options));
+  return CheckTokens(rows, vocab_size);
+}
+
+StepShape DecodeShape(int32_t rows) { return {rows, rows, rows, rows, true}; }
+
+StepShape ShapeOf(const std::vector<StepRow>& rows,
+                  const DecodeBuckets& buckets) {
+  StepShape shape;
+  shape.rows = static_cast<int32_t>(rows.size());
+  for (const StepRow& row : rows) {
+    shape.tokens += row.num_tokens;
+    shape.logit_rows += NumLogitRows(row);
+    shape.sampled_rows += row.sample;
+  }
+  const int32_t bucket = buckets.Find(shape.rows);
+  const bool one_each = shape.tokens == shape.rows;
+  return one_each && bucket > 0 ? DecodeShape(bucket) : shape;
+}
+
+void FillStep(const std::vector<StepRow>& rows, const KvCache& cache,
+              StepBuffers* buffers, std::vector<LogitPlace>* places) {
+  int32_t tokens = 0;
+  buffers->query_start()[0] = 0;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const StepRow& row = rows[i];
+    const StatusOr<int32_t> length = cache.Length(row.sequence);
+    const int32_t first = *length - row.num_tokens;
+    for (int32_t j = 0; j < row.num_tokens; ++j) {
+      buffers->token_ids()[tokens + j] = row.tokens[j];
+      buffers->positions()[tokens + j] = first + j;
+    }
+    tokens += row.num_tokens;
+    buffers->query_start()[i + 1] = tokens;
+    buffers->kv_len()[i] = *length;
+  }
+  cache.FillSlotMapping(buffers->slot_mapping());
+  cache.FillBlockTable(buffers->block_table(), cache.max_pages_per_sequence());
+
+  places->assign(rows.size(), LogitPlace());
+  if (buffers->shape().is_decode) {
+    buffers->FillPadding(static_cast<int32_t>(rows.size()));
+    FillDecodeLogits(rows, buffers, places);
+  } else {
+    FillLogits(rows, buffers, places);
+  }
+}
+
+}  // namespace tenon

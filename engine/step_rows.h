@@ -1,0 +1,45 @@
+#ifndef TENON_ENGINE_STEP_ROWS_H_
+#define TENON_ENGINE_STEP_ROWS_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "engine/kv_cache.h"
+#include "engine/session.h"
+#include "engine/step_buffers.h"
+#include "engine/step_graphs.h"
+#include "ops/core/status.h"
+
+// From the rows that a caller gives to the arrays that a step reads.
+
+namespace tenon {
+
+// Checks what needs no cache, which checks sequences and pages.
+Status CheckStepRows(const std::vector<StepRow>& rows,
+                     const SessionOptions& options, int64_t vocab_size);
+
+// The shape of a decode step of `rows` rows, padding included.
+StepShape DecodeShape(int32_t rows);
+
+// The shape of the step that runs the rows: a decode step, where all have one
+// token and there is a bucket for them.
+StepShape ShapeOf(const std::vector<StepRow>& rows,
+                  const DecodeBuckets& buckets);
+
+// Where the logits of a row are, as rows of the matrix of all; of those that
+// are sampled also where their token is.
+struct LogitPlace {
+  int32_t last = -1;    // of its last token; -1: not computed
+  int32_t others = -1;  // from where on those before it are, with kAll
+};
+// The logits that a row asks for or is sampled from.
+int32_t NumLogitRows(const StepRow& row);
+
+// Fills the host side of `buffers`, which has the rows' shape, and `places`,
+// one for each row, for an append that is committed.
+void FillStep(const std::vector<StepRow>& rows, const KvCache& cache,
+              StepBuffers* buffers, std::vector<LogitPlace>* places);
+
+}  // namespace tenon
+
+#endif  // TENON_ENGINE_STEP_ROWS_H_
