@@ -98,11 +98,14 @@ TENON_HOST_DEVICE inline float Exp2(float y) {
   y = y > kExp2Lowest ? y : kExp2Lowest;
   const float rounded = Add(y, kExp2Round);
   const float part = Sub(y, Sub(rounded, kExp2Round));
-  float p = kExp2Coefficients[4];
-  p = Fma(p, part, kExp2Coefficients[3]);
-  p = Fma(p, part, kExp2Coefficients[2]);
-  p = Fma(p, part, kExp2Coefficients[1]);
-  p = Fma(p, part, kExp2Coefficients[0]);
+  // Device code takes values of a host array only as constants.
+  constexpr float kC0 = kExp2Coefficients[0], kC1 = kExp2Coefficients[1],
+                  kC2 = kExp2Coefficients[2], kC3 = kExp2Coefficients[3],
+                  kC4 = kExp2Coefficients[4];
+  float p = Fma(kC4, part, kC3);
+  p = Fma(p, part, kC2);
+  p = Fma(p, part, kC1);
+  p = Fma(p, part, kC0);
   p = Fma(p, part, 1.0f);
   const uint32_t exponent = __builtin_bit_cast(uint32_t, rounded) << 23;
   return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, p) + exponent);
