@@ -85,6 +85,8 @@ Status PrepareAttention(const StepContext& c, int32_t layer,
   p.cache.k_cache = c.cache.k(layer);
   p.cache.v_cache = c.cache.v(layer);
   p.cache.slot_mapping = c.inputs.slot_mapping;
+  p.cache.k_scale = c.cache.options().k_scale;
+  p.cache.v_scale = c.cache.options().v_scale;
   return QkNorm(p, c.stream);
 }
 
@@ -106,6 +108,8 @@ Status RunAttention(const StepContext& c, int32_t layer,
   p.query_start = c.inputs.query_start;
   p.kv_len = c.inputs.kv_len;
   p.scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+  p.k_scale = c.cache.options().k_scale;
+  p.v_scale = c.cache.options().v_scale;
   p.max_kv_len = c.inputs.max_kv_len;
   p.max_query_len = c.inputs.max_query_len;
   p.batch_invariant = c.batch_invariant;
