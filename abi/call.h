@@ -46,6 +46,9 @@ int32_t Call(const char* function, tenon_error* error, Body&& body) noexcept {
 template <class Struct>
 inline constexpr size_t kFirstSize = sizeof(Struct);
 template <>
+inline constexpr size_t kFirstSize<tenon_context_info> =
+    offsetof(tenon_context_info, num_moe_kernels);
+template <>
 inline constexpr size_t kFirstSize<tenon_session_options> =
     offsetof(tenon_session_options, kv_cache_bytes);
 template <>

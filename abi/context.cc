@@ -74,7 +74,30 @@ Status QueryContext(tenon_context handle, tenon_context_info* to) {
   if (context->threads) info.num_threads = context->threads->num_threads();
   if (context->cublas_lt)
     info.cublas_lt_version = context->cublas_lt->version();
+  if (const MoeKernels* kernels = context->moe_kernels) {
+    const MoeKernelTable& table = kernels->table;
+    info.num_moe_kernels =
+        table.float32.count + table.float16.count + table.float8.count;
+  }
   return WriteStruct("info", info, to);
+}
+
+Status SetMoeKernels(tenon_context handle, const char* json) {
+  Pin<Context> context;
+  TENON_RETURN_IF_ERROR(PinHandle("context", handle, &context));
+  TENON_RETURN_IF_ERROR(CheckPresent("json", json));
+  StatusOr<MoeKernelFile> file = ParseMoeKernelFile(json, "json");
+  TENON_RETURN_IF_ERROR(file.status());
+  auto kernels = std::make_unique<MoeKernels>();
+  kernels->file = *std::move(file);
+  kernels->table = kernels->file.table();
+  const MoeKernels* none = nullptr;
+  if (!context->moe_kernels.compare_exchange_strong(none, kernels.get())) {
+    return FailedPreconditionError("context is ", handle,
+                                   ", which has sizes of kernels already");
+  }
+  kernels.release();  // it is the context's
+  return Status();
 }
 
 }  // namespace
@@ -91,6 +114,13 @@ int32_t tenon_context_query(tenon_context context, tenon_context_info* info,
                             tenon_error* error) {
   return tenon::abi::Call(
       __func__, error, [&] { return tenon::abi::QueryContext(context, info); });
+}
+
+int32_t tenon_context_set_moe_kernels(tenon_context context, const char* json,
+                                      tenon_error* error) {
+  return tenon::abi::Call(__func__, error, [&] {
+    return tenon::abi::SetMoeKernels(context, json);
+  });
 }
 
 int32_t tenon_context_destroy(tenon_context context, tenon_error* error) {

@@ -1,9 +1,11 @@
 #ifndef TENON_ABI_CONTEXT_H_
 #define TENON_ABI_CONTEXT_H_
 
+#include <atomic>
 #include <memory>
 
 #include "abi/tenon.h"
+#include "engine/moe_kernel_file.h"
 #include "ops/core/cpu_thread_pool.h"
 #include "ops/core/status.h"
 #include "ops/core/tensor_view.h"
@@ -11,11 +13,21 @@
 
 namespace tenon::abi {
 
+// Measured sizes of the expert kernels.
+struct MoeKernels {
+  MoeKernelFile file;
+  MoeKernelTable table;  // of file
+};
+
 // What ops of a device share; behind a tenon_context.
 struct Context {
+  ~Context() { delete moe_kernels.load(); }
+
   Device device;
   std::unique_ptr<CpuThreadPool> threads;  // on the CPU alone
   std::unique_ptr<CublasLt> cublas_lt;     // on CUDA, where it is used
+  // Null, then set once: calls of other threads may be reading it.
+  std::atomic<const MoeKernels*> moe_kernels{nullptr};
 };
 
 // The most CPU threads that a caller may ask for.

@@ -154,6 +154,7 @@ Status ReadMoe(const tenon_moe_args& args, OpCall* call, MoeCallParams* p) {
   p->batch_invariant = (args.flags & TENON_FLAG_BATCH_INVARIANT) != 0;
   p->workspace = args.workspace;
   p->workspace_size = args.workspace_size;
+  p->kernels = call->moe_kernels();
   TENON_RETURN_IF_ERROR(
       CheckScalesGiven("gate_scales", args.gate_scales, experts[0]));
   TENON_RETURN_IF_ERROR(

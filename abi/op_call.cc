@@ -54,6 +54,13 @@ CublasLt* OpCall::cublas_lt() const {
   return context_.get() == nullptr ? nullptr : context_->cublas_lt.get();
 }
 
+const MoeKernelTable* OpCall::moe_kernels() const {
+  if (context_.get() == nullptr) return nullptr;
+  const MoeKernels* kernels =
+      context_->moe_kernels.load(std::memory_order_acquire);
+  return kernels == nullptr ? nullptr : &kernels->table;
+}
+
 Status CheckScalesGiven(const char* name, const DLTensor* scales,
                         const TensorView& weights) {
   if (scales != nullptr || weights.dtype != DType::kFloat8E4M3) return Status();

@@ -47,6 +47,7 @@ class OpCall {
 
   // Null where the context has none.
   CublasLt* cublas_lt() const;
+  const MoeKernelTable* moe_kernels() const;
 
  private:
   TensorData data_;

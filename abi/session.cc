@@ -31,6 +31,12 @@ Status ReadOptions(const tenon_session_options* from, const ModelConfig& config,
   options->kv_cache_bytes = o.kv_cache_bytes;
   options->max_logit_rows = o.max_logit_rows;
   options->num_threads = o.num_threads;
+  if (o.moe_kernels_json == nullptr) return Status();
+  StatusOr<MoeKernelFile> file =
+      ParseMoeKernelFile(o.moe_kernels_json, "options.moe_kernels_json");
+  TENON_RETURN_IF_ERROR(file.status());
+  options->moe_kernels =
+      std::make_shared<const MoeKernelFile>(*std::move(file));
   return Status();
 }
 

@@ -83,7 +83,7 @@ extern "C" {
 
 /* This header's version; tenon_abi_version() has the library's. */
 #define TENON_ABI_MAJOR 1
-#define TENON_ABI_MINOR 2
+#define TENON_ABI_MINOR 3
 
 /* Status codes; equal to absl::StatusCode and to gRPC's. */
 #define TENON_OK 0
@@ -185,12 +185,15 @@ typedef struct tenon_context_info {
   int32_t device_index;
   int32_t num_threads;
   uint64_t cublas_lt_version; /* such as 130100; 0: cuBLASLt is not used */
+  /* Since ABI 1.3. */
+  int32_t num_moe_kernels; /* rows that tenon_context_set_moe_kernels gave */
+  int32_t reserved;
 } tenon_context_info;
 
-/* What ops of a device share: the CPU's threads, cuBLASLt. Ops take 0 as well:
- * then CPU ops run on the calling thread alone and CUDA ops use the library's
- * own kernels. CPU ops of several threads on one context take turns on its
- * threads. */
+/* What ops of a device share: the CPU's threads, cuBLASLt, measured sizes of
+ * kernels. Ops take 0 as well: then CPU ops run on the calling thread alone and
+ * CUDA ops use the library's own kernels. CPU ops of several threads on one
+ * context take turns on its threads. */
 TENON_THREAD(any)
 TENON_API int32_t tenon_context_create(const tenon_context_options* options,
                                        tenon_context* context,
@@ -199,6 +202,16 @@ TENON_THREAD(any)
 TENON_API int32_t tenon_context_query(tenon_context context,
                                       tenon_context_info* info,
                                       tenon_error* error);
+/* Since ABI 1.3: sizes of tenon_moe's expert kernels on this GPU, in place of
+ * those built in: the text of a file that tools/tune wrote. No bit of a result
+ * depends on them. The CPU has none, but checks the text. Once for a context,
+ * also while others use it.
+ *   TENON_INVALID_ARGUMENT     a text that is no such file
+ *   TENON_FAILED_PRECONDITION  the context has some already */
+TENON_THREAD(any)
+TENON_API int32_t tenon_context_set_moe_kernels(tenon_context context,
+                                                const char* json,
+                                                tenon_error* error);
 TENON_THREAD(any)
 TENON_API int32_t tenon_context_destroy(tenon_context context,
                                         tenon_error* error);
@@ -823,6 +836,8 @@ typedef struct tenon_session_options {
   /* Since ABI 1.1. */
   int64_t kv_cache_bytes; /* instead of num_pages: as many pages as fit; 0: by
                              num_pages */
+  /* Since ABI 1.3. */
+  const char* moe_kernels_json; /* optional; see tenon_context_set_moe_kernels */
 } tenon_session_options;
 
 typedef struct tenon_session_info {

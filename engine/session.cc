@@ -6,7 +6,6 @@
 
 #include "engine/activations.h"
 #include "engine/decode_step.h"
-#include "engine/moe_kernel_file.h"
 #include "engine/step_buffers.h"
 #include "engine/step_graphs.h"
 #include "engine/step_rows.h"
@@ -71,8 +70,7 @@ struct Session::Impl {
   StepLimits limits;
   OwnedStream stream;
   std::unique_ptr<CublasLt> cublas_lt;
-  MoeKernelFile moe_kernel_file;
-  MoeKernelTable moe_kernels;  // of that file; empty without one
+  MoeKernelTable moe_kernels;  // of the options; empty without one
   KvCache cache;
   Activations activations;
   StepBuffers buffers;
@@ -215,11 +213,10 @@ StatusOr<std::unique_ptr<Session>> Session::Create(
   const Model& m = *impl->model;
   SessionOptions& o = impl->options;
   TENON_RETURN_IF_ERROR(ResolveOptions(m.config, &o));
-  if (!o.moe_kernels_path.empty()) {
-    StatusOr<MoeKernelFile> file = ReadMoeKernelFile(o.moe_kernels_path);
-    TENON_RETURN_IF_ERROR(file.status());
-    impl->moe_kernel_file = *std::move(file);
-    impl->moe_kernels = impl->moe_kernel_file.table();
+  if (o.moe_kernels != nullptr) {
+    impl->moe_kernels = o.moe_kernels->table();
+    TENON_RETURN_IF_ERROR(
+        CheckMoeKernelTable("Session: moe_kernels", impl->moe_kernels));
   }
   StatusOr<LocalShape> local = MakeLocalShape(m.config, m.shard);
   TENON_RETURN_IF_ERROR(local.status());

@@ -3,11 +3,11 @@
 
 #include <cstdint>
 #include <memory>
-#include <string>
 #include <vector>
 
 #include "engine/kv_cache.h"
 #include "engine/model.h"
+#include "engine/moe_kernel_file.h"
 #include "ops/core/status.h"
 #include "ops/sampler/sampler.h"
 
@@ -34,9 +34,10 @@ struct SessionOptions {
   // is created. No token depends on it.
   bool cuda_graphs = true;
   int32_t num_threads = 0;  // CPU; 0: one per usable CPU
-  // Sizes of the expert kernels on this GPU, a file of tools/tune; empty: those
-  // built in. No token depends on them. The CPU has none, but checks the file.
-  std::string moe_kernels_path;
+  // Sizes of the expert kernels on this GPU, which tools/tune measured
+  // (ReadMoeKernelFile); null: those built in. No token depends on them. The
+  // CPU has none, but checks the table.
+  std::shared_ptr<const MoeKernelFile> moe_kernels;
 };
 
 enum class LogitsMode { kNone, kLast, kAll };
@@ -77,7 +78,7 @@ struct StepStats {
 class Session {
  public:
   // ResourceExhausted, with the needed size, where the memory is not there;
-  // NotFound or InvalidArgument for a moe_kernels_path that cannot be used.
+  // InvalidArgument for options that cannot be used.
   static StatusOr<std::unique_ptr<Session>> Create(
       std::shared_ptr<const Model> model, const SessionOptions& options);
   ~Session();

@@ -6,6 +6,10 @@
 #include <cstdlib>
 #include <functional>
 #include <map>
+#include <memory>
+#include <utility>
+
+#include "engine/moe_kernel_file.h"
 
 namespace tenon::service {
 namespace {
@@ -76,6 +80,18 @@ Setter DeviceName(Device* target) {
   };
 }
 
+Setter MoeKernels(std::shared_ptr<const MoeKernelFile>* target) {
+  return [=](const std::string& flag, const std::string& value) {
+    StatusOr<MoeKernelFile> file = ReadMoeKernelFile(value);
+    if (!file.ok()) {
+      return Status(file.status().code(),
+                    flag + ": " + file.status().message());
+    }
+    *target = std::make_shared<const MoeKernelFile>(*std::move(file));
+    return Status();
+  };
+}
+
 Setter Append(std::vector<std::string>* target) {
   return [=](const std::string&, const std::string& value) {
     target->push_back(value);
@@ -105,6 +121,7 @@ std::map<std::string, Setter> Setters(Flags* f) {
       {"--kv-cache-mib",
        Integer(1, int64_t{1} << 30, &f->engine.kv_cache_bytes)},
       {"--threads", Integer(0, 4096, &f->engine.num_threads)},
+      {"--moe-kernels", MoeKernels(&f->engine.moe_kernels)},
       {"--batch-invariant", Bool(&f->engine.batch_invariant)},
       {"--inline", Bool(&f->run_inline)},
       {"--rows", Integer(1, kMaxRowsPerStep, &l->rows_per_step)},
@@ -145,6 +162,7 @@ const char kUsage[] =
   --kv-cache-mib N        (256)
   --page-size N           tokens of a KV cache page (16)
   --threads N             CPU; 0: all (0)
+  --moe-kernels FILE      sizes of the expert kernels on this GPU, of tools/tune
   --batch-invariant true|false   a token does not depend on the batch (false)
   --inline true|false     a call may run its step on its own thread (true)
  limits

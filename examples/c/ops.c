@@ -236,6 +236,16 @@ static int32_t run_moe(struct call* call) {
   args.gate_scales = case_tensor(test, "gate_scales");
   args.up_scales = case_tensor(test, "up_scales");
   args.down_scales = case_tensor(test, "down_scales");
+  tenon_moe_router_args router = {0};
+  router.struct_size = sizeof(router);
+  router.logits = case_tensor(test, "router.logits");
+  if (router.logits != NULL) {
+    router.top_k = (int32_t)case_integer(test, "router.top_k");
+    router.renormalize = (int32_t)case_integer(test, "router.renormalize");
+    router.topk_weights = args.topk_weights;
+    router.topk_ids = args.topk_ids;
+    args.router = &router;
+  }
   int32_t code = call->library->moe_workspace_size(
       call->context, &args, &args.workspace_size, call->error);
   if (code == TENON_OK) {

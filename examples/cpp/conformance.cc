@@ -164,14 +164,32 @@ void Fill(Case* c, tenon_sampler_args* args) {
 }
 
 template <class Args>
+void Run(const tenon::Context& context, Args* args) {
+  tenon::Workspace workspace;
+  if constexpr (tenon::kTakesWorkspace<Args>) {
+    workspace.Provide(context, args);
+  }
+  context.Run(*args);
+}
+
+template <class Args>
 void RunOp(const tenon::Context& context, Case* c) {
   auto args = tenon::Make<Args>();
   Fill(c, &args);
-  tenon::Workspace workspace;
-  if constexpr (tenon::kTakesWorkspace<Args>) {
-    workspace.Provide(context, &args);
-  }
-  context.Run(args);
+  Run(context, &args);
+}
+
+void RunMoe(const tenon::Context& context, Case* c) {
+  auto args = tenon::Make<tenon_moe_args>();
+  Fill(c, &args);
+  auto router = tenon::Make<tenon_moe_router_args>();
+  c->Get("router.top_k", &router.top_k);
+  c->Get("router.renormalize", &router.renormalize);
+  c->Get("router.logits", &router.logits);
+  router.topk_weights = args.topk_weights;
+  router.topk_ids = args.topk_ids;
+  if (router.logits != nullptr) args.router = &router;
+  Run(context, &args);
 }
 
 // Continues the prompt: one step for all of it, then one for each token.
@@ -239,7 +257,7 @@ std::map<std::string, Runner> Runners(const tenon::Context& context,
       {"moe_grouped_matmul", op(RunOp<tenon_moe_grouped_matmul_args>)},
       {"moe_swiglu", op(RunOp<tenon_moe_swiglu_args>)},
       {"moe_sum_reduce", op(RunOp<tenon_moe_sum_reduce_args>)},
-      {"moe", op(RunOp<tenon_moe_args>)},
+      {"moe", op(RunMoe)},
       {"sampler", op(RunOp<tenon_sampler_args>)},
       {"generate", [session](Case* c) { RunGenerate(session, c); }},
   };

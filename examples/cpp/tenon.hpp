@@ -58,6 +58,7 @@ Struct Make() {
   X(device_query)                      \
   X(context_create)                    \
   X(context_query)                     \
+  X(context_set_moe_kernels)           \
   X(context_destroy)                   \
   X(embedding)                         \
   X(rms_norm)                          \
@@ -263,6 +264,12 @@ class Context {
   }
   Context(const Library& library, int32_t device_type, int32_t device_index = 0)
       : Context(library, Options(device_type, device_index)) {}
+
+  // Sizes of the expert kernels: the text of a file of tools/tune. Once.
+  void SetMoeKernels(const std::string& json) {
+    const Library& library = handle_.library();
+    library.Call(library->context_set_moe_kernels, get(), json.c_str());
+  }
 
   // Bytes that args.workspace must have; for ops with a workspace.
   template <class Args>

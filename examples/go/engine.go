@@ -136,6 +136,7 @@ type SessionOptions struct {
 	MaxLogitRows   int
 	NumThreads     int
 	KvCacheBytes   int64
+	MoEKernelsJSON string // see Context.SetMoEKernels; "": those built in
 }
 
 // A Session runs a model. Any number of goroutines may use one; their calls
@@ -161,6 +162,10 @@ func (m *Model) NewSession(options SessionOptions) (*Session, error) {
 		max_logit_rows: C.int32_t(options.MaxLogitRows),
 		num_threads:    C.int32_t(options.NumThreads),
 		kv_cache_bytes: C.int64_t(options.KvCacheBytes),
+	}
+	if options.MoEKernelsJSON != "" {
+		raw.moe_kernels_json = C.CString(options.MoEKernelsJSON)
+		defer C.free(unsafe.Pointer(raw.moe_kernels_json))
 	}
 	if options.BatchInvariant {
 		raw.flags |= C.TENON_SESSION_BATCH_INVARIANT

@@ -301,6 +301,16 @@ func (a *MoERouter) raw() C.tenon_moe_router_args {
 	}
 }
 
+// in is a copy in C memory; nil stays nil.
+func (a *MoERouter) in(memory *arena) *C.tenon_moe_router_args {
+	if a == nil {
+		return nil
+	}
+	raw := arenaSlice[C.tenon_moe_router_args](memory, 1)
+	raw[0] = a.raw()
+	return &raw[0]
+}
+
 // MoERouter calls tenon_moe_router.
 func (c *Context) MoERouter(args *MoERouter) error {
 	raw := args.raw()
@@ -464,9 +474,10 @@ type MoE struct {
 	GateScales  *Tensor
 	UpScales    *Tensor
 	DownScales  *Tensor
+	Router      *MoERouter
 }
 
-func (a *MoE) raw() C.tenon_moe_args {
+func (a *MoE) raw(memory *arena) C.tenon_moe_args {
 	return C.tenon_moe_args{
 		struct_size:  C.sizeof_tenon_moe_args,
 		flags:        C.uint32_t(a.Flags),
@@ -480,12 +491,15 @@ func (a *MoE) raw() C.tenon_moe_args {
 		gate_scales:  a.GateScales.pointer(),
 		up_scales:    a.UpScales.pointer(),
 		down_scales:  a.DownScales.pointer(),
+		router:       a.Router.in(memory),
 	}
 }
 
 // MoEWorkspaceSize is how many bytes of workspace MoE needs.
 func (c *Context) MoEWorkspaceSize(args *MoE) (uint64, error) {
-	raw := args.raw()
+	var memory arena
+	defer memory.free()
+	raw := args.raw(&memory)
 	var bytes C.uint64_t
 	err := check(func(e *C.tenon_error) C.int32_t {
 		return C.tenon_moe_workspace_size(c.handle, &raw, &bytes, e)
@@ -495,7 +509,9 @@ func (c *Context) MoEWorkspaceSize(args *MoE) (uint64, error) {
 
 // MoE calls tenon_moe.
 func (c *Context) MoE(args *MoE, workspace *Workspace) error {
-	raw := args.raw()
+	var memory arena
+	defer memory.free()
+	raw := args.raw(&memory)
 	raw.workspace = workspace.data
 	raw.workspace_size = workspace.size
 	return check(func(e *C.tenon_error) C.int32_t {

@@ -14,6 +14,7 @@
 package tenon
 
 // #cgo LDFLAGS: -ltenon
+// #include <stdlib.h>
 // #include <tenon/tenon.h>
 import "C"
 
@@ -167,6 +168,16 @@ func SingleThreaded() *Context { return new(Context) }
 // workspaces must then live until the stream is done with them.
 func (c *Context) OnStream(stream unsafe.Pointer) *Context {
 	return &Context{c.handle, stream}
+}
+
+// SetMoEKernels gives the sizes of MoE's expert kernels on this GPU: the text of
+// a file of tools/tune. Once for a context.
+func (c *Context) SetMoEKernels(json string) error {
+	text := C.CString(json)
+	defer C.free(unsafe.Pointer(text))
+	return check(func(e *C.tenon_error) C.int32_t {
+		return C.tenon_context_set_moe_kernels(c.handle, text, e)
+	})
 }
 
 // Close ends the context. Closing it again does nothing.

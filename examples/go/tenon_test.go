@@ -51,6 +51,20 @@ func TestVersion(t *testing.T) {
 	}
 }
 
+func TestMoEKernelSizes(t *testing.T) {
+	context, err := NewContext(ContextOptions{NumThreads: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer context.Close()
+	expectCode(t, context.SetMoEKernels("{}"), InvalidArgument)
+	none := `{"format": "tenon-moe-kernels-1", "device": "any", "source": "a test"}`
+	if err := context.SetMoEKernels(none); err != nil {
+		t.Error(err)
+	}
+	expectCode(t, context.SetMoEKernels(none), FailedPrecondition)
+}
+
 func TestOpInPlaceWithStrides(t *testing.T) {
 	context, err := NewContext(ContextOptions{NumThreads: 2})
 	if err != nil {

@@ -59,6 +59,7 @@ public final class BindingTest {
 
   private static void testLifetimes() {
     Context context = Context.cpu(1);
+    expect(TenonException.class, "format is missing", () -> context.setMoeKernels("{}"));
     context.close();
     context.close();
     Ops.RmsNorm norm = rmsNorm(2);

@@ -24,6 +24,8 @@ import tenon.Tensor;
 
 /** Holds libtenon to its conformance vectors; tests/abi/conformance/README.md has the format. */
 public final class Conformance {
+  private static final String ROUTER = "router.";
+
   /** Memory as it must be after the call. */
   private record Expected(long ulps, byte[] bytes) {}
 
@@ -133,9 +135,7 @@ public final class Conformance {
   // Running.
 
   private static void call(Case test, Context context) throws Mismatch {
-    Op op = Op.named(test.op);
-    test.args.forEach(op::parse);
-    test.tensors.forEach(op::set);
+    Op op = op(test);
     Map<String, Expected> expected = new LinkedHashMap<>();
     test.tensors.forEach((name, tensor) -> expected.put(name, new Expected(0, bytes(tensor))));
     expected.putAll(test.expected);
@@ -154,6 +154,27 @@ public final class Conformance {
     for (String name : expected.keySet()) {
       compare(test, name, test.tensors.get(name), expected.get(name));
     }
+  }
+
+  private static Op op(Case test) {
+    Op op = Op.named(test.op);
+    Op router = Op.named("moe_router"); // of moe
+    test.args.forEach((field, value) -> owner(field, op, router).parse(name(field), value));
+    test.tensors.forEach((field, tensor) -> owner(field, op, router).set(name(field), tensor));
+    if (test.tensors.containsKey(ROUTER + "logits")) {
+      router.set("topk_weights", test.tensors.get("topk_weights"));
+      router.set("topk_ids", test.tensors.get("topk_ids"));
+      op.set("router", router);
+    }
+    return op;
+  }
+
+  private static Op owner(String field, Op op, Op router) {
+    return field.startsWith(ROUTER) ? router : op;
+  }
+
+  private static String name(String field) {
+    return field.startsWith(ROUTER) ? field.substring(ROUTER.length()) : field;
   }
 
   private static void generate(Case test, Model model) throws Mismatch {

@@ -118,12 +118,22 @@ class Case:
         views = {name: tensor.view() for name, tensor in self.tensors.items()}
         outcome = None
         try:
-            tenon.call(self.op, context=context, **self.args, **views)
+            tenon.call(self.op, context=context, **self.fields(views))
         except tenon.TenonError as error:
             outcome = error
         self.check_outcome(outcome)
         for name, tensor in self.tensors.items():
             tensor.check(name)
+
+    def fields(self, views: dict[str, tenon.Tensor]) -> dict[str, object]:
+        """Those of the op; the ones of moe's router in a dict of their own."""
+        fields = {**self.args, **views}
+        router = {f: fields.pop(f) for f in list(fields) if f.startswith("router.")}
+        if router:
+            router = {f.removeprefix("router."): value for f, value in router.items()}
+            router.update({f: views[f] for f in ("topk_weights", "topk_ids")})
+            fields["router"] = router
+        return fields
 
     def check_outcome(self, error: tenon.TenonError | None) -> None:
         if self.reject is None:

@@ -61,7 +61,7 @@ from typing import (
 # The ABI that this module was written for: a library of the same major version
 # and at least this minor version will do.
 ABI_MAJOR = 1
-ABI_MINOR = 2
+ABI_MINOR = 3
 
 OK = 0
 CANCELLED = 1
@@ -230,6 +230,8 @@ class ContextInfo(_Struct):
     device_index: _i32
     num_threads: _i32
     cublas_lt_version: _u64
+    num_moe_kernels: _i32
+    reserved: _i32
 
 
 @_struct
@@ -395,7 +397,8 @@ ModelRandomArgs = _fields(
 SessionOptions = _fields(
     "SessionOptions",
     "u32 struct_size flags; i32 max_sequences max_tokens max_context page_size; i64 "
-    "num_pages; i32 max_logit_rows num_threads; i64 kv_cache_bytes",
+    "num_pages; i32 max_logit_rows num_threads; i64 kv_cache_bytes; text "
+    "moe_kernels_json",
 )
 _StepRow = _fields(
     "_StepRow",
@@ -510,12 +513,18 @@ class _Object:
 
 
 class Context(_Object):
-    """What ops of a device share: the CPU's threads, cuBLASLt."""
+    """What ops of a device share: the CPU's threads, cuBLASLt, measured sizes of
+    the expert kernels (moe_kernels: the text of a file of tools/tune)."""
 
     _destroy = "tenon_context_destroy"
 
     def __init__(
-        self, device: Device = "cpu", *, num_threads: int = 0, cublas_lt: int = CUBLAS_LT_IF_FOUND
+        self,
+        device: Device = "cpu",
+        *,
+        num_threads: int = 0,
+        cublas_lt: int = CUBLAS_LT_IF_FOUND,
+        moe_kernels: str | None = None,
     ):
         kind, index = _device(device)
         options = ContextOptions(
@@ -524,6 +533,9 @@ class Context(_Object):
         handle = c_uint64()
         _check(_library.tenon_context_create, ctypes.byref(options), ctypes.byref(handle))
         self._own(handle.value)
+        if moe_kernels is not None:
+            json = ctypes.c_char_p(moe_kernels.encode())
+            _check(_library.tenon_context_set_moe_kernels, c_uint64(self._handle), json)
 
     @property
     def info(self) -> ContextInfo:
@@ -907,7 +919,8 @@ class _Call:
 
     __slots__ = (
         "args", "_pool", "_function", "_workspace_function", "_slots", "_memory",
-        "_error", "_error_address", "_args_address", "_keep", "_last", "_last_address",
+        "_error", "_error_address", "_args_address", "_keep", "_part", "_last",
+        "_last_address",
     )  # fmt: skip
 
     def __init__(self, op: "_Op"):
@@ -921,6 +934,7 @@ class _Call:
         self._error_address = addressof(self._error)
         self._args_address = addressof(self.args)
         self._keep: list = []
+        self._part: _Call | None = None
         self._last: Any = None
         self._last_address = 0
 
@@ -940,6 +954,13 @@ class _Call:
             slot = _address(field, obj, written, slot, self._keep)
         setattr(self.args, field, slot)
         self._last, self._last_address = obj, slot
+
+    def set_router(self, router: "_Call | None", *outputs: Any) -> None:
+        """Makes another call, which is not run by itself, part of moe."""
+        self.args.router = None if router is None else router._args_address
+        if router is not None:
+            self._part = router
+            self._keep += outputs
 
     def workspace_size(self, context: Context | None) -> int:
         """Bytes that the call would need."""
@@ -977,9 +998,15 @@ class _Call:
         elif type(stream) is not int:
             stream = _stream_handle(stream)
         self._run(self._function, context, stream)
+        self._recycle()
+
+    def _recycle(self) -> None:
         self._last = None
         if self._keep:
             self._keep.clear()
+        if self._part is not None:
+            self._part._recycle()
+            self._part = None
         self._pool.append(self)
 
     def _run(self, function: Any, context: Context | None, argument: int) -> None:
@@ -994,7 +1021,8 @@ class _Op:
 
     def __init__(self, name: str, args_type: type):
         self.args_type = args_type
-        self.tensors = [n for n, t in args_type._fields_ if t is c_void_p and n != "workspace"]
+        others = ("workspace", "router")
+        self.tensors = [n for n, t in args_type._fields_ if t is c_void_p and n not in others]
         self.function = self._bind(f"tenon_{name}")
         has_workspace = hasattr(args_type, "workspace")
         self.workspace_function = (
@@ -1036,6 +1064,23 @@ _ops = {
 }
 
 
+def _generic_call(op: str, fields: dict[str, Any]) -> tuple[_Call, Any]:
+    """A call with these fields, and its first tensor."""
+    call = _Call(_ops[op])
+    first = None
+    for name, value in fields.items():
+        if name in call._slots:
+            call.set(name, value)
+            first = value if first is None else first
+        elif name == "router" and op == "moe":
+            call.set_router(_generic_call("moe_router", value)[0])
+        elif hasattr(call.args, name):
+            setattr(call.args, name, value)
+        else:
+            raise TypeError(f"tenon_{op}_args has no field {name}")
+    return call, first
+
+
 def call(
     op: str,
     *,
@@ -1045,17 +1090,9 @@ def call(
     **fields: Any,
 ) -> None:
     """Calls tenon_<op> with exactly these fields of its args, by their C names;
-    the others are zero. For code that is generic in the op."""
-    call = _Call(_ops[op])
-    first = None
-    for name, value in fields.items():
-        if name in call._slots:
-            call.set(name, value)
-            first = value if first is None else first
-        elif hasattr(call.args, name):
-            setattr(call.args, name, value)
-        else:
-            raise TypeError(f"tenon_{op}_args has no field {name}")
+    the others are zero. The router of moe is a dict of its own fields. For code
+    that is generic in the op."""
+    call, first = _generic_call(op, fields)
     if call._workspace_function is not None:
         call.set_workspace(context, workspace, first, stream)
     call.run(context, stream)
@@ -1396,6 +1433,45 @@ def attention_workspace_size(
     return call.workspace_size(context)
 
 
+@dataclasses.dataclass(slots=True)
+class MoeRouter:
+    """What moe_router does, as a part of moe."""
+
+    logits: TensorLike
+    top_k: int
+    correction_bias: TensorLike | None = None
+    scoring: int = SCORING_SOFTMAX
+    renormalize: bool = True
+    routed_scaling_factor: float = 1.0
+    num_expert_groups: int = 1
+    num_selected_groups: int = 1
+    group_score: int = GROUP_SCORE_MAX
+    num_fused_shared_experts: int = 0
+
+    def _call(self, weights: Any, ids: Any, stream: Stream) -> tuple[_Call, Any, Any]:
+        logits = self.logits
+        shape = (logits.shape[0], self.top_k + self.num_fused_shared_experts)
+        if weights is None:
+            weights = _empty(logits, shape, "float32", stream)
+        if ids is None:
+            ids = _empty(logits, shape, "int32", stream)
+        call = _ops["moe_router"].call()
+        args = call.args
+        args.top_k = self.top_k
+        args.scoring = self.scoring
+        args.renormalize = self.renormalize
+        args.routed_scaling_factor = self.routed_scaling_factor
+        args.num_expert_groups = self.num_expert_groups
+        args.num_selected_groups = self.num_selected_groups
+        args.group_score = self.group_score
+        args.num_fused_shared_experts = self.num_fused_shared_experts
+        call.set("correction_bias", self.correction_bias)
+        call.set("topk_weights", weights, True)
+        call.set("topk_ids", ids, True)
+        call.set("logits", logits)
+        return call, weights, ids
+
+
 def moe_router(
     logits: T,
     top_k: int,
@@ -1419,25 +1495,19 @@ def moe_router(
     the choice alone; results [tokens, top_k + num_fused_shared_experts], float32
     and int32.
     """
-    shape = (logits.shape[0], top_k + num_fused_shared_experts)
-    if topk_weights is None:
-        topk_weights = _empty(logits, shape, "float32", stream)
-    if topk_ids is None:
-        topk_ids = _empty(logits, shape, "int32", stream)
-    call = _ops["moe_router"].call()
-    args = call.args
-    args.top_k = top_k
-    args.scoring = scoring
-    args.renormalize = renormalize
-    args.routed_scaling_factor = routed_scaling_factor
-    args.num_expert_groups = num_expert_groups
-    args.num_selected_groups = num_selected_groups
-    args.group_score = group_score
-    args.num_fused_shared_experts = num_fused_shared_experts
-    call.set("correction_bias", correction_bias)
-    call.set("topk_weights", topk_weights, True)
-    call.set("topk_ids", topk_ids, True)
-    call.set("logits", logits)
+    router = MoeRouter(
+        logits,
+        top_k,
+        correction_bias,
+        scoring,
+        renormalize,
+        routed_scaling_factor,
+        num_expert_groups,
+        num_selected_groups,
+        group_score,
+        num_fused_shared_experts,
+    )
+    call, topk_weights, topk_ids = router._call(topk_weights, topk_ids, stream)
     call.run(context, stream)
     return topk_weights, topk_ids
 
@@ -1625,12 +1695,16 @@ def moe_sum_reduce(
 
 
 def _moe(
-    x, topk_weights, topk_ids, gate, up, down, scales, out, batch_invariant, stream
+    x, topk_weights, topk_ids, gate, up, down, router, scales, out, batch_invariant, stream
 ) -> tuple[_Call, Any]:
     if out is None:
         out = _empty(x, x.shape, None, stream)
+    part = None
+    if router is not None:
+        part, topk_weights, topk_ids = router._call(topk_weights, topk_ids, stream)
     call = _ops["moe"].call()
     call.args.flags = FLAG_BATCH_INVARIANT if batch_invariant else 0
+    call.set_router(part, topk_weights, topk_ids)
     call.set("topk_weights", topk_weights)
     call.set("topk_ids", topk_ids)
     call.set("gate", gate)
@@ -1645,12 +1719,13 @@ def _moe(
 
 def moe(
     x: T,
-    topk_weights: TensorLike,
-    topk_ids: TensorLike,
+    topk_weights: TensorLike | None,
+    topk_ids: TensorLike | None,
     gate: TensorLike,
     up: TensorLike,
     down: TensorLike,
     *,
+    router: MoeRouter | None = None,
     scales: tuple[TensorLike, TensorLike, TensorLike] | None = None,
     out: T | None = None,
     batch_invariant: bool = False,
@@ -1667,9 +1742,12 @@ def moe(
     hidden] are w13[:, :intermediate] and w13[:, intermediate:]. out may be x.
     float8_e4m3fn experts have scales, float32, of gate, up and down: [num_experts,
     ceil(rows / 128), ceil(cols / 128)] or [num_experts, rows].
+
+    With router, moe_router is part of the call: topk_weights and topk_ids are its
+    results, or None.
     """
     call, out = _moe(
-        x, topk_weights, topk_ids, gate, up, down, scales, out, batch_invariant, stream
+        x, topk_weights, topk_ids, gate, up, down, router, scales, out, batch_invariant, stream
     )
     call.set_workspace(context, workspace, x, stream)
     call.run(context, stream)
@@ -1678,18 +1756,21 @@ def moe(
 
 def moe_workspace_size(
     x: TensorLike,
-    topk_weights: TensorLike,
-    topk_ids: TensorLike,
+    topk_weights: TensorLike | None,
+    topk_ids: TensorLike | None,
     gate: TensorLike,
     up: TensorLike,
     down: TensorLike,
     *,
+    router: MoeRouter | None = None,
     scales: tuple[TensorLike, TensorLike, TensorLike] | None = None,
     batch_invariant: bool = False,
     context: Context | None = None,
 ) -> int:
     """Bytes of `workspace` for a moe of these shapes."""
-    call, _ = _moe(x, topk_weights, topk_ids, gate, up, down, scales, x, batch_invariant, None)
+    call, _ = _moe(
+        x, topk_weights, topk_ids, gate, up, down, router, scales, x, batch_invariant, None
+    )
     return call.workspace_size(context)
 
 
@@ -1930,8 +2011,10 @@ class Session(_Object):
         kv_cache_bytes: int = 0,
         batch_invariant: bool = False,
         count_experts: bool = False,
+        moe_kernels: str | None = None,
     ):
-        """0 is the default of tenon_session_options. All memory is allocated here."""
+        """0 is the default of tenon_session_options; moe_kernels as in Context. All
+        memory is allocated here."""
         options = SessionOptions(
             flags=SESSION_BATCH_INVARIANT * batch_invariant + SESSION_COUNT_EXPERTS * count_experts,
             max_sequences=max_sequences,
@@ -1942,6 +2025,7 @@ class Session(_Object):
             max_logit_rows=max_logit_rows,
             num_threads=num_threads,
             kv_cache_bytes=kv_cache_bytes,
+            moe_kernels_json=None if moe_kernels is None else moe_kernels.encode(),
         )
         handle = c_uint64()
         _check(

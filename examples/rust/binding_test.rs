@@ -32,6 +32,25 @@ fn a_file_that_is_no_library_is_refused() {
 }
 
 #[test]
+fn a_context_takes_sizes_of_kernels_once() {
+    let context = Context::new(
+        library(),
+        &ContextOptions {
+            device_type: sys::TENON_DEVICE_CPU,
+            num_threads: 1,
+            ..Default::default()
+        },
+    )
+    .unwrap();
+    let invalid = context.set_moe_kernels("{}");
+    assert_eq!(code(invalid), sys::TENON_INVALID_ARGUMENT);
+    let none = r#"{"format": "tenon-moe-kernels-1", "device": "any", "source": "a test"}"#;
+    context.set_moe_kernels(none).unwrap();
+    let again = context.set_moe_kernels(none);
+    assert_eq!(code(again), sys::TENON_FAILED_PRECONDITION);
+}
+
+#[test]
 fn an_op_runs_on_slices_in_place_and_with_strides() {
     let context = Context::single_threaded(library());
     let mut rows = [3f32, 4.0, -1.0, 3.0, 4.0, -1.0];

@@ -269,11 +269,15 @@ fn moe_sum_reduce(context: &Context, fields: &Fields) -> Outcome {
 }
 
 fn moe(context: &Context, fields: &Fields) -> Outcome {
-    let args = Moe {
+    let mut router = MoeRouter {
+        top_k: fields.number("router.top_k")?,
+        renormalize: fields.number("router.renormalize")?,
+        logits: fields.read("router.logits"),
+        ..Default::default()
+    };
+    let mut args = Moe {
         flags: fields.number("flags")?,
         x: fields.read("x"),
-        topk_weights: fields.read("topk_weights"),
-        topk_ids: fields.read("topk_ids"),
         gate: fields.read("gate"),
         up: fields.read("up"),
         down: fields.read("down"),
@@ -281,7 +285,16 @@ fn moe(context: &Context, fields: &Fields) -> Outcome {
         gate_scales: fields.read("gate_scales"),
         up_scales: fields.read("up_scales"),
         down_scales: fields.read("down_scales"),
+        ..Default::default()
     };
+    if router.logits.is_some() {
+        router.topk_weights = fields.write("topk_weights");
+        router.topk_ids = fields.write("topk_ids");
+        args.router = Some(&router);
+    } else {
+        args.topk_weights = fields.read("topk_weights");
+        args.topk_ids = fields.read("topk_ids");
+    }
     Ok(context
         .moe_workspace_size(&args)
         .and_then(|size| context.moe(&args, &mut Workspace::new(size))))

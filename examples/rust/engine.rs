@@ -1,7 +1,7 @@
 //! Models, and sessions that run them.
 
 use crate::{c_string, sys, Error, Library, Result, SamplingParams, SessionOptions};
-use std::ffi::c_void;
+use std::ffi::{c_void, CStr};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::ptr::{null, null_mut};
 
@@ -95,11 +95,28 @@ pub struct Session {
 impl Session {
     /// The session keeps what it needs of the model.
     pub fn new(model: &Model, options: &SessionOptions) -> Result<Session> {
+        Session::create(model, options, None)
+    }
+
+    /// With sizes of the expert kernels: the text of a file of tools/tune.
+    pub fn with_moe_kernels(
+        model: &Model,
+        options: &SessionOptions,
+        json: &str,
+    ) -> Result<Session> {
+        Session::create(model, options, Some(&c_string(json)?))
+    }
+
+    fn create(model: &Model, options: &SessionOptions, json: Option<&CStr>) -> Result<Session> {
         let library = model.library;
         let vocab_size = model.info()?.vocab_size as usize;
+        let options = SessionOptions {
+            moe_kernels_json: json.map_or(null(), CStr::as_ptr),
+            ..*options
+        };
         let mut handle = 0;
         library.call(|error| unsafe {
-            (library.api.tenon_session_create)(model.handle, options, &mut handle, error)
+            (library.api.tenon_session_create)(model.handle, &options, &mut handle, error)
         })?;
         Ok(Session {
             library,

@@ -156,6 +156,15 @@ impl Context {
         }
     }
 
+    /// Sizes of the expert kernels on a GPU: the text of a file of tools/tune.
+    /// Once for a context.
+    pub fn set_moe_kernels(&self, json: &str) -> Result<()> {
+        let json = c_string(json)?;
+        self.library.call(|error| unsafe {
+            (self.library.api.tenon_context_set_moe_kernels)(self.handle, json.as_ptr(), error)
+        })
+    }
+
     /// Makes ops run on this `cudaStream_t`.
     ///
     /// # Safety

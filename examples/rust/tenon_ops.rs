@@ -438,7 +438,9 @@ impl Context {
 pub struct Moe<'a> {
     pub flags: u32,
     pub x: Option<&'a Tensor<'a>>,
+    /// That of `router`, if none is given.
     pub topk_weights: Option<&'a Tensor<'a>>,
+    /// That of `router`, if none is given.
     pub topk_ids: Option<&'a Tensor<'a>>,
     pub gate: Option<&'a Tensor<'a>>,
     pub up: Option<&'a Tensor<'a>>,
@@ -447,15 +449,22 @@ pub struct Moe<'a> {
     pub gate_scales: Option<&'a Tensor<'a>>,
     pub up_scales: Option<&'a Tensor<'a>>,
     pub down_scales: Option<&'a Tensor<'a>>,
+    pub router: Option<&'a MoeRouter<'a>>,
 }
 
 impl Moe<'_> {
-    fn raw(&self) -> sys::tenon_moe_args {
+    fn raw(&self, router: Option<&sys::tenon_moe_router_args>) -> sys::tenon_moe_args {
         sys::tenon_moe_args {
             flags: self.flags,
             x: Tensor::pointer(self.x),
-            topk_weights: Tensor::pointer(self.topk_weights),
-            topk_ids: Tensor::pointer(self.topk_ids),
+            topk_weights: match router {
+                Some(part) if self.topk_weights.is_none() => part.topk_weights,
+                _ => Tensor::pointer(self.topk_weights),
+            },
+            topk_ids: match router {
+                Some(part) if self.topk_ids.is_none() => part.topk_ids,
+                _ => Tensor::pointer(self.topk_ids),
+            },
             gate: Tensor::pointer(self.gate),
             up: Tensor::pointer(self.up),
             down: Tensor::pointer(self.down),
@@ -463,6 +472,7 @@ impl Moe<'_> {
             gate_scales: Tensor::pointer(self.gate_scales),
             up_scales: Tensor::pointer(self.up_scales),
             down_scales: Tensor::pointer(self.down_scales),
+            router: router.map_or(std::ptr::null(), |part| part),
             ..Default::default()
         }
     }
@@ -471,11 +481,16 @@ impl Moe<'_> {
 impl Context {
     /// The bytes of workspace that [`Context::moe`] needs.
     pub fn moe_workspace_size(&self, args: &Moe) -> Result<u64> {
-        self.workspace_size(self.library.api.tenon_moe_workspace_size, &args.raw())
+        let router = args.router.map(MoeRouter::raw);
+        self.workspace_size(
+            self.library.api.tenon_moe_workspace_size,
+            &args.raw(router.as_ref()),
+        )
     }
 
     pub fn moe(&self, args: &Moe, workspace: &mut Workspace) -> Result<()> {
-        let mut raw = args.raw();
+        let router = args.router.map(MoeRouter::raw);
+        let mut raw = args.raw(router.as_ref());
         raw.workspace = workspace.data();
         raw.workspace_size = workspace.size();
         self.launch(self.library.api.tenon_moe, &raw)

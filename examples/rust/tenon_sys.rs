@@ -16,7 +16,7 @@ pub const TENON_DL_FLOAT: u8 = 2;
 pub const TENON_DL_BFLOAT: u8 = 4;
 pub const TENON_DL_FLOAT8_E4M3FN: u8 = 10;
 pub const TENON_ABI_MAJOR: u32 = 1;
-pub const TENON_ABI_MINOR: u32 = 2;
+pub const TENON_ABI_MINOR: u32 = 3;
 pub const TENON_OK: i32 = 0;
 pub const TENON_CANCELLED: i32 = 1;
 pub const TENON_UNKNOWN: i32 = 2;
@@ -204,6 +204,8 @@ pub struct tenon_context_info {
     pub device_index: i32,
     pub num_threads: i32,
     pub cublas_lt_version: u64,
+    pub num_moe_kernels: i32,
+    pub reserved: i32,
 }
 
 impl Default for tenon_context_info {
@@ -706,6 +708,7 @@ pub struct tenon_session_options {
     pub max_logit_rows: i32,
     pub num_threads: i32,
     pub kv_cache_bytes: i64,
+    pub moe_kernels_json: *const c_char,
 }
 
 impl Default for tenon_session_options {
@@ -821,6 +824,11 @@ pub struct Api {
     pub tenon_context_query: unsafe extern "C" fn(
         context: tenon_context,
         info: *mut tenon_context_info,
+        error: *mut tenon_error,
+    ) -> i32,
+    pub tenon_context_set_moe_kernels: unsafe extern "C" fn(
+        context: tenon_context,
+        json: *const c_char,
         error: *mut tenon_error,
     ) -> i32,
     pub tenon_context_destroy:
@@ -1068,6 +1076,7 @@ impl Api {
             tenon_device_query: function(library, "tenon_device_query\0")?,
             tenon_context_create: function(library, "tenon_context_create\0")?,
             tenon_context_query: function(library, "tenon_context_query\0")?,
+            tenon_context_set_moe_kernels: function(library, "tenon_context_set_moe_kernels\0")?,
             tenon_context_destroy: function(library, "tenon_context_destroy\0")?,
             tenon_embedding: function(library, "tenon_embedding\0")?,
             tenon_rms_norm: function(library, "tenon_rms_norm\0")?,
@@ -1172,12 +1181,14 @@ pub fn check_layout() -> Result<(), String> {
         num_threads = 12,
         cublas_lt = 16,
         reserved = 20);
-    expect_layout!(tenon_context_info, 24,
+    expect_layout!(tenon_context_info, 32,
         struct_size = 0,
         device_type = 4,
         device_index = 8,
         num_threads = 12,
-        cublas_lt_version = 16);
+        cublas_lt_version = 16,
+        num_moe_kernels = 24,
+        reserved = 28);
     expect_layout!(tenon_embedding_args, 32,
         struct_size = 0,
         reserved = 4,
@@ -1385,7 +1396,7 @@ pub fn check_layout() -> Result<(), String> {
         eos_token_ids = 68,
         reserved = 100,
         weight_bytes = 104);
-    expect_layout!(tenon_session_options, 48,
+    expect_layout!(tenon_session_options, 56,
         struct_size = 0,
         flags = 4,
         max_sequences = 8,
@@ -1395,7 +1406,8 @@ pub fn check_layout() -> Result<(), String> {
         num_pages = 24,
         max_logit_rows = 32,
         num_threads = 36,
-        kv_cache_bytes = 40);
+        kv_cache_bytes = 40,
+        moe_kernels_json = 48);
     expect_layout!(tenon_session_info, 72,
         struct_size = 0,
         flags = 4,

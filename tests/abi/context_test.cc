@@ -5,9 +5,13 @@
 #include <cstring>
 #include <string>
 
+#include "abi/op_call.h"
 #include "abi/tenon.h"
+#include "tests/abi/moe_kernels_json.h"
 
 namespace {
+
+using tenon::testing::kMoeKernelsJson;
 
 tenon_error NewError() { return {sizeof(tenon_error), -1, "unset"}; }
 
@@ -188,6 +192,65 @@ TEST(ContextTest, OnCuda) {
   using Options = tenon_context_options;
   expect("options.num_threads is 4", [](Options& o) { o.num_threads = 4; });
   expect("options.cublas_lt is 3", [](Options& o) { o.cublas_lt = 3; });
+}
+
+// What tenon_moe gets of a context.
+const tenon::MoeKernelTable* MoeKernelsOf(tenon_context context) {
+  tenon::abi::OpCall call(tenon::abi::TensorData::kUsed);
+  EXPECT_TRUE(call.SetContext(context).ok());
+  return call.moe_kernels();
+}
+
+TEST(ContextTest, TakesMeasuredKernelSizesOnce) {
+  tenon_error error = NewError();
+  const tenon_context_options options = CpuOptions();
+  tenon_context context = 0;
+  ASSERT_EQ(tenon_context_create(&options, &context, &error), TENON_OK);
+  EXPECT_EQ(Query(context).num_moe_kernels, 0);
+  EXPECT_EQ(MoeKernelsOf(context), nullptr);
+
+  ASSERT_EQ(tenon_context_set_moe_kernels(context, kMoeKernelsJson, &error),
+            TENON_OK)
+      << error.message;
+  EXPECT_EQ(Query(context).num_moe_kernels, 1);
+  const tenon::MoeKernelTable* table = MoeKernelsOf(context);
+  ASSERT_NE(table, nullptr);
+  ASSERT_EQ(table->float16.count, 1);
+  EXPECT_EQ(table->float16.rows[0].config,
+            (tenon::MoeKernelConfig{{32, 2, 1}, {8, 1, 1}, 128}));
+
+  EXPECT_EQ(tenon_context_set_moe_kernels(context, kMoeKernelsJson, &error),
+            TENON_FAILED_PRECONDITION);
+  EXPECT_NE(std::strstr(error.message, "already"), nullptr) << error.message;
+  EXPECT_EQ(MoeKernelsOf(context), table);
+  EXPECT_EQ(tenon_context_destroy(context, nullptr), TENON_OK);
+  EXPECT_EQ(tenon_context_set_moe_kernels(context, kMoeKernelsJson, &error),
+            TENON_NOT_FOUND);
+}
+
+TEST(ContextTest, RefusesKernelSizesThatNoKernelHas) {
+  tenon_error error = NewError();
+  const tenon_context_options options = CpuOptions();
+  tenon_context context = 0;
+  ASSERT_EQ(tenon_context_create(&options, &context, &error), TENON_OK);
+  const auto expect = [&](const std::string& json, const char* message) {
+    EXPECT_EQ(tenon_context_set_moe_kernels(context, json.c_str(), &error),
+              TENON_INVALID_ARGUMENT);
+    const std::string prefix = "tenon_context_set_moe_kernels: json";
+    EXPECT_EQ(std::string(error.message).rfind(prefix, 0), 0u) << error.message;
+    EXPECT_NE(std::strstr(error.message, message), nullptr) << error.message;
+  };
+  std::string no_such_tile = kMoeKernelsJson;
+  no_such_tile.replace(no_such_tile.find("32"), 2, "33");
+  expect(no_such_tile, "33");
+  expect("", "");
+  expect("{}", "format is missing");
+  expect("moe_kernels.json", "");  // a path is no text
+  EXPECT_EQ(tenon_context_set_moe_kernels(context, nullptr, &error),
+            TENON_INVALID_ARGUMENT);
+  EXPECT_STREQ(error.message, "tenon_context_set_moe_kernels: json is null");
+  EXPECT_EQ(Query(context).num_moe_kernels, 0);
+  EXPECT_EQ(tenon_context_destroy(context, nullptr), TENON_OK);
 }
 
 TEST(ContextTest, RefusesBadOptions) {

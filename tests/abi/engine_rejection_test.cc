@@ -197,6 +197,8 @@ TEST_P(SessionRejectionTest, RejectsBadOptions) {
           [](Options* o) { o->max_logit_rows = -2; });
   rejects(kInvalid, {"num_threads is -3"},
           [](Options* o) { o->num_threads = -3; });
+  rejects(kInvalid, {"options.moe_kernels_json: format is missing"},
+          [](Options* o) { o->moe_kernels_json = "{}"; });
   tenon_session session = 0;
   ExpectError(TENON_NOT_FOUND, {"model is 123"}, [&](tenon_error* e) {
     return tenon_session_create(123, nullptr, &session, e);
@@ -379,7 +381,7 @@ TEST_P(StepRejectionTest, Rows) {
   rejects_sampling("temperature is -1",
                    [](Params* p) { p->temperature = -1.0f; });
   rejects_sampling("top_k is -2", [](Params* p) { p->top_k = -2; });
-  rejects_sampling("filter_order is 2", [](Params* p) { p->filter_order = 2; });
+  rejects_sampling("filter_order is 3", [](Params* p) { p->filter_order = 3; });
   rejects_sampling("reserved0 is 1", [](Params* p) { p->reserved0 = 1; });
   rejects_sampling("reserved is 9", [](Params* p) { p->reserved[21] = 9; });
 }

@@ -10,6 +10,7 @@
 
 #include "engine/session.h"
 #include "tests/abi/engine_fixture.h"
+#include "tests/abi/moe_kernels_json.h"
 
 namespace tenon::testing {
 namespace {
@@ -179,6 +180,19 @@ TEST_P(SessionTest, TheCacheCanBeGivenInBytes) {
   ASSERT_EQ(tenon_session_query(session, &info, nullptr), TENON_OK);
   EXPECT_EQ(info.num_pages, 16);
   EXPECT_EQ(info.kv_cache_bytes, bytes / 2);
+}
+
+TEST_P(SessionTest, MeasuredKernelSizesChangeNoToken) {
+  tenon_session_options options = SmallSession();
+  options.moe_kernels_json = kMoeKernelsJson;
+  const Owned tuned = NewSession(model_, options);
+  std::vector<int32_t> tokens[2];
+  for (tenon_session session :
+       {tenon_session{tuned}, tenon_session{session_}}) {
+    tokens[session == tuned] =
+        Generate(session, NewSequence(session), Prompt(13, 1), 8, Greedy());
+  }
+  EXPECT_EQ(tokens[0], tokens[1]);
 }
 
 TEST_P(SessionTest, DefaultsFitTheModel) {

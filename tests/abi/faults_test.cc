@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "tests/abi/engine_fixture.h"
+#include "tests/abi/moe_kernels_json.h"
 
 namespace tenon::testing {
 namespace {
@@ -213,6 +214,27 @@ TEST_P(FaultsTest, CreateRandomModel) {
     if (handle != 0) {
       EXPECT_EQ(Expected(model), expected) << "a fault was not noticed";
     }
+    return outcome.calls;
+  });
+}
+
+TEST_P(FaultsTest, CreateContext) {
+  auto options = Make<tenon_context_options>();
+  options.device_type = GetParam();
+  if (GetParam() == TENON_DEVICE_CPU) options.num_threads = 3;
+  ForEachFault([&](const Plan& plan, int64_t first) {
+    tenon_context handle = 0;
+    const Outcome outcome = RunWithFault(plan, first, [&](tenon_error* error) {
+      const int32_t code = tenon_context_create(&options, &handle, error);
+      if (code != TENON_OK) return code;
+      return tenon_context_set_moe_kernels(handle, kMoeKernelsJson, error);
+    });
+    auto info = Make<tenon_context_info>();
+    if (outcome.code == TENON_OK) {
+      EXPECT_EQ(tenon_context_query(handle, &info, nullptr), TENON_OK);
+      EXPECT_EQ(info.num_moe_kernels, 1);
+    }
+    EXPECT_EQ(tenon_context_destroy(handle, nullptr), TENON_OK);
     return outcome.calls;
   });
 }

@@ -534,7 +534,7 @@ TEST(SamplingParamsTest, Validate) {
   expect("top_k is -2", [](Params& p) { p.top_k = -2; });
   expect("top_p is nan", [](Params& p) { p.top_p = NAN; });
   expect("min_p is 2", [](Params& p) { p.min_p = 2.0f; });
-  expect("filter_order is 2", [](Params& p) { p.filter_order = 2; });
+  expect("filter_order is 3", [](Params& p) { p.filter_order = 3; });
   expect("reserved0 is 1", [](Params& p) { p.reserved0 = 1; });
   expect("reserved is 1", [](Params& p) { p.reserved[21] = 1; });
   EXPECT_EQ(tenon_sampling_params_validate(nullptr, &error),

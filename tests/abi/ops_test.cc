@@ -10,6 +10,7 @@
 #include "ops/core/build_config.h"
 #include "ops/linear/cublas_lt.h"
 #include "ops/linear/linear.h"
+#include "tests/abi/moe_kernels_json.h"
 #include "tests/abi/op_cases.h"
 #include "tests/testing/cuda_graph.h"
 #include "tests/testing/op_test.h"
@@ -107,6 +108,21 @@ TEST_P(AbiOpsTest, LinearUsesCublasLtOfTheContext) {
   ASSERT_NO_FATAL_FAILURE(Call(*op, context));
   ASSERT_NO_FATAL_FAILURE(CallCpp(*op));
   ExpectEqualBytes(*op);
+}
+
+// The C++ op, without them, gives the same bits.
+TEST_P(AbiOpsTest, MoeTakesMeasuredKernelSizesOfTheContext) {
+  const tenon_context context = MakeContext(TENON_CUBLAS_LT_OFF);
+  ASSERT_EQ(
+      tenon_context_set_moe_kernels(context, testing::kMoeKernelsJson, nullptr),
+      TENON_OK);
+  for (int64_t tokens : {1, 40}) {
+    const OpCasePtr op = MakeMoe(GetParam(), tokens);
+    ASSERT_NO_FATAL_FAILURE(AddWorkspace(context, device(), op.get()));
+    ASSERT_NO_FATAL_FAILURE(Call(*op, context));
+    ASSERT_NO_FATAL_FAILURE(CallCpp(*op));
+    ExpectEqualBytes(*op);
+  }
 }
 
 // Structs that have grown, as clients of the first version pass them.

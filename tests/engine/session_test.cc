@@ -5,7 +5,6 @@
 #include <gtest/gtest.h>
 
 #include <cstring>
-#include <fstream>
 #include <string>
 #include <vector>
 
@@ -471,15 +470,10 @@ TEST_P(SessionTest, TakesMeasuredKernelSizes) {
   StatusOr<std::unique_ptr<Session>> built_in =
       Session::Create(model_, options);
   ASSERT_TRUE(built_in.ok()) << built_in.status().message();
-  options.moe_kernels_path = ::testing::TempDir() + "/moe_kernels.json";
-  std::ofstream(options.moe_kernels_path) << R"({
-    "format": "tenon-moe-kernels-1", "device": "any", "source": "a test",
-    "float16": [
-      {"max_hidden": null, "max_intermediate": null,
-       "max_slots_per_expert": null,
-       "gate_up": {"token_tile": 32, "row_warpgroups": 2, "blocks_per_sm": 1},
-       "down": {"token_tile": 8, "row_warpgroups": 1, "blocks_per_sm": 1},
-       "mma_tile_rows": 128}]})";
+  MoeKernelFile file;
+  file.float16.resize(1);
+  file.float16[0].config = {{32, 2, 1}, {8, 1, 1}, 128};
+  options.moe_kernels = std::make_shared<MoeKernelFile>(file);
   StatusOr<std::unique_ptr<Session>> tuned = Session::Create(model_, options);
   ASSERT_TRUE(tuned.ok()) << tuned.status().message();
   const std::vector<int32_t> prompt = Tokens(9, 4);
@@ -491,12 +485,10 @@ TEST_P(SessionTest, TakesMeasuredKernelSizes) {
   }
   EXPECT_EQ(tokens[0], tokens[1]);
 
-  std::ofstream(options.moe_kernels_path) << "{}";
+  file.float16[0].config.gate_up.token_tile = 33;
+  options.moe_kernels = std::make_shared<MoeKernelFile>(file);
   testing::ExpectInvalid(Session::Create(model_, options).status(),
-                         {options.moe_kernels_path, "format is missing"});
-  options.moe_kernels_path += ".not";
-  EXPECT_EQ(Session::Create(model_, options).status().code(),
-            StatusCode::kNotFound);
+                         {"moe_kernels", "33"});
 }
 
 INSTANTIATE_TEST_SUITE_P(Devices, SessionTest,

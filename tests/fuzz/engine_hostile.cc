@@ -1,3 +1,4 @@
+#include "tests/abi/moe_kernels_json.h"
 #include "tests/fuzz/engine_world.h"
 
 // Handles that name nothing, absurd options, and objects beside sessions.
@@ -18,7 +19,7 @@ void World::CreateHostileSession() {
   auto options = Zeroed<tenon_session_options>();
   options.num_threads = 1;
   options.max_sequences = options.max_tokens = options.max_context = 2;
-  switch (in_.Below(8)) {
+  switch (in_.Below(9)) {
     case 0:
       options.struct_size = static_cast<uint32_t>(
           in_.Pick<uint64_t>({0, 1, 7, 8, 4097, 0xffffffffu}));
@@ -38,7 +39,10 @@ void World::CreateHostileSession() {
     case 5:
       options.page_size = in_.Pick<int32_t>({-1, 65537, kInt32Max});
       break;
-    case 6:  // too many, or more than the machine has
+    case 6:
+      options.moe_kernels_json = in_.Pick<const char*>({"", "{}", "[]"});
+      break;
+    case 7:  // too many, or more than the machine has
       options.num_pages =
           in_.Pick<int64_t>({-1, 1 << 30, int64_t{1} << 31, int64_t{1} << 62,
                              std::numeric_limits<int64_t>::min()});
@@ -256,6 +260,17 @@ void World::CallContext() {
     return;
   }
   Expect("tenon_context_create", TENON_OK, create);
+  const auto set_kernels = [&](const char* json, int32_t code) {
+    Expect("tenon_context_set_moe_kernels", code, [&](tenon_error* error) {
+      return tenon_context_set_moe_kernels(context, json, error);
+    });
+  };
+  set_kernels(in_.Pick<const char*>({nullptr, "", "{}", "{\"a\": 1"}),
+              TENON_INVALID_ARGUMENT);
+  if (in_.OneIn(2)) {
+    set_kernels(testing::kMoeKernelsJson, TENON_OK);
+    set_kernels(testing::kMoeKernelsJson, TENON_FAILED_PRECONDITION);
+  }
   const auto destroy = [&](tenon_error* error) {
     return tenon_context_destroy(context, error);
   };

@@ -1,5 +1,7 @@
 #include "tests/fuzz/engine_world.h"
 
+#include "tests/abi/moe_kernels_json.h"
+
 // Good calls, but for a number or two; checks of the state.
 
 namespace tenon::fuzz {
@@ -55,6 +57,8 @@ const std::vector<const char*>& World::FieldNames() {
                                                   "device_index",
                                                   "count",
                                                   "config_json",
+                                                  "moe_kernels_json",
+                                                  "json",
                                                   "dtype",
                                                   "rank",
                                                   "world_size",
@@ -121,6 +125,7 @@ void World::CreateSession() {
   options.num_pages = in_.Below(12);
   options.max_logit_rows = static_cast<int32_t>(in_.Below(6));
   options.num_threads = 1;  // coverage must not depend on interleaving
+  if (in_.OneIn(8)) options.moe_kernels_json = testing::kMoeKernelsJson;
   tenon_session handle = 0;
   Expect("tenon_session_create", TENON_OK, [&](tenon_error* error) {
     return tenon_session_create(model_, &options, &handle, error);

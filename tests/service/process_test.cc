@@ -214,6 +214,7 @@ TEST(ProcessTest, BadFlagsAreRefused) {
                                              {"--nonsense", "1"},
                                              {"--listen", "0.0.0.0:0"},
                                              {"--tls-cert", "nowhere"},
+                                             {"--moe-kernels", "nowhere"},
                                              {"--model", "nowhere"}}) {
     ServerProcess server(SocketPath(), flags);
     const int status = server.Wait();

@@ -61,45 +61,72 @@ def align(pairs, indent):
     return [f"{indent}{left:<{width}} {right}" for left, right in pairs]
 
 
-def write_op(op, struct):
+def part_of(field):
+    """The op whose arguments a field points to (router of moe), or None."""
+    c_type = field["type"]
+    if not c_type.startswith("const tenon_") or not c_type.endswith("_args*"):
+        return None
+    return c_type[len("const tenon_"):-len("_args*")]
+
+
+def write_part(op, c_name):
+    """How another op's struct points to this one."""
+    name = camel(op)
+    return ["// in is a copy in C memory; nil stays nil.",
+            f"func (a *{name}) in(memory *arena) *C.{c_name} {{",
+            "\tif a == nil {", "\t\treturn nil", "\t}",
+            f"\traw := arenaSlice[C.{c_name}](memory, 1)",
+            "\traw[0] = a.raw()", "\treturn &raw[0]", "}", ""]
+
+
+def write_op(op, struct, is_part):
     name, c_name = camel(op), struct["name"]
-    # Another op's arguments (router of moe) are left to users of cgo.
     fields = [field for field in struct["fields"]
-              if field["name"] not in HIDDEN
-              and not field["type"].endswith("_args*")]
+              if field["name"] not in HIDDEN]
     has_workspace = any(f["name"] == "workspace" for f in struct["fields"])
     columns, values = [], []
     size = f"C.sizeof_{c_name}"
     values.append(("struct_size:", f"{size},"))
     for field in fields:
         go_name = camel(field["name"])
+        part = part_of(field)
         if field["type"] == "const DLTensor*":
             columns.append((go_name, "*Tensor"))
             values.append((f"{field['name']}:", f"a.{go_name}.pointer(),"))
+        elif part:
+            columns.append((go_name, f"*{camel(part)}"))
+            values.append((f"{field['name']}:", f"a.{go_name}.in(memory),"))
         else:
             columns.append((go_name, SCALARS[field["type"]]))
             values.append(
                 (f"{field['name']}:", f"C.{field['type']}(a.{go_name}),"))
+    has_part = any(part_of(field) for field in fields)
+    raw = ["\traw := args.raw()"]
+    if has_part:
+        raw = ["\tvar memory arena", "\tdefer memory.free()",
+               "\traw := args.raw(&memory)"]
     lines = [f"// {name} has the arguments of [Context.{name}].",
              f"type {name} struct {{", *align(columns, "\t"), "}", "",
-             f"func (a *{name}) raw() C.{c_name} {{",
+             f"func (a *{name}) raw({'memory *arena' * has_part}) C.{c_name} {{",
              f"\treturn C.{c_name}{{", *align(values, "\t\t"), "\t}", "}", ""]
+    if is_part:
+        lines += write_part(op, c_name)
     if has_workspace:
         lines += [
             f"// {name}WorkspaceSize is how many bytes of workspace {name} needs.",
             f"func (c *Context) {name}WorkspaceSize(args *{name}) (uint64, error) {{",
-            "\traw := args.raw()", "\tvar bytes C.uint64_t",
+            *raw, "\tvar bytes C.uint64_t",
             "\terr := check(func(e *C.tenon_error) C.int32_t {",
             f"\t\treturn C.tenon_{op}_workspace_size(c.handle, &raw, &bytes, e)",
             "\t})", "\treturn uint64(bytes), err", "}", "",
             f"// {name} calls tenon_{op}.",
             f"func (c *Context) {name}(args *{name}, workspace *Workspace) error {{",
-            "\traw := args.raw()", "\traw.workspace = workspace.data",
+            *raw, "\traw.workspace = workspace.data",
             "\traw.workspace_size = workspace.size"]
     else:
         lines += [f"// {name} calls tenon_{op}.",
                   f"func (c *Context) {name}(args *{name}) error {{",
-                  "\traw := args.raw()"]
+                  *raw]
     lines += ["\treturn check(func(e *C.tenon_error) C.int32_t {",
               f"\t\treturn C.tenon_{op}(c.handle, &raw, c.stream, e)",
               "\t})", "}"]
@@ -113,12 +140,15 @@ def write_ops(layout):
     columns = [(camel(name[len("TENON_"):].lower()), f"= C.{name}")
                for name in constants]
     parts = [HEAD, "const (\n" + "\n".join(align(columns, "\t")) + "\n)\n"]
+    op_parts = {part_of(field) for struct in layout["structs"]
+                for field in struct["fields"]}
     # An op is a function that takes a context, its own args and a stream.
     for function in layout["functions"]:
         op = function["name"][len("tenon_"):]
         if [p["name"] for p in function["params"]] == [
                 "context", "args", "stream", "error"]:
-            parts.append(write_op(op, structs[f"tenon_{op}_args"]))
+            parts.append(write_op(op, structs[f"tenon_{op}_args"],
+                                  op in op_parts))
     return "\n".join(parts)
 
 

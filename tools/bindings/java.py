@@ -31,6 +31,7 @@ KINDS = {
     "uint64_t": ("UINT64", "long"),
     "float": ("FLOAT32", "float"),
     "const DLTensor*": ("POINTER", "Tensor"),
+    "const char*": ("POINTER", "String"),
 }
 
 
@@ -54,6 +55,8 @@ class Manifest:
         c_type = self.aliases.get(c_type, c_type)
         if c_type in KINDS:
             return KINDS[c_type]
+        if c_type.endswith("_args*"):  # another op's
+            return "POINTER", class_name(c_type.removeprefix("const ")[:-1])
         if c_type.endswith("*") or c_type in self.callbacks:
             return "POINTER", None
         sys.exit(f"java.py: no field of Java's is a {c_type}")

@@ -57,6 +57,12 @@ TENSORS = {
     "sampler": "logits params tokens! logprobs! statuses!",
 }
 
+# Tensors that are the outputs of an op whose arguments are part of this one's,
+# unless they are given: nobody else may read what that op writes.
+OF_PART = {
+    "moe": {"topk_weights": "router", "topk_ids": "router"},
+}
+
 # rustfmt's: of a line, and of the arguments of a call.
 MAX_WIDTH = 100
 MAX_CALL_WIDTH = 60
@@ -277,22 +283,47 @@ def op_tensors(op, struct):
     return tensors
 
 
+def class_name(op):
+    return "".join(word.capitalize() for word in op.split("_"))
+
+
+def part_of(field):
+    """The op whose arguments a field points to (router of moe), or None."""
+    c_type = field["type"]
+    if not c_type.startswith("const tenon_") or not c_type.endswith("_args*"):
+        return None
+    return c_type[len("const tenon_"):-len("_args*")]
+
+
 def write_op(op, struct):
-    name = "".join(word.capitalize() for word in op.split("_"))
+    name = class_name(op)
     tensors = op_tensors(op, struct)
+    of_part = OF_PART.get(op, {})
+    parts = [field for field in struct["fields"] if part_of(field)]
     needs_workspace = False
     fields, raw = [], []
     for field in struct["fields"]:
         name_ = field["name"]
-        if name_ in tensors:
+        if name_ in of_part:
+            fields.append(f"    /// That of `{of_part[name_]}`, if none is given.")
+            fields.append(f"    pub {name_}: Option<&'a Tensor<'a>>,")
+            raw += [f"            {name_}: match {of_part[name_]} {{",
+                    f"                Some(part) if self.{name_}.is_none() => "
+                    f"part.{name_},",
+                    f"                _ => Tensor::pointer(self.{name_}),",
+                    "            },"]
+        elif name_ in tensors:
             kind = "TensorMut" if tensors[name_] else "Tensor"
             fields.append(f"    pub {name_}: Option<&'a {kind}<'a>>,")
             convert = "TensorMut::pointer" if tensors[name_] else "Tensor::pointer"
             raw.append(f"            {name_}: {convert}(self.{name_}),")
         elif name_ == "workspace":
             needs_workspace = True
-        elif field["type"].endswith("_args*"):
-            pass  # another op's arguments (router of moe): for users of sys
+        elif field in parts:
+            fields.append(f"    pub {name_}: "
+                          f"Option<&'a {class_name(part_of(field))}<'a>>,")
+            raw.append(f"            {name_}: {name_}.map_or("
+                       f"std::ptr::null(), |part| part),")
         elif name_ not in ("struct_size", "workspace_size", "reserved"):
             fields.append(f"    pub {name_}: {rust_type(field['type'])},")
             raw.append(f"            {name_}: self.{name_},")
@@ -300,22 +331,31 @@ def write_op(op, struct):
              "#[derive(Clone, Copy, Default)]",
              f"pub struct {name}<'a> {{", *fields, "}", "",
              f"impl {name}<'_> {{",
-             f"    fn raw(&self) -> sys::{struct['name']} {{",
+             wrap("    ", "fn raw(", ["&self"] + [
+                 f"{part['name']}: Option<&sys::tenon_{part_of(part)}_args>"
+                 for part in parts], f") -> sys::{struct['name']} {{"),
              f"        sys::{struct['name']} {{", *raw,
              "            ..Default::default()", "        }", "    }", "}", "",
              "impl Context {"]
     api = f"self.library.api.tenon_{op}"
+    # Structs of other ops that raw() points to.
+    made = [f"        let {part['name']} = "
+            f"args.{part['name']}.map({class_name(part_of(part))}::raw);"
+            for part in parts]
+    args = f"args.raw({', '.join(part['name'] + '.as_ref()' for part in parts)})"
     if needs_workspace:
         lines += [
             f"    /// The bytes of workspace that [`Context::{op}`] needs.",
             f"    pub fn {op}_workspace_size(&self, args: &{name}) -> Result<u64> {{",
+            *made,
             wrap("        ", "self.workspace_size(",
-                 [f"{api}_workspace_size", "&args.raw()"], ")", MAX_CALL_WIDTH),
+                 [f"{api}_workspace_size", f"&{args}"], ")", MAX_CALL_WIDTH),
             "    }", "",
             wrap("    ", f"pub fn {op}(",
                  ["&self", f"args: &{name}", "workspace: &mut Workspace"],
                  ") -> Result<()> {"),
-            "        let mut raw = args.raw();",
+            *made,
+            f"        let mut raw = {args};",
             "        raw.workspace = workspace.data();",
             "        raw.workspace_size = workspace.size();",
             f"        self.launch({api}, &raw)"]

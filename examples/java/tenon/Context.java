@@ -3,6 +3,7 @@ package tenon;
 /** What ops of a device share: the CPU's threads. Any number of threads may use one. */
 public final class Context extends Handle {
   private static final Function CREATE = new Function("tenon_context_create");
+  private static final Function SET_MOE_KERNELS = new Function("tenon_context_set_moe_kernels");
   private static final Function DESTROY = new Function("tenon_context_destroy");
 
   private Context(long handle) {
@@ -16,5 +17,13 @@ public final class Context extends Handle {
     Memory context = Memory.number();
     CREATE.call(options, context);
     return new Context(context.bytes.getLong(0));
+  }
+
+  /**
+   * Sizes of the expert kernels on a GPU: the text of a file of tools/tune. Once for a context.
+   */
+  public Context setMoeKernels(String json) {
+    SET_MOE_KERNELS.call(this, Memory.of(json));
+    return this;
   }
 }

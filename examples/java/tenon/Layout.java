@@ -18,7 +18,7 @@ public final class Layout {
   public static final int DL_BFLOAT = 4;
   public static final int DL_FLOAT8_E4M3FN = 10;
   public static final int ABI_MAJOR = 1;
-  public static final int ABI_MINOR = 2;
+  public static final int ABI_MINOR = 3;
   public static final int OK = 0;
   public static final int CANCELLED = 1;
   public static final int UNKNOWN = 2;
@@ -110,12 +110,14 @@ public final class Layout {
           .field("reserved", Kind.INT32, 20);
 
   static final Struct.Type CONTEXT_INFO =
-      new Struct.Type("tenon_context_info", 24)
+      new Struct.Type("tenon_context_info", 32)
           .field("struct_size", Kind.UINT32, 0)
           .field("device_type", Kind.INT32, 4)
           .field("device_index", Kind.INT32, 8)
           .field("num_threads", Kind.INT32, 12)
-          .field("cublas_lt_version", Kind.UINT64, 16);
+          .field("cublas_lt_version", Kind.UINT64, 16)
+          .field("num_moe_kernels", Kind.INT32, 24)
+          .field("reserved", Kind.INT32, 28);
 
   static final Struct.Type EMBEDDING_ARGS =
       new Struct.Type("tenon_embedding_args", 32)
@@ -359,7 +361,7 @@ public final class Layout {
           .field("weight_bytes", Kind.INT64, 104);
 
   static final Struct.Type SESSION_OPTIONS =
-      new Struct.Type("tenon_session_options", 48)
+      new Struct.Type("tenon_session_options", 56)
           .field("struct_size", Kind.UINT32, 0)
           .field("flags", Kind.UINT32, 4)
           .field("max_sequences", Kind.INT32, 8)
@@ -369,7 +371,8 @@ public final class Layout {
           .field("num_pages", Kind.INT64, 24)
           .field("max_logit_rows", Kind.INT32, 32)
           .field("num_threads", Kind.INT32, 36)
-          .field("kv_cache_bytes", Kind.INT64, 40);
+          .field("kv_cache_bytes", Kind.INT64, 40)
+          .field("moe_kernels_json", Kind.POINTER, 48);
 
   static final Struct.Type SESSION_INFO =
       new Struct.Type("tenon_session_info", 72)

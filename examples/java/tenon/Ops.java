@@ -593,6 +593,11 @@ public final class Ops {
       set("down_scales", value);
       return this;
     }
+
+    public Moe router(MoeRouter value) {
+      set("router", value);
+      return this;
+    }
   }
 
   /** tenon_sampler_args. */

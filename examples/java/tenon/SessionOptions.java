@@ -52,4 +52,9 @@ public final class SessionOptions extends Struct {
     set("kv_cache_bytes", value);
     return this;
   }
+
+  public SessionOptions moeKernelsJson(String value) {
+    set("moe_kernels_json", value);
+    return this;
+  }
 }

@@ -65,6 +65,16 @@ public class Struct implements Word {
     return point(name, tensor);
   }
 
+  /** Another struct, such as the router of moe; null for none. Later changes to it count. */
+  public Struct set(String name, Struct struct) {
+    return point(name, struct);
+  }
+
+  /** A text, which is copied; null for none. */
+  public Struct set(String name, String text) {
+    return point(name, text == null ? null : Memory.of(text));
+  }
+
   Struct point(String name, Word target) {
     Field field = type.field(name).expect(Kind.POINTER);
     bytes.putLong(field.offset, target == null ? 0 : target.word());

@@ -54,6 +54,20 @@ class EngineTest(unittest.TestCase):
             self.assertEqual(mine, tokens)
             self.assertEqual(session.info.num_sequences, 0)
 
+    def test_measured_kernel_sizes(self):
+        kernels = json.dumps(
+            {"format": "tenon-moe-kernels-1", "device": "any", "source": "a test"}
+        )
+        with tenon.Context(moe_kernels=kernels) as context:
+            self.assertEqual(context.info.num_moe_kernels, 0)
+        with self.model.session(moe_kernels=kernels) as session:
+            tokens = list(session.generate(PROMPT, 4))
+        with self.model.session() as session:
+            self.assertEqual(tokens, list(session.generate(PROMPT, 4)))
+        for make in (tenon.Context, self.model.session):
+            with self.assertRaisesRegex(tenon.TenonError, "format is missing"):
+                make(moe_kernels="{}")
+
     def test_prompts_longer_than_a_step(self):
         prompt = list(PROMPT * 20)
         texts = []

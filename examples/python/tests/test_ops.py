@@ -175,6 +175,11 @@ class OpTest(unittest.TestCase):
             x, weights, ids, w13[:, :intermediate], w13[:, intermediate:], down
         )
         self.close(layer, wanted, 1e-4)
+        routed = tenon.moe(
+            x, None, None, w13[:, :intermediate], w13[:, intermediate:], down,
+            router=tenon.MoeRouter(logits, top_k),
+        )  # fmt: skip
+        np.testing.assert_array_equal(routed, layer)
 
         groups = tenon.moe_align(ids, experts, tile_rows=4)
         self.assertEqual(

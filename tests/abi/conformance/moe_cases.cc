@@ -10,6 +10,7 @@
 #include "tests/reference/moe_align_reference.h"
 #include "tests/reference/moe_grouped_matmul_reference.h"
 #include "tests/reference/moe_reference.h"
+#include "tests/reference/moe_router_reference.h"
 #include "tests/reference/moe_sum_reduce_reference.h"
 #include "tests/reference/moe_swiglu_reference.h"
 #include "tests/reference/quantize_reference.h"
@@ -175,6 +176,8 @@ struct Moe {
   Layout layout;  // of x, out and the experts
   int ulps = 0;
   bool fp8 = false;  // experts with scales of blocks
+  // [tokens, experts], in place of ids: the router is part of the call.
+  std::vector<double> router_logits;
 
   // A row as fp8 keeps it.
   static std::vector<double> Quantised(const std::vector<double>& row) {
@@ -183,13 +186,44 @@ struct Moe {
         .Dequantized();
   }
 
+  // The same with what the router chooses.
+  Moe Routed(int64_t experts, int64_t top_k,
+             std::vector<double>* weights) const {
+    reference::MoeRouterOptions options;
+    options.top_k = top_k;
+    options.renormalize = true;
+    Moe routed = *this;
+    for (auto row = router_logits.begin(); row != router_logits.end();
+         row += experts) {
+      const reference::MoeRouting routing =
+          reference::MoeRoute({row, row + experts}, {}, options);
+      Require(routing.margin > 1e-3, "moe: a close choice");
+      routed.ids.insert(routed.ids.end(), routing.ids.begin(),
+                        routing.ids.end());
+      weights->insert(weights->end(), routing.weights.begin(),
+                      routing.weights.end());
+    }
+    return routed;
+  }
+
   std::string Text(const std::string& variant) const {
     const int64_t experts = 3;
+    const int64_t top_k = 2;
+    std::vector<double> chosen_weights;
+    if (router_logits.empty()) {
+      chosen_weights = PositiveEighths(Size(ids), 75);
+      return Text(variant, experts, top_k, chosen_weights);
+    }
+    const Moe routed = Routed(experts, top_k, &chosen_weights);
+    return routed.Text(variant, experts, top_k, chosen_weights);
+  }
+
+  std::string Text(const std::string& variant, int64_t experts, int64_t top_k,
+                   const std::vector<double>& routing_weights) const {
     const int64_t hidden = 10;
     const int64_t intermediate = 6;
     const DType weight_dtype = fp8 ? DType::kFloat8E4M3 : dtype;
     const double scale = fp8 ? 0.5 : 1.0;  // of all experts
-    const int64_t top_k = 2;
     const int64_t tokens = Size(ids) / top_k;
     const HostTensor x(dtype, {tokens, hidden},
                        PositiveEighths(tokens * hidden, 71), layout);
@@ -211,8 +245,7 @@ struct Moe {
                         up_values, layout);
     const HostTensor down(weight_dtype, {experts, hidden, intermediate},
                           down_values, layout);
-    const HostTensor weights(DType::kFloat32, {tokens, top_k},
-                             PositiveEighths(tokens * top_k, 75));
+    const HostTensor weights(DType::kFloat32, {tokens, top_k}, routing_weights);
     const auto scaled = [&](const HostTensor& matrices) {
       std::vector<double> values = matrices.values();
       for (double& v : values) v *= scale;
@@ -244,8 +277,19 @@ struct Moe {
     Case c("moe", variant);
     c.Arg("flags", int64_t{flags});
     c.In("x", x);
-    c.In("topk_weights", weights);
-    c.In("topk_ids", Int32({tokens, top_k}, ids));
+    if (router_logits.empty()) {
+      c.In("topk_weights", weights);
+      c.In("topk_ids", Int32({tokens, top_k}, ids));
+    } else {
+      c.Arg("router.top_k", top_k);
+      c.Arg("router.renormalize", 1);
+      c.In("router.logits",
+           HostTensor(DType::kFloat32, {tokens, experts}, router_logits));
+      c.Out("topk_weights", HostTensor(DType::kFloat32, {tokens, top_k}),
+            routing_weights, 16);
+      c.Out("topk_ids", HostTensor(DType::kInt32, {tokens, top_k}),
+            FromIntegers(ids), 0);
+    }
     c.In("gate", gate);
     c.In("up", up);
     c.In("down", down);
@@ -340,7 +384,10 @@ std::string MoeCases() {
   float8.ids = {1, 0, 2, 1};
   float8.fp8 = true;
   float8.ulps = 2;
-  return float32.Text("float32") +
+  Moe with_router;
+  with_router.router_logits = {0.5, -1.0, 2.0, 1.5, 0.25, -0.5};
+  with_router.ulps = 64;
+  return float32.Text("float32") + with_router.Text("float32_router") +
          bfloat16.Text("bfloat16_strided_id_outside") +
          float16.Text("float16_batch_invariant") +
          float8.Text("bfloat16_float8_experts") + MoeOfAnotherIdDtype();

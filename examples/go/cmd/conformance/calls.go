@@ -298,6 +298,15 @@ func moe(c *tenon.Context, f *fields) error {
 		UpScales:    f.tensor("up_scales"),
 		DownScales:  f.tensor("down_scales"),
 	}
+	if logits := f.tensor("router.logits"); logits != nil {
+		args.Router = &tenon.MoERouter{
+			TopK:        f.int32("router.top_k"),
+			Renormalize: f.int32("router.renormalize"),
+			Logits:      logits,
+			TopkWeights: args.TopkWeights,
+			TopkIDs:     args.TopkIDs,
+		}
+	}
 	return withWorkspace(c.MoEWorkspaceSize, c.MoE, &args)
 }
 
