@@ -41,6 +41,7 @@ Status RunLinear(const StepContext& c, const TensorView& x,
 
 Status RunNorm(const StepContext& c, const TensorView& x,
                const TensorView& residual, const TensorView& weight) {
+  if (!c.Runs(StepOp::kNorm)) return Status();
   RmsNormParams p;
   p.x = x;
   p.residual = residual;
@@ -53,6 +54,7 @@ Status RunNorm(const StepContext& c, const TensorView& x,
 
 // qkv = normed * [q; k; v]^T, in one product where the weights lie together.
 Status QkvProjection(const StepContext& c, const LayerWeights& w) {
+  if (!c.Runs(StepOp::kQkv)) return Status();
   const TensorView normed = Used(c, c.activations.normed);
   const TensorView qkv = Used(c, c.activations.qkv);
   if (w.qkv.present()) return RunLinear(c, normed, w.qkv, w.qkv_scales, qkv);
@@ -68,6 +70,7 @@ Status QkvProjection(const StepContext& c, const LayerWeights& w) {
 // Norm, rotary embedding and cache write of the packed rows.
 Status PrepareAttention(const StepContext& c, int32_t layer,
                         const LayerWeights& w) {
+  if (!c.Runs(StepOp::kQkNorm)) return Status();
   QkNormParams p;
   p.qkv = Used(c, c.activations.qkv);
   p.k_offset = w.q.shape[0];
@@ -93,6 +96,7 @@ Status PrepareAttention(const StepContext& c, int32_t layer,
 // The Q columns of qkv hold the queries before, and the output after.
 Status RunAttention(const StepContext& c, int32_t layer,
                     const LayerWeights& w) {
+  if (!c.Runs(StepOp::kAttention)) return Status();
   const int64_t head_dim = c.config.head_dim;
   TensorView q = Used(c, c.activations.qkv);
   q.rank = 3;
@@ -118,13 +122,22 @@ Status RunAttention(const StepContext& c, int32_t layer,
   return Attention(p, c.stream);
 }
 
-Status SparseMlp(const StepContext& c, int32_t layer, const LayerWeights& w) {
-  const Activations& a = c.activations;
-  const TensorView normed = Used(c, a.normed);
-  // float32 logits: rounding them would reorder close experts.
-  TENON_RETURN_IF_ERROR(
-      RunLinear(c, normed, w.router, TensorView(), Used(c, a.router_logits)));
+Status OutputProjection(const StepContext& c, const LayerWeights& w) {
+  if (!c.Runs(StepOp::kOutput)) return Status();
+  return RunLinear(c, Columns(Used(c, c.activations.qkv), 0, w.q.shape[0]), w.o,
+                   w.o_scales, Used(c, c.activations.block_out));
+}
 
+// float32 logits: rounding them would reorder close experts.
+Status RouterProjection(const StepContext& c, const LayerWeights& w) {
+  if (!c.Runs(StepOp::kRouter)) return Status();
+  return RunLinear(c, Used(c, c.activations.normed), w.router, TensorView(),
+                   Used(c, c.activations.router_logits));
+}
+
+Status Experts(const StepContext& c, int32_t layer, const LayerWeights& w) {
+  if (!c.Runs(StepOp::kMoe)) return Status();
+  const Activations& a = c.activations;
   MoeRouterParams r;
   r.logits = Used(c, a.router_logits);
   r.padding = c.inputs.positions;
@@ -134,7 +147,7 @@ Status SparseMlp(const StepContext& c, int32_t layer, const LayerWeights& w) {
   r.renormalize = c.config.norm_topk_prob;
 
   MoeParams p;
-  p.x = normed;
+  p.x = Used(c, a.normed);
   p.topk_weights = r.topk_weights;
   p.topk_ids = r.topk_ids;
   p.router = &r;
@@ -150,6 +163,7 @@ Status SparseMlp(const StepContext& c, int32_t layer, const LayerWeights& w) {
 }
 
 Status DenseMlp(const StepContext& c, const LayerWeights& w) {
+  if (!c.Runs(StepOp::kDenseMlp)) return Status();
   const Activations& a = c.activations;
   const int64_t intermediate = w.mlp_gate.shape[0];
   const TensorView gate_up = Used(c, a.mlp_gate_up);
@@ -170,6 +184,7 @@ Status DenseMlp(const StepContext& c, const LayerWeights& w) {
 }  // namespace
 
 Status EmbedTokens(const StepContext& c) {
+  if (!c.Runs(StepOp::kEmbedding)) return Status();
   EmbeddingParams p;
   p.ids = c.inputs.token_ids;
   p.table = c.weights.embedding;
@@ -191,26 +206,29 @@ Status AttentionBlock(const StepContext& c, int32_t layer) {
   TENON_RETURN_IF_ERROR(QkvProjection(c, w));
   TENON_RETURN_IF_ERROR(PrepareAttention(c, layer, w));
   TENON_RETURN_IF_ERROR(RunAttention(c, layer, w));
-  return RunLinear(c, Columns(Used(c, c.activations.qkv), 0, w.q.shape[0]), w.o,
-                   w.o_scales, Used(c, c.activations.block_out));
+  return OutputProjection(c, w);
 }
 
 Status MlpBlock(const StepContext& c, int32_t layer) {
   const LayerWeights& w = c.weights.layers[layer];
   if (!c.config.IsMoeLayer(layer)) return DenseMlp(c, w);
-  return SparseMlp(c, layer, w);
+  TENON_RETURN_IF_ERROR(RouterProjection(c, w));
+  return Experts(c, layer, w);
 }
 
 Status ComputeLogits(const StepContext& c) {
   const int64_t rows = c.inputs.logit_rows.shape[0];
-  if (rows == 0) return Status();
-  // A gather of rows is what Embedding does.
-  EmbeddingParams p;
-  p.ids = c.inputs.logit_rows;
-  p.table = Used(c, c.activations.normed);
-  p.out = Rows(c.activations.logit_hidden, 0, rows);
-  TENON_RETURN_IF_ERROR(Embedding(p, c.stream));
-  return RunLinear(c, p.out, c.weights.lm_head, TensorView(),
+  if (rows == 0 || !c.Runs(StepOp::kLmHead)) return Status();
+  TensorView hidden = Used(c, c.activations.normed);
+  if (!c.inputs.all_logits) {
+    // A gather of rows is what Embedding does.
+    EmbeddingParams p;
+    p.ids = c.inputs.logit_rows;
+    p.table = hidden;
+    p.out = hidden = Rows(c.activations.logit_hidden, 0, rows);
+    TENON_RETURN_IF_ERROR(Embedding(p, c.stream));
+  }
+  return RunLinear(c, hidden, c.weights.lm_head, TensorView(),
                    Rows(c.activations.logits, 0, rows));
 }
 

@@ -1,6 +1,8 @@
 #ifndef TENON_ENGINE_DECODE_STEP_H_
 #define TENON_ENGINE_DECODE_STEP_H_
 
+#include <cstdint>
+
 #include "engine/activations.h"
 #include "engine/kv_cache.h"
 #include "engine/model_config.h"
@@ -27,9 +29,25 @@ struct StepInputs {
   TensorView query_start;   // [rows + 1] int32
   TensorView kv_len;        // [rows] int32, the new tokens included
   TensorView logit_rows;  // [logit rows] int32: tokens whose logits to compute
+  bool all_logits = false;  // logit_rows are all tokens, in order
   int32_t max_kv_len = 0;
   int32_t max_query_len = 0;
 };
+
+// The ops of a step by what they do, for measuring each on its own.
+enum class StepOp : uint32_t {
+  kEmbedding,
+  kNorm,
+  kQkv,
+  kQkNorm,
+  kAttention,
+  kOutput,  // of attention
+  kRouter,
+  kMoe,
+  kDenseMlp,
+  kLmHead,
+};
+constexpr uint32_t Bit(StepOp op) { return 1u << static_cast<uint32_t>(op); }
 
 // Everything a step works with; nothing here is owned.
 struct StepContext {
@@ -42,7 +60,9 @@ struct StepContext {
   bool batch_invariant = false;
   Stream stream;
   const MoeKernelTable* moe_kernels = nullptr;  // optional
+  uint32_t ops = ~0u;  // Bit() of those that run; the others do nothing
 
+  bool Runs(StepOp op) const { return (ops & Bit(op)) != 0; }
   int64_t tokens() const { return inputs.token_ids.shape[0]; }
 };
 

@@ -123,6 +123,7 @@ StepInputs StepBuffers::Inputs() const {
   in.logit_rows =
       DeviceView(a.logit_rows, DType::kInt32, {int64_t{shape_.logit_rows}});
   if (shape_.is_decode) {
+    in.all_logits = true;
     in.max_kv_len = limits_.max_context;
     in.max_query_len = 1;
     return in;

@@ -5,6 +5,7 @@
 //   --batch N[,N] decode batch sizes; default 1,8,32 (CPU: 1)
 //   --context N   tokens in the cache of each sequence when timing starts; 512
 //   --graphs on|off|both  CUDA graphs of the decode steps; default: on
+//   --profile     CUDA: also times each kind of op of a step on its own
 //   --prefill N   tokens of the prefill that is timed; 512; 0: none
 // and the flags of every benchmark (bench.h). --dtype bf16,fp8 runs both; fp8
 // is attention projections and experts in float8_e4m3 with blocks of 128 x 128,
@@ -19,6 +20,7 @@
 
 #include "engine/session.h"
 #include "tests/bench/bench.h"
+#include "tests/bench/decode_profile.h"
 
 namespace tenon {
 namespace {
@@ -29,6 +31,7 @@ struct Flags {
   int32_t context = 512;
   int32_t prefill = 512;
   std::vector<bool> graphs = {true};
+  bool profile = false;
 };
 
 ModelConfig Qwen3Moe30B(int32_t layers, bool fp8) {
@@ -173,6 +176,30 @@ class DecodeBench {
                  static_cast<double>(session->graph_bytes()) * 1e-6);
   }
 
+  void Profile(int32_t batch) {
+    const std::vector<bench::OpProfile> ops =
+        bench::ProfileDecode(*model_, bench_->stream(), batch, flags_.context);
+    const double step = ops.back().microseconds;
+    std::fprintf(stderr,
+                 "%s batch %d context %d   launches  a layer        us"
+                 "  us a layer  %% of step\n",
+                 DTypeName(dtype_), batch, flags_.context);
+    double sum = 0.0;
+    for (const bench::OpProfile& op : ops) {
+      const bool is_step = &op == &ops.back();
+      if (is_step) {
+        std::fprintf(stderr, "  %-24s %10s %8s %10.1f %11s %9.1f\n", "sum", "",
+                     "", sum, "", 100 * sum / step);
+      }
+      std::fprintf(stderr, "  %-24s %10lld %8.2f %10.1f %11.2f %9.1f\n",
+                   op.name.c_str(), static_cast<long long>(op.launches),
+                   static_cast<double>(op.launches) / config_.num_layers,
+                   op.microseconds, op.microseconds / config_.num_layers,
+                   100 * op.microseconds / step);
+      sum += op.microseconds;
+    }
+  }
+
  private:
   std::unique_ptr<Session> MakeSession(int32_t sequences, int32_t tokens,
                                        bool graphs) {
@@ -239,6 +266,8 @@ Flags TakeFlags(int* argc, char** argv) {
       flags.context = std::atoi(argv[++i]);
     } else if (has_value && std::strcmp(argv[i], "--prefill") == 0) {
       flags.prefill = std::atoi(argv[++i]);
+    } else if (std::strcmp(argv[i], "--profile") == 0) {
+      flags.profile = true;
     } else if (has_value && std::strcmp(argv[i], "--graphs") == 0) {
       const std::string value = argv[++i];
       flags.graphs = {value != "off"};
@@ -275,6 +304,7 @@ int main(int argc, char** argv) {
     bench.Prefill();
     for (int32_t batch : flags.batches) {
       for (const bool graphs : flags.graphs) bench.Decode(batch, graphs);
+      if (flags.profile && cuda) bench.Profile(batch);
     }
   }
   return b.Finish();

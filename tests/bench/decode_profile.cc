@@ -1,0 +1,159 @@
+#include "tests/bench/decode_profile.h"
+
+#include <utility>
+
+#include "engine/activations.h"
+#include "engine/decode_step.h"
+#include "engine/kv_cache.h"
+#include "ops/core/graph.h"
+#include "ops/linear/cublas_lt.h"
+#include "ops/sampler/sampler.h"
+
+namespace tenon::bench {
+namespace {
+
+constexpr int32_t kPageSize = 16;
+
+// Everything that a decode step works on, with a cache of nothing in
+// particular.
+class StepWorld {
+ public:
+  StepWorld(const Model& model, Stream stream, int32_t batch, int32_t context)
+      : model_(model), stream_(stream), batch_(batch), tensors_(model.device) {
+    const int32_t pages = (context + kPageSize - 1) / kPageSize;
+    KvCacheOptions options;
+    options.num_layers = model.config.num_layers;
+    options.num_kv_heads = model.config.num_kv_heads;
+    options.head_dim = model.config.head_dim;
+    options.dtype = model.weights.dtype;
+    options.device = model.device;
+    options.page_size = kPageSize;
+    options.num_pages = int64_t{batch} * pages;
+    options.max_sequences = batch;
+    options.max_context = pages * kPageSize;
+    cache_ = Take(KvCache::Create(options));
+    cublas_lt_ = Take(CublasLt::Create(model.device));
+    const StepLimits limits = {batch,     batch, batch, options.max_context,
+                               kPageSize, pages};
+    activations_ = Take(Activations::Create(model.config, model.weights, limits,
+                                            false, cublas_lt_.get(), false));
+    FillInputs(context, pages);
+  }
+
+  Status Run(uint32_t ops) {
+    const StepContext step{
+        model_.config,    model_.weights, cache_,  activations_, inputs_,
+        cublas_lt_.get(), false,          stream_, nullptr,      ops};
+    return DecodeStep(step);
+  }
+
+  Status RunSampler() {
+    SamplerParams p;
+    p.logits = Rows(activations_.logits, 0, batch_);
+    p.params = sampling_;
+    p.tokens = tokens_;
+    p.logprobs = logprobs_;
+    p.statuses = statuses_;
+    p.workspace = activations_.workspace;
+    p.workspace_size = activations_.workspace_size;
+    return Sampler(p, stream_);
+  }
+
+ private:
+  template <class T>
+  static T Take(StatusOr<T> value) {
+    CheckOk(value.status());
+    return *std::move(value);
+  }
+
+  void FillInputs(int32_t context, int32_t pages) {
+    std::vector<int32_t> ids(batch_), positions(batch_, context - 1),
+        lengths(batch_, context), starts(batch_ + 1), rows(batch_),
+        table(int64_t{batch_} * pages);
+    std::vector<int64_t> slots(batch_);
+    for (int32_t i = 0; i < batch_; ++i) {
+      ids[i] = static_cast<int32_t>((i + 1) * 7919 % model_.config.vocab_size);
+      starts[i + 1] = i + 1;
+      rows[i] = i;
+      slots[i] = int64_t{i} * pages * kPageSize + context - 1;
+      for (int32_t p = 0; p < pages; ++p) table[i * pages + p] = i * pages + p;
+    }
+    inputs_.token_ids = tensors_.Of(ids, {batch_});
+    inputs_.positions = tensors_.Of(positions, {batch_});
+    inputs_.slot_mapping = tensors_.Of(slots, {batch_});
+    inputs_.block_table = tensors_.Of(table, {batch_, pages});
+    inputs_.query_start = tensors_.Of(starts, {batch_ + 1});
+    inputs_.kv_len = tensors_.Of(lengths, {batch_});
+    inputs_.logit_rows = tensors_.Of(rows, {batch_});
+    inputs_.all_logits = true;
+    inputs_.max_kv_len = context;
+    inputs_.max_query_len = 1;
+    SamplingParams greedy;
+    greedy.temperature = 0.0f;
+    sampling_ = tensors_.CopyOf(std::vector<SamplingParams>(batch_, greedy));
+    tokens_ = tensors_.Zeros(DType::kInt32, {batch_});
+    logprobs_ = tensors_.Zeros(DType::kFloat32, {batch_});
+    statuses_ = tensors_.Zeros(DType::kInt32, {batch_});
+  }
+
+  const Model& model_;
+  Stream stream_;
+  int64_t batch_;
+  Tensors tensors_;
+  KvCache cache_;
+  std::unique_ptr<CublasLt> cublas_lt_;
+  Activations activations_;
+  StepInputs inputs_;
+  const SamplingParams* sampling_ = nullptr;
+  TensorView tokens_, logprobs_, statuses_;
+};
+
+OpProfile Time(const char* name, Device device, Stream stream,
+               const std::function<Status()>& enqueue) {
+  constexpr int kLaunches = 10;
+  constexpr int kRounds = 3;
+  CheckOk(enqueue());
+  CheckOk(Synchronize(device, stream));
+  StatusOr<Graph> graph = Graph::Capture(device, stream, enqueue);
+  CheckOk(graph.status());
+  std::vector<double> seconds;
+  for (int round = 0; round < kRounds + 1; ++round) {
+    CheckOk(Synchronize(device, stream));
+    const double begin = Seconds();
+    for (int i = 0; i < kLaunches; ++i) CheckOk(graph->Launch(stream));
+    CheckOk(Synchronize(device, stream));
+    if (round > 0) seconds.push_back((Seconds() - begin) / kLaunches);
+  }
+  return {name, graph->info().num_nodes, Median(seconds) * 1e6};
+}
+
+}  // namespace
+
+std::vector<OpProfile> ProfileDecode(const Model& model, Stream stream,
+                                     int32_t batch, int32_t context) {
+  StepWorld world(model, stream, batch, context);
+  const auto whole = [&] {
+    TENON_RETURN_IF_ERROR(world.Run(~0u));
+    return world.RunSampler();
+  };
+  CheckOk(whole());  // experts and tokens are those of a real step
+  std::vector<OpProfile> profile;
+  for (const auto& [name, op] :
+       {std::pair("embedding", StepOp::kEmbedding),
+        std::pair("norm", StepOp::kNorm), std::pair("qkv", StepOp::kQkv),
+        std::pair("qk_norm", StepOp::kQkNorm),
+        std::pair("attention", StepOp::kAttention),
+        std::pair("o", StepOp::kOutput), std::pair("router", StepOp::kRouter),
+        std::pair("moe", StepOp::kMoe),
+        std::pair("lm_head", StepOp::kLmHead)}) {
+    const uint32_t ops = Bit(op);
+    profile.push_back(
+        Time(name, model.device, stream, [&] { return world.Run(ops); }));
+  }
+  profile.push_back(Time("sampler", model.device, stream,
+                         [&] { return world.RunSampler(); }));
+  profile.push_back(Time("step", model.device, stream, whole));
+  return profile;
+}
+
+}  // namespace tenon::bench
