@@ -187,6 +187,7 @@ Status EmbedTokens(const StepContext& c) {
   if (!c.Runs(StepOp::kEmbedding)) return Status();
   EmbeddingParams p;
   p.ids = c.inputs.token_ids;
+  p.previous = c.inputs.previous;
   p.table = c.weights.embedding;
   p.out = Used(c, c.activations.residual);
   return Embedding(p, c.stream);

@@ -22,7 +22,8 @@ struct MoeKernelTable;
 // of 0 it changes and reads no cache either. Its residual is finite if its id
 // is negative too.
 struct StepInputs {
-  TensorView token_ids;     // [tokens] int32
+  TensorView token_ids;     // [tokens] int32; -2 - i: previous[i]
+  TensorView previous;      // [any] int32, optional: tokens drawn before
   TensorView positions;     // [tokens] int32
   TensorView slot_mapping;  // [tokens] int64: where K and V of a token go
   TensorView block_table;   // [rows, max_pages] int32

@@ -48,6 +48,10 @@ struct StepRow {
   SequenceId sequence;
   const int32_t* tokens = nullptr;
   int32_t num_tokens = 0;
+  // Instead of `tokens` (null, num_tokens 1): the token that the step before,
+  // whether waited for or not, drew for this sequence. Where it drew none, the
+  // results of this row mean nothing.
+  bool continues = false;
   bool sample = true;       // false: a chunk with more of the prompt to come
   SamplingParams sampling;  // `position` is set by the session
   // Copies float32 logits to the caller's memory: [vocab] of the last token
@@ -65,10 +69,13 @@ struct StepRowResult {
 struct StepStats {
   int32_t rows = 0;
   int32_t tokens = 0;
-  double microseconds = 0.0;  // of the whole call
+  double microseconds = 0.0;  // of the whole call, or from EnqueueStep to the
+                              // end of WaitStep
   // Of each sparse layer, in order; empty without count_experts.
   std::vector<int32_t> distinct_experts;
 };
+
+inline constexpr int kMaxStepsInFlight = 2;
 
 // Runs a model: owns the paged KV cache, the activations and a stream. All
 // device memory is allocated by Create. Not thread-safe: one caller at a time.
@@ -105,6 +112,25 @@ class Session {
   // Allocates nothing, once `results` and `stats` have room for such a step.
   Status Step(const std::vector<StepRow>& rows,
               std::vector<StepRowResult>* results, StepStats* stats = nullptr);
+
+  // The same in two parts, so that the next step can be on its way to the
+  // device before the tokens of the last one are read. EnqueueStep checks the
+  // rows and starts their step, or does nothing at all; WaitStep waits for the
+  // step that was enqueued first and gives its results. At most two steps are
+  // in flight; calls out of order are a FailedPrecondition, and so is Step
+  // meanwhile.
+  //
+  // Sequences are then as after all steps in flight. They may be created,
+  // forked, truncated and released: one that has ended can be released at once,
+  // though a further step of it is under way, whose results mean nothing.
+  // Callers' logits are written until WaitStep returns; with them, EnqueueStep
+  // may wait for its own step (memory that is not pinned).
+  //
+  // An error of the device in WaitStep leaves the session unable to go on.
+  Status EnqueueStep(const std::vector<StepRow>& rows);
+  Status WaitStep(std::vector<StepRowResult>* results,
+                  StepStats* stats = nullptr);
+  int32_t num_steps_in_flight() const;
 
   const Model& model() const;
   const SessionOptions& options() const;

@@ -40,16 +40,15 @@ StatusOr<StepBuffers> StepBuffers::Create(Device device,
   largest.logit_rows = limits.max_logit_rows;
   const auto bytes = static_cast<size_t>(b.LayOut(largest).end);
 
-  const bool cuda = device.type == DeviceType::kCuda;
-  StatusOr<Buffer> host = Buffer::Allocate(
-      device, bytes, cuda ? MemoryKind::kPinned : MemoryKind::kDevice);
-  TENON_RETURN_IF_ERROR(host.status());
-  b.host_ = *std::move(host);
-  if (cuda) {
-    StatusOr<Buffer> memory = Buffer::Allocate(device, bytes);
-    TENON_RETURN_IF_ERROR(memory.status());
-    b.memory_ = *std::move(memory);
+  for (Buffer& side : b.host_) {
+    StatusOr<Buffer> host =
+        Buffer::Allocate(device, bytes, HostMemoryKind(device));
+    TENON_RETURN_IF_ERROR(host.status());
+    side = *std::move(host);
   }
+  StatusOr<Buffer> memory = Buffer::Allocate(device, bytes);
+  TENON_RETURN_IF_ERROR(memory.status());
+  b.memory_ = *std::move(memory);
   return b;
 }
 
@@ -71,7 +70,8 @@ StepBuffers::InputArrays StepBuffers::LayOut(const StepShape& shape) const {
   return a;
 }
 
-void StepBuffers::SetShape(const StepShape& shape) {
+void StepBuffers::Begin(int side, const StepShape& shape) {
+  side_ = side;
   shape_ = shape;
   inputs_ = LayOut(shape);
 }
@@ -90,22 +90,19 @@ void StepBuffers::FillPadding(int32_t first) {
 }
 
 Status StepBuffers::Upload(Stream stream) {
-  if (memory_.data() == nullptr) return Status();
-  return CopyMemory(static_cast<char*>(memory_.data()) + results_end_, device_,
-                    static_cast<char*>(host_.data()) + results_end_, Device(),
+  return CopyMemory(At<char>(memory_, results_end_), device_,
+                    Host<char>(results_end_), Device(),
                     static_cast<size_t>(inputs_.end - results_end_), stream);
 }
 
 Status StepBuffers::Download(Stream stream) {
-  if (memory_.data() == nullptr) return Status();
-  return CopyMemory(host_.data(), Device(), memory_.data(), device_,
+  return CopyMemory(Host<char>(0), Device(), memory_.data(), device_,
                     static_cast<size_t>(results_end_), stream);
 }
 
 TensorView StepBuffers::DeviceView(int64_t offset, DType dtype,
                                    std::initializer_list<int64_t> shape) const {
-  void* base = memory_.data() != nullptr ? memory_.data() : host_.data();
-  return MakeTensor(static_cast<char*>(base) + offset, dtype, device_, shape);
+  return MakeTensor(At<char>(memory_, offset), dtype, device_, shape);
 }
 
 StepInputs StepBuffers::Inputs() const {
@@ -114,6 +111,8 @@ StepInputs StepBuffers::Inputs() const {
   const int64_t rows = shape_.rows;
   StepInputs in;
   in.token_ids = DeviceView(a.token_ids, DType::kInt32, {tokens});
+  in.previous =
+      DeviceView(tokens_, DType::kInt32, {int64_t{limits_.max_logit_rows}});
   in.positions = DeviceView(a.positions, DType::kInt32, {tokens});
   in.slot_mapping = DeviceView(a.slot_mapping, DType::kInt64, {tokens});
   in.block_table = DeviceView(a.block_table, DType::kInt32,

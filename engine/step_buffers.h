@@ -26,18 +26,21 @@ SamplingParams CheapestSampling();
 
 // The small arrays that go to the device before a step, and those that come
 // back after it. Host and device memory have one layout, so that each way is
-// one copy; on the CPU they are the same memory. The inputs lie one after the
-// other, as the shape of the step has it: steps of one shape have them in the
-// same places.
+// one copy. The inputs lie one after the other, as the shape of the step has
+// it: steps of one shape have them in the same places.
+//
+// The host has them twice, so that one step can be filled in while another one
+// is under way.
 class StepBuffers {
  public:
   static StatusOr<StepBuffers> Create(Device device, const StepLimits& limits);
 
-  // Begins a step. What the host side holds is undefined.
-  void SetShape(const StepShape& shape);
+  // Begins a step in the host's arrays `side`, 0 or 1, whose last step is over.
+  // What they hold is undefined.
+  void Begin(int side, const StepShape& shape);
   const StepShape& shape() const { return shape_; }
 
-  // Host side, for the session to fill.
+  // Host side of the step that was begun last, for the session to fill.
   int32_t* token_ids() { return Host<int32_t>(inputs_.token_ids); }
   int32_t* positions() { return Host<int32_t>(inputs_.positions); }
   int64_t* slot_mapping() { return Host<int64_t>(inputs_.slot_mapping); }
@@ -51,10 +54,17 @@ class StepBuffers {
   // without attention, written nowhere.
   void FillPadding(int32_t first);
 
-  // Results, after Download and a synchronisation.
-  const int32_t* tokens() const { return Host<int32_t>(tokens_); }
-  const float* logprobs() const { return Host<float>(logprobs_); }
-  const int32_t* statuses() const { return Host<int32_t>(statuses_); }
+  // Results of the step that had this side, after Download and a
+  // synchronisation.
+  const int32_t* tokens(int side) const {
+    return At<int32_t>(host_[side], tokens_);
+  }
+  const float* logprobs(int side) const {
+    return At<float>(host_[side], logprobs_);
+  }
+  const int32_t* statuses(int side) const {
+    return At<int32_t>(host_[side], statuses_);
+  }
 
   // In stream order.
   Status Upload(Stream stream);
@@ -82,16 +92,21 @@ class StepBuffers {
   };
   InputArrays LayOut(const StepShape& shape) const;
   template <class T>
+  static T* At(const Buffer& buffer, int64_t offset) {
+    return reinterpret_cast<T*>(static_cast<char*>(buffer.data()) + offset);
+  }
+  template <class T>
   T* Host(int64_t offset) const {
-    return reinterpret_cast<T*>(static_cast<char*>(host_.data()) + offset);
+    return At<T>(host_[side_], offset);
   }
   TensorView DeviceView(int64_t offset, DType dtype,
                         std::initializer_list<int64_t> shape) const;
 
   Device device_;
   StepLimits limits_;
-  Buffer host_;
-  Buffer memory_;  // empty on the CPU
+  Buffer host_[2];
+  Buffer memory_;  // of the device
+  int side_ = 0;
   int64_t tokens_ = 0;
   int64_t logprobs_ = 0;
   int64_t statuses_ = 0;

@@ -8,7 +8,7 @@ constexpr char kStep[] = "Step";
 Status CheckTokens(const std::vector<StepRow>& rows, int64_t vocab_size) {
   for (size_t i = 0; i < rows.size(); ++i) {
     const StepRow& row = rows[i];
-    for (int32_t j = 0; j < row.num_tokens; ++j) {
+    for (int32_t j = 0; j < row.num_tokens && !row.continues; ++j) {
       if (row.tokens[j] >= 0 && row.tokens[j] < vocab_size) continue;
       return InvalidArgumentError(kStep, ": rows[", i, "].tokens[", j, "] is ",
                                   row.tokens[j], ", expected 0 to ",
@@ -18,11 +18,25 @@ Status CheckTokens(const std::vector<StepRow>& rows, int64_t vocab_size) {
   return Status();
 }
 
+Status CheckContinues(const StepRow& row, size_t i, const DrawnTokens& before) {
+  if (row.tokens != nullptr || row.num_tokens != 1) {
+    return InvalidArgumentError(kStep, ": rows[", i,
+                                "] continues and has tokens, or num_tokens is ",
+                                row.num_tokens, ", expected null and 1");
+  }
+  if (before.Find(row.sequence, i) >= 0) return Status();
+  return InvalidArgumentError(kStep, ": rows[", i,
+                              "] continues, but the last step drew no token "
+                              "for its sequence");
+}
+
 // Does not look at the tokens, of which there may be too many.
-Status CheckRows(const std::vector<StepRow>& rows) {
+Status CheckRows(const std::vector<StepRow>& rows, const DrawnTokens& before) {
   for (size_t i = 0; i < rows.size(); ++i) {
     const StepRow& row = rows[i];
-    if (row.tokens == nullptr || row.num_tokens <= 0) {
+    if (row.continues) {
+      TENON_RETURN_IF_ERROR(CheckContinues(row, i, before));
+    } else if (row.tokens == nullptr || row.num_tokens <= 0) {
       return InvalidArgumentError(kStep, ": rows[", i, "] has no tokens");
     }
     if (row.logits_mode != LogitsMode::kNone && row.logits == nullptr) {
@@ -112,14 +126,25 @@ void FillLogits(const std::vector<StepRow>& rows, StepBuffers* buffers,
 
 }  // namespace
 
+int32_t DrawnTokens::Find(SequenceId sequence, size_t hint) const {
+  if (hint < sequences.size() && sequences[hint] == sequence) {
+    return places[hint];
+  }
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    if (sequences[i] == sequence) return places[i];
+  }
+  return -1;
+}
+
 int32_t NumLogitRows(const StepRow& row) {
   if (row.logits_mode == LogitsMode::kAll) return row.num_tokens;
   return row.sample || row.logits_mode == LogitsMode::kLast ? 1 : 0;
 }
 
 Status CheckStepRows(const std::vector<StepRow>& rows,
-                     const SessionOptions& options, int64_t vocab_size) {
-  TENON_RETURN_IF_ERROR(CheckRows(rows));
+                     const SessionOptions& options, int64_t vocab_size,
+                     const DrawnTokens& before) {
+  TENON_RETURN_IF_ERROR(CheckRows(rows, before));
   TENON_RETURN_IF_ERROR(CheckTotals(rows, options));
   return CheckTokens(rows, vocab_size);
 }
@@ -141,7 +166,8 @@ StepShape ShapeOf(const std::vector<StepRow>& rows,
 }
 
 void FillStep(const std::vector<StepRow>& rows, const KvCache& cache,
-              StepBuffers* buffers, std::vector<LogitPlace>* places) {
+              const DrawnTokens& before, StepBuffers* buffers,
+              std::vector<LogitPlace>* places) {
   int32_t tokens = 0;
   buffers->query_start()[0] = 0;
   for (size_t i = 0; i < rows.size(); ++i) {
@@ -149,7 +175,8 @@ void FillStep(const std::vector<StepRow>& rows, const KvCache& cache,
     const StatusOr<int32_t> length = cache.Length(row.sequence);
     const int32_t first = *length - row.num_tokens;
     for (int32_t j = 0; j < row.num_tokens; ++j) {
-      buffers->token_ids()[tokens + j] = row.tokens[j];
+      buffers->token_ids()[tokens + j] =
+          row.continues ? -2 - before.Find(row.sequence, i) : row.tokens[j];
       buffers->positions()[tokens + j] = first + j;
     }
     tokens += row.num_tokens;

@@ -14,9 +14,30 @@
 
 namespace tenon {
 
-// Checks what needs no cache, which checks sequences and pages.
+// The tokens that a step drew: of which sequences, and where among its results
+// they are.
+struct DrawnTokens {
+  std::vector<SequenceId> sequences;  // of each row
+  std::vector<int32_t> places;        // -1: a row that was not sampled
+
+  // Of the sequence's token; -1: there is none. `hint`: the row to look at
+  // first.
+  int32_t Find(SequenceId sequence, size_t hint) const;
+  void Reserve(size_t rows) {
+    sequences.reserve(rows);
+    places.reserve(rows);
+  }
+  void Clear() {
+    sequences.clear();
+    places.clear();
+  }
+};
+
+// Checks what needs no cache, which checks sequences and pages. `before` are
+// the tokens of the last step.
 Status CheckStepRows(const std::vector<StepRow>& rows,
-                     const SessionOptions& options, int64_t vocab_size);
+                     const SessionOptions& options, int64_t vocab_size,
+                     const DrawnTokens& before);
 
 // The shape of a decode step of `rows` rows, padding included.
 StepShape DecodeShape(int32_t rows);
@@ -38,7 +59,8 @@ int32_t NumLogitRows(const StepRow& row);
 // Fills the host side of `buffers`, which has the rows' shape, and `places`,
 // one for each row, for an append that is committed.
 void FillStep(const std::vector<StepRow>& rows, const KvCache& cache,
-              StepBuffers* buffers, std::vector<LogitPlace>* places);
+              const DrawnTokens& before, StepBuffers* buffers,
+              std::vector<LogitPlace>* places);
 
 }  // namespace tenon
 

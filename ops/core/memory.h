@@ -18,6 +18,12 @@ enum class MemoryKind {
   kPinned,  // host memory that the CUDA device copies from and to by itself
 };
 
+// Of host memory that is copied from and to the device.
+constexpr MemoryKind HostMemoryKind(Device device) {
+  return device.type == DeviceType::kCuda ? MemoryKind::kPinned
+                                          : MemoryKind::kDevice;
+}
+
 // Owns one allocation, aligned to 256 bytes; its contents start undefined.
 class Buffer {
  public:

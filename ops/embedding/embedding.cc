@@ -24,6 +24,13 @@ Status Validate(const EmbeddingParams& p) {
                                     device));
   TENON_RETURN_IF_ERROR(CheckTensor(kOp, "table", p.table, {kAnySize, hidden},
                                     DTypes({p.out.dtype}), device));
+  if (p.previous.present()) {
+    TENON_RETURN_IF_ERROR(CheckTensor(kOp, "previous", p.previous, {kAnySize},
+                                      DTypes({DType::kInt32}), device));
+    if (MemoryOverlaps(p.out, p.previous)) {
+      return InvalidArgumentError(kOp, ": out overlaps previous");
+    }
+  }
   if (MemoryOverlaps(p.out, p.table)) {
     return InvalidArgumentError(kOp, ": out overlaps table");
   }

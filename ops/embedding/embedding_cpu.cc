@@ -12,9 +12,7 @@ Status EmbeddingCpu(const EmbeddingParams& p, Stream stream) {
   const int64_t grain = 65536 / row_bytes + 1;
   ParallelFor(stream, p.out.shape[0], grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t id = p.ids.dtype == DType::kInt64
-                             ? p.ids.As<const int64_t>()[row]
-                             : p.ids.As<const int32_t>()[row];
+      const int64_t id = EmbeddingId(p, row);
       char* out = p.out.As<char>() + row * p.out.stride[0] * element;
       if (id < 0 || id >= p.table.shape[0]) {
         std::memset(out, 0, static_cast<size_t>(row_bytes));

@@ -11,8 +11,7 @@ constexpr int kThreads = 256;
 
 // All sizes in units of Access.
 struct KernelParams {
-  const void* ids;
-  bool wide_ids;
+  EmbeddingParams params;
   int64_t tokens;
   int64_t vocab;
   const void* table;
@@ -28,8 +27,7 @@ __global__ void __launch_bounds__(kThreads)
     EmbeddingKernel(const __grid_constant__ KernelParams p) {
   cuda::WaitForPreviousKernels();
   for (int64_t token = blockIdx.x; token < p.tokens; token += gridDim.x) {
-    const int64_t id = p.wide_ids ? static_cast<const int64_t*>(p.ids)[token]
-                                  : static_cast<const int32_t*>(p.ids)[token];
+    const int64_t id = EmbeddingId(p.params, token);
     auto* const out = static_cast<Access*>(p.out) + token * p.out_stride;
     if (id < 0 || id >= p.vocab) {
       for (int64_t i = threadIdx.x; i < p.row_size; i += kThreads) {
@@ -51,8 +49,7 @@ Status LaunchEmbedding(const EmbeddingParams& p, Stream stream) {
   const int64_t element = static_cast<int64_t>(DTypeSize(p.out.dtype));
   const int64_t access = sizeof(Access);
   // The strides of one row do not matter and need not be divisible.
-  const KernelParams kernel = {p.ids.data,
-                               p.ids.dtype == DType::kInt64,
+  const KernelParams kernel = {p,
                                p.out.shape[0],
                                p.table.shape[0],
                                p.table.data,

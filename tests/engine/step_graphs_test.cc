@@ -5,17 +5,19 @@
 
 #include <gtest/gtest.h>
 
-#include <algorithm>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "engine/session.h"
 #include "ops/core/device_info.h"
-#include "tests/testing/op_test.h"
+#include "tests/engine/traffic.h"
 
 namespace tenon {
 namespace {
+
+using testing::ExpectSameTraffic;
+using testing::Traffic;
 
 TEST(DecodeBucketsTest, HoldEveryNumberOfRows) {
   for (const int32_t max_rows : {1, 2, 3, 8, 9, 33, 64, 100, 256, 300, 512}) {
@@ -70,106 +72,6 @@ class StepGraphsTest : public ::testing::TestWithParam<const char*> {
   std::shared_ptr<const Model> model_;
 };
 
-// A simulated host: sequences come with a prompt, go on with what was drawn,
-// and leave at times of their own.
-class Traffic {
- public:
-  Traffic(Session* session, int32_t max_sequences, int32_t max_length)
-      : session_(session),
-        vocab_(static_cast<int32_t>(session->model().config.vocab_size)),
-        max_sequences_(max_sequences),
-        max_length_(max_length) {}
-
-  // Everything that a step gave, for comparing.
-  struct Trace {
-    std::vector<int32_t> tokens;
-    std::vector<float> numbers;  // log-probabilities and logits
-    std::vector<int32_t> experts;
-  };
-
-  void Step(Trace* trace) {
-    Join();
-    if (live_.empty()) return;
-    std::vector<StepRow> rows;
-    std::vector<float> logits(static_cast<size_t>(vocab_), 0.0f);
-    for (Live& live : live_) {
-      StepRow row;
-      row.sequence = live.sequence;
-      row.tokens = live.next.data();
-      row.num_tokens = static_cast<int32_t>(live.next.size());
-      row.sampling.temperature = live.seed % 3 == 0 ? 0.0f : 0.9f;
-      row.sampling.top_k = live.seed % 5 == 0 ? 7 : 0;
-      row.sampling.seed = live.seed;
-      rows.push_back(row);
-    }
-    StepRow& with_logits = rows[Random() % rows.size()];
-    with_logits.logits_mode = LogitsMode::kLast;
-    with_logits.logits = logits.data();
-    std::vector<StepRowResult> results;
-    StepStats stats;
-    const Status status = session_->Step(rows, &results, &stats);
-    ASSERT_TRUE(status.ok()) << status.message();
-    for (size_t i = 0; i < live_.size(); ++i) {
-      ASSERT_EQ(results[i].status, SampleStatus::kOk);
-      trace->tokens.push_back(results[i].token);
-      trace->numbers.push_back(results[i].logprob);
-      live_[i].next = {results[i].token};
-    }
-    trace->numbers.insert(trace->numbers.end(), logits.begin(), logits.end());
-    trace->experts.insert(trace->experts.end(), stats.distinct_experts.begin(),
-                          stats.distinct_experts.end());
-    Leave();
-  }
-
- private:
-  struct Live {
-    SequenceId sequence;
-    uint64_t seed = 0;
-    int32_t steps_left = 0;
-    std::vector<int32_t> next;
-  };
-
-  uint32_t Random() {
-    state_ = state_ * 6364136223846793005u + 1442695040888963407u;
-    return static_cast<uint32_t>(state_ >> 33);
-  }
-
-  void Join() {
-    // Long spells without a newcomer: those steps are decode steps.
-    if (!live_.empty() && Random() % 6 != 0) return;
-    const int32_t room = max_sequences_ - static_cast<int32_t>(live_.size());
-    if (room == 0) return;
-    for (uint32_t n = Random() % std::min(room, 5) + 1; n > 0; --n) {
-      StatusOr<SequenceId> sequence = session_->CreateSequence();
-      ASSERT_TRUE(sequence.ok()) << sequence.status().message();
-      Live live;
-      live.sequence = *sequence;
-      live.seed = Random();
-      live.next.resize(Random() % 9 + 1);
-      for (int32_t& token : live.next) {
-        token = static_cast<int32_t>(Random() % vocab_);
-      }
-      live.steps_left = static_cast<int32_t>(Random() % (max_length_ - 10)) + 1;
-      live_.push_back(live);
-    }
-  }
-
-  void Leave() {
-    for (size_t i = live_.size(); i-- > 0;) {
-      if (--live_[i].steps_left > 0) continue;
-      ASSERT_TRUE(session_->ReleaseSequence(live_[i].sequence).ok());
-      live_.erase(live_.begin() + static_cast<ptrdiff_t>(i));
-    }
-  }
-
-  Session* session_;
-  int32_t vocab_;
-  int32_t max_sequences_;
-  int32_t max_length_;
-  uint64_t state_ = 7;
-  std::vector<Live> live_;
-};
-
 TEST_P(StepGraphsTest, GraphsOnAndOffGiveTheSameBits) {
   for (const bool batch_invariant : {false, true}) {
     SCOPED_TRACE(batch_invariant);
@@ -180,16 +82,9 @@ TEST_P(StepGraphsTest, GraphsOnAndOffGiveTheSameBits) {
     EXPECT_EQ(off->num_graphs(), 0);
     Traffic traffic_on(on.get(), kMaxSequences, kMaxContext);
     Traffic traffic_off(off.get(), kMaxSequences, kMaxContext);
-    for (int step = 0; step < 400; ++step) {
-      Traffic::Trace trace_on;
-      Traffic::Trace trace_off;
-      traffic_on.Step(&trace_on);
-      traffic_off.Step(&trace_off);
-      ASSERT_FALSE(HasFailure());
-      ASSERT_EQ(trace_on.tokens, trace_off.tokens) << "step " << step;
-      ASSERT_EQ(trace_on.numbers, trace_off.numbers) << "step " << step;
-      ASSERT_EQ(trace_on.experts, trace_off.experts) << "step " << step;
-    }
+    traffic_on.Run(400, false);
+    traffic_off.Run(400, false);
+    ExpectSameTraffic(traffic_on, traffic_off);
   }
 }
 

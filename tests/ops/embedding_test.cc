@@ -88,6 +88,26 @@ TEST_P(EmbeddingTest, IdsOutsideTheTableGiveZeros) {
   }
 }
 
+TEST_P(EmbeddingTest, NegativeIdsNamePlacesInPrevious) {
+  constexpr int64_t kHidden = 24;
+  TestTensor table(device(), dtype(), {5, kHidden}, Normal(5 * kHidden, 3));
+  TestTensor previous = Ids({3, -1, 4, 5}, DType::kInt32);
+  const std::vector<int64_t> named = {1,  -2, -3, -4,           -5,
+                                      -6, -1, 0,  -2147483648LL};
+  const std::vector<int64_t> meant = {1, 3, -1, 4, 5, -1, -1, 0, -1};
+  const auto tokens = static_cast<int64_t>(named.size());
+  for (DType id_dtype : {DType::kInt32, DType::kInt64}) {
+    TestTensor ids = Ids(named, id_dtype);
+    TestTensor out(device(), dtype(), {tokens, kHidden});
+    const EmbeddingParams p = {ids.view(), table.view(), out.view(),
+                               previous.view()};
+    ASSERT_TRUE(Embedding(p, stream()).ok());
+    Finish();
+    EXPECT_EQ(out.Values(),
+              reference::Embedding(meant, table.InitialValues(), 5, kHidden));
+  }
+}
+
 TEST_P(EmbeddingTest, UnalignedViews) {
   constexpr int64_t kHidden = 64;
   const auto ids = testing::UniformIntegers(9, 4, 0, 4);
@@ -161,6 +181,14 @@ TEST_P(EmbeddingTest, RejectsBadArguments) {
   expect({"hidden", "0"}, [](EmbeddingParams& p) { p.out.shape[1] = 0; });
   expect({"out overlaps table"},
          [](EmbeddingParams& p) { p.out = Rows(p.table, 3, 4); });
+  expect({"previous", "int64"}, [](EmbeddingParams& p) {
+    p.previous = p.ids;
+    p.previous.dtype = DType::kInt64;
+  });
+  expect({"out overlaps previous"}, [](EmbeddingParams& p) {
+    p.previous = p.ids;
+    p.previous.data = p.out.data;
+  });
   expect({"out overlaps ids"}, [](EmbeddingParams& p) {
     p.ids.data = p.out.data;
     p.ids.dtype = DType::kInt32;

@@ -1,0 +1,199 @@
+#ifndef TENON_TESTS_ENGINE_TRAFFIC_H_
+#define TENON_TESTS_ENGINE_TRAFFIC_H_
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "engine/session.h"
+
+namespace tenon::testing {
+
+// A simulated host of a session: sequences come with a prompt, go on with what
+// was drawn, and leave. When they do follows from a seed alone, so two sessions
+// get the same steps.
+class Traffic {
+ public:
+  // What became of a sequence.
+  struct Record {
+    std::vector<int32_t> prompt;
+    uint64_t seed = 0;
+    std::vector<int32_t> tokens;  // drawn
+    std::vector<float> logprobs;
+  };
+
+  Traffic(Session* session, int32_t max_sequences, int32_t max_length)
+      : session_(session),
+        vocab_(static_cast<int32_t>(session->model().config.vocab_size)),
+        max_sequences_(max_sequences),
+        max_length_(max_length) {}
+
+  // Runs steps; with `pipelined` each is enqueued before the one before it was
+  // waited for.
+  void Run(int num_steps, bool pipelined) {
+    for (int i = 0; i < num_steps && !::testing::Test::HasFatalFailure(); ++i) {
+      MakeRows(pipelined);
+      if (pipelined) {
+        ASSERT_NO_FATAL_FAILURE(Check(session_->EnqueueStep(rows_)));
+        Leave();
+        if (session_->num_steps_in_flight() == kMaxStepsInFlight) Wait();
+      } else {
+        ASSERT_NO_FATAL_FAILURE(
+            Check(session_->Step(rows_, &results_, &stats_)));
+        TakeResults();
+        Leave();
+      }
+    }
+    while (session_->num_steps_in_flight() > 0) Wait();
+  }
+
+  const std::vector<Record>& records() const { return records_; }
+  const std::vector<float>& logits() const { return logits_; }
+  const std::vector<int32_t>& experts() const { return experts_; }
+
+  static SamplingParams Sampling(uint64_t seed) {
+    SamplingParams sampling;
+    sampling.temperature = seed % 3 == 0 ? 0.0f : 0.9f;
+    sampling.top_k = seed % 5 == 0 ? 7 : 0;
+    sampling.seed = seed;
+    return sampling;
+  }
+
+ private:
+  struct Live {
+    SequenceId sequence;
+    size_t record = 0;
+    int32_t steps_left = 0;
+    bool is_new = true;
+  };
+
+  static void Check(const Status& status) {
+    ASSERT_TRUE(status.ok()) << status.message();
+  }
+
+  uint32_t Random() {
+    state_ = state_ * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<uint32_t>(state_ >> 33);
+  }
+
+  void Join() {
+    // Spells without a newcomer: those steps have one token in each row.
+    if (!live_.empty() && Random() % 6 != 0) return;
+    const int32_t room = max_sequences_ - static_cast<int32_t>(live_.size());
+    if (room == 0) return;
+    for (uint32_t n = Random() % std::min(room, 5) + 1; n > 0; --n) {
+      StatusOr<SequenceId> sequence = session_->CreateSequence();
+      ASSERT_NO_FATAL_FAILURE(Check(sequence.status()));
+      Record record;
+      record.seed = Random();
+      record.prompt.resize(Random() % 9 + 1);
+      for (int32_t& token : record.prompt) {
+        token = static_cast<int32_t>(Random() % vocab_);
+      }
+      const auto steps = static_cast<int32_t>(Random() % (max_length_ - 10));
+      live_.push_back({*sequence, records_.size(), steps + 1, true});
+      records_.push_back(record);
+    }
+  }
+
+  // Composes the next step.
+  void MakeRows(bool pipelined) {
+    Join();
+    rows_.clear();
+    std::vector<size_t> places;
+    for (Live& live : live_) {
+      const Record& record = records_[live.record];
+      StepRow row;
+      row.sequence = live.sequence;
+      row.sampling = Sampling(record.seed);
+      row.num_tokens = 1;
+      if (live.is_new) {
+        row.tokens = record.prompt.data();
+        row.num_tokens = static_cast<int32_t>(record.prompt.size());
+      } else if (pipelined) {
+        row.continues = true;
+      } else {
+        row.tokens = &record.tokens.back();
+      }
+      live.is_new = false;
+      rows_.push_back(row);
+      places.push_back(live.record);
+    }
+    enqueued_.push_back(places);
+    // One of them wants its logits, each time in memory of its own.
+    step_logits_.emplace_back(static_cast<size_t>(vocab_), 0.0f);
+    StepRow& with_logits = rows_[Random() % rows_.size()];
+    if (Random() % 2 == 0) return;
+    with_logits.logits_mode = LogitsMode::kLast;
+    with_logits.logits = step_logits_.back().data();
+  }
+
+  void Wait() {
+    ASSERT_NO_FATAL_FAILURE(Check(session_->WaitStep(&results_, &stats_)));
+    TakeResults();
+  }
+
+  // Of the step that was enqueued first.
+  void TakeResults() {
+    const std::vector<size_t> places = enqueued_.front();
+    enqueued_.erase(enqueued_.begin());
+    ASSERT_EQ(results_.size(), places.size());
+    for (size_t i = 0; i < places.size(); ++i) {
+      ASSERT_EQ(results_[i].status, SampleStatus::kOk);
+      records_[places[i]].tokens.push_back(results_[i].token);
+      records_[places[i]].logprobs.push_back(results_[i].logprob);
+    }
+    logits_.insert(logits_.end(), step_logits_.front().begin(),
+                   step_logits_.front().end());
+    step_logits_.erase(step_logits_.begin());
+    experts_.insert(experts_.end(), stats_.distinct_experts.begin(),
+                    stats_.distinct_experts.end());
+  }
+
+  void Leave() {
+    for (size_t i = live_.size(); i-- > 0;) {
+      if (--live_[i].steps_left > 0) continue;
+      ASSERT_NO_FATAL_FAILURE(
+          Check(session_->ReleaseSequence(live_[i].sequence)));
+      live_.erase(live_.begin() + static_cast<ptrdiff_t>(i));
+    }
+  }
+
+  Session* session_;
+  int32_t vocab_;
+  int32_t max_sequences_;
+  int32_t max_length_;
+  uint64_t state_ = 7;
+  std::vector<Live> live_;
+  std::vector<Record> records_;
+  std::vector<float> logits_;
+  std::vector<int32_t> experts_;
+
+  std::vector<StepRow> rows_;
+  std::vector<StepRowResult> results_;
+  StepStats stats_;
+  // Of the steps whose results are to come: records of the rows, and logits.
+  std::vector<std::vector<size_t>> enqueued_;
+  std::vector<std::vector<float>> step_logits_;
+};
+
+inline bool operator==(const Traffic::Record& a, const Traffic::Record& b) {
+  return a.prompt == b.prompt && a.seed == b.seed && a.tokens == b.tokens &&
+         a.logprobs == b.logprobs;
+}
+
+// Expects that both had the same results, bit for bit.
+inline void ExpectSameTraffic(const Traffic& a, const Traffic& b) {
+  ASSERT_EQ(a.records().size(), b.records().size());
+  for (size_t i = 0; i < a.records().size(); ++i) {
+    ASSERT_TRUE(a.records()[i] == b.records()[i]) << "sequence " << i;
+  }
+  EXPECT_TRUE(a.logits() == b.logits());
+  EXPECT_EQ(a.experts(), b.experts());
+}
+
+}  // namespace tenon::testing
+
+#endif  // TENON_TESTS_ENGINE_TRAFFIC_H_
