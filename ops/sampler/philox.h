@@ -56,7 +56,7 @@ enum class RandomStream : uint32_t {
 
 // Version of the mapping from (seed, position) to tokens. Any change to it
 // changes what users get for a seed.
-inline constexpr uint32_t kRandomVersion = 1;
+inline constexpr uint32_t kRandomVersion = 2;
 
 constexpr uint64_t RandomBitsAt(uint64_t seed, uint64_t position,
                                 RandomStream stream) {

@@ -467,6 +467,14 @@ TENON_HOST_DEVICE inline float LogprobOf(float x, float best,
                   strict::Log(strict::Mul(static_cast<double>(mass), unit))));
 }
 
+// The probability of a token of this Weight, `mass` in units of 2^-43 being the
+// sum.
+TENON_HOST_DEVICE inline float ProbabilityOf(float weight, uint64_t mass) {
+  return static_cast<float>(
+      strict::Div(strict::Mul(static_cast<double>(weight), kMassOfBest),
+                  static_cast<double>(mass)));
+}
+
 }  // namespace tenon
 
 #endif  // TENON_OPS_SAMPLER_ROW_PLAN_H_

@@ -2,358 +2,442 @@
 #include <cmath>
 
 #include "ops/core/cpu_thread_pool.h"
-#include "ops/sampler/philox.h"
 #include "ops/sampler/sampler_backend.h"
-#include "ops/sampler/sampler_cpu_kernels.h"
+#include "ops/sampler/sampler_cpu_filters.h"
 
 namespace tenon {
 namespace {
 
-// One row between its summary and its token.
-struct Row {
-  const SamplerCpuKernels& kernels;
-  LogitsRow logits;
-  int64_t num_tiles = 0;
-  const SubTile* tiles = nullptr;
-  double* mass = nullptr;  // scratch, one per sub-tile
-  RowPlan plan;
-  float best = 0.0f;   // the largest logit; NaN where any is NaN
-  double total = 0.0;  // of the probabilities, the best token's being 1
+// Rows that are decided at once, each with scratch for its candidates.
+constexpr int64_t kMaxSlots = 16;
+
+bool WantsRaw(const SamplerParams& p) {
+  return p.raw_logprobs.present() ||
+         (p.top_tokens.present() && p.top_logprobs_kind == LogprobKind::kRaw);
+}
+
+// The parts of the workspace.
+struct Workspace {
+  explicit Workspace(const SamplerParams& p)
+      : rows(p.logits.shape[0]),
+        tiles(NumSubTiles(p.vocab())),
+        slots(std::min(rows, kMaxSlots)),
+        capacity(CandidateCapacity(p.vocab())),
+        summaries(static_cast<SubTile*>(p.workspace)),
+        raw_summaries(summaries + rows * tiles) {
+    floats = reinterpret_cast<float*>(raw_summaries +
+                                      (WantsRaw(p) ? rows * tiles : 0));
+    places = reinterpret_cast<int32_t*>(floats + slots * 2 * capacity);
+  }
+
+  size_t Bytes(const SamplerParams& p) const {
+    return static_cast<size_t>(rows * tiles) * sizeof(SubTile) *
+               (WantsRaw(p) ? 2 : 1) +
+           static_cast<size_t>(slots * capacity) *
+               (2 * sizeof(float) + sizeof(int32_t));
+  }
+  Candidates SlotOf(int64_t slot) const {
+    return {floats + 2 * slot * capacity, places + slot * capacity,
+            floats + (2 * slot + 1) * capacity};
+  }
+
+  int64_t rows;
+  int64_t tiles;
+  int64_t slots;
+  int64_t capacity;
+  SubTile* summaries;
+  SubTile* raw_summaries;
+  float* floats;
+  int32_t* places;
 };
 
-float BestLogit(const Row& row) {
+RowPlan PlanOf(const SamplerParams& p, int64_t row) {
+  RowPlan plan = MakeRowPlan(p.params[row], p.vocab());
+  if (!p.bitmask.present()) plan.use_bitmask = false;
+  if (!p.mirostat_mu.present()) plan.mirostat_tau = 0.0f;
+  return plan;
+}
+
+LogitsRow RawLogitsOf(const SamplerParams& p, int64_t row) {
+  LogitsRow logits;
+  logits.data = p.logits.As<const char>() +
+                row * p.logits.stride[0] *
+                    static_cast<int64_t>(DTypeSize(p.logits.dtype));
+  logits.dtype = p.logits.dtype;
+  logits.vocab = p.vocab();
+  logits.num_tiles = NumSubTiles(p.vocab());
+  return logits;
+}
+
+// The logits that count; refers to `plan`.
+LogitsRow LogitsOf(const SamplerParams& p, int64_t row, const RowPlan& plan) {
+  LogitsRow logits = RawLogitsOf(p, row);
+  if (plan.use_bitmask) {
+    logits.bitmask = p.bitmask.As<const uint32_t>() + row * p.bitmask.stride[0];
+  }
+  const EditRange edits = EditsOfRow(p, row);
+  logits.edits = p.edits + edits.begin;
+  logits.num_edits = edits.end - edits.begin;
+  logits.plan = &plan;
+  return logits;
+}
+
+// Whether anything needs the sums of the logits that count.
+bool NeedsSums(const SamplerParams& p, const RowPlan& plan) {
+  return !plan.greedy || p.logprobs.present() ||
+         (p.top_tokens.present() &&
+          p.top_logprobs_kind == LogprobKind::kUnfiltered);
+}
+
+float BestOf(const SubTile* tiles, int64_t count) {
   float best = -INFINITY;
-  for (int64_t i = 0; i < row.num_tiles; ++i) {
-    if (std::isnan(row.tiles[i].max)) return NAN;
-    best = std::max(best, row.tiles[i].max);
+  for (int64_t i = 0; i < count; ++i) {
+    if (std::isnan(tiles[i].max)) return NAN;
+    best = std::max(best, tiles[i].max);
   }
   return best;
 }
 
-struct Pick {
-  int64_t index = 0;
-  double fraction = 0.0;  // of the picked weight that lies before the target
-};
-
-// The first entry where the running sum of weights exceeds the target; the last
-// one that weighs anything where rounding leaves none. Some weight is positive.
-template <class Weight>
-Pick PickByWeight(const Weight* weights, int64_t count, double target) {
-  Pick pick;
-  double before = 0.0;
-  for (int64_t i = 0; i < count; ++i) {
-    const double weight = weights[i];
-    if (!(weight > 0.0)) continue;
-    pick = {i, std::clamp((target - before) / weight, 0.0, 1.0)};
-    before += weight;
-    if (before > target) break;
-  }
-  return pick;
-}
-
-// Calls visit(tile, x) with the logits of every sub-tile that has kept tokens,
-// -inf in place of those not kept.
+// Calls visit(tile, weight of its maximum) for all sub-tiles.
 template <class Visit>
-void ForEachKeptTile(const Row& row, const Cutoff& cutoff, Visit&& visit) {
-  float x[kSubTile];
-  for (int64_t i = 0; i < row.num_tiles; ++i) {
-    if (row.tiles[i].max < cutoff.value) continue;
-    row.kernels.load(row.logits, i, cutoff, x);
-    visit(i, x);
-  }
-}
-
-// The value at which the weights of all larger or equal values reach a target.
-struct Selection {
-  bool found = false;  // false where all weights together do not reach it
-  float value = 0.0f;
-  uint64_t needed = 0;  // of the weight of `value`, at least 1
-};
-
-// for_each(lowest, highest, add) calls add(value, weight) at least for the
-// candidates in [lowest, highest], in any order.
-template <class ForEach>
-Selection SelectFromTop(uint64_t target, ForEach&& for_each) {
-  uint64_t bins[kRadixBins];
-  uint32_t prefix = 0;
-  uint64_t above = 0;
-  for (int i = 0; i < kRadixPasses; ++i) {
-    const RadixPass pass = GetRadixPass(i);
-    std::fill(bins, bins + kRadixBins, uint64_t{0});
-    for_each(pass.Lowest(prefix), pass.Highest(prefix),
-             [&](float value, uint64_t weight) {
-               const uint32_t key = OrderedKey(value);
-               if (pass.Matches(key, prefix)) bins[pass.Bin(key)] += weight;
-             });
-    int bin = kRadixBins - 1;
-    while (bin >= 0 && above + bins[bin] < target) above += bins[bin--];
-    if (bin < 0) return {};
-    prefix |= static_cast<uint32_t>(bin) << pass.shift;
-  }
-  return {true, FromOrderedKey(prefix), target - above};
-}
-
-// Calls visit(x, count) with the logits that `within` keeps in [lowest,
-// highest], sub-tile by sub-tile.
-template <class Visit>
-void ForEachInRange(const Row& row, const Cutoff& within, float lowest,
-                    float highest, Visit&& visit) {
-  const Cutoff cutoff = lowest > within.value ? Cutoff{lowest} : within;
-  float x[kSubTile];
-  for (int64_t i = 0; i < row.num_tiles; ++i) {
-    if (row.tiles[i].max < cutoff.value) continue;
-    visit(x, row.kernels.collect(row.logits, i, cutoff, highest, x));
-  }
-}
-
-// Keeps what is larger than `value`, and the first `count` tokens that equal
-// it.
-Cutoff CutoffAtTie(const Row& row, float value, uint64_t count) {
-  const double target = static_cast<double>(count) - 0.5;
-  const Cutoff at_least = {value};
-  float ties[kSubTile];
-  for (int64_t i = 0; i < row.num_tiles; ++i) {
-    row.mass[i] =
-        row.tiles[i].max < value
-            ? 0.0
-            : row.kernels.collect(row.logits, i, at_least, value, ties);
-  }
-  const Pick tile = PickByWeight(row.mass, row.num_tiles, target);
-  row.kernels.load(row.logits, tile.index, at_least, ties);
-  for (float& x : ties) x = x == value ? 1.0f : 0.0f;
-  const Pick token =
-      PickByWeight(ties, kSubTile, tile.fraction * row.mass[tile.index]);
-  return {value, static_cast<int32_t>(tile.index * kSubTile + token.index)};
-}
-
-Cutoff SelectTopK(const Row& row) {
-  const uint64_t k = static_cast<uint64_t>(row.plan.top_k);
-  Cutoff at_least;
-  // The k-th largest of the sub-tiles' maxima is a lower bound of the k-th
-  // largest logit, and leaves few sub-tiles to read.
-  if (row.plan.top_k <= row.num_tiles) {
-    const auto for_each_max = [&](float, float, auto&& add) {
-      for (int64_t i = 0; i < row.num_tiles; ++i) add(row.tiles[i].max, 1);
-    };
-    at_least.value = SelectFromTop(k, for_each_max).value;
-  }
-  const auto for_each_logit = [&](float lowest, float highest, auto&& add) {
-    ForEachInRange(row, at_least, lowest, highest,
-                   [&](const float* x, int64_t count) {
-                     for (int64_t i = 0; i < count; ++i) add(x[i], 1);
-                   });
-  };
-  const Selection kth = SelectFromTop(k, for_each_logit);
-  return CutoffAtTie(row, kth.value, kth.needed);
-}
-
-// Narrows `within` to its best tokens that make up the target.
-Cutoff SelectTopP(const Row& row, const Cutoff& within, uint64_t target,
-                  float lower_bound) {
-  Cutoff searched = within;
-  const auto search_from = [&](float value) {
-    if (value > searched.value) searched = {value};
-  };
-  search_from(lower_bound);
-  const auto add_masses = [&](const float* x, int64_t count, auto&& add) {
-    float e[kSubTile];
-    row.kernels.exponentials(x, count, row.best, row.plan.scale, e);
-    for (int64_t i = 0; i < count; ++i) add(x[i], FixedMass(e[i]));
-  };
-  // Where the sub-tiles' maxima alone reach the target, the cutoff is not below
-  // where they do.
-  const auto for_each_max = [&](float lowest, float highest, auto&& add) {
-    for (int64_t i = 0; i < row.num_tiles; ++i) {
-      const float max = row.tiles[i].max;
-      if (max > searched.value && max >= lowest && max <= highest) {
-        add_masses(&max, 1, add);
-      }
-    }
-  };
-  const Selection bound = SelectFromTop(target, for_each_max);
-  if (bound.found) search_from(bound.value);
-  const auto for_each_logit = [&](float lowest, float highest, auto&& add) {
-    ForEachInRange(
-        row, searched, lowest, highest,
-        [&](const float* x, int64_t count) { add_masses(x, count, add); });
-  };
-  const Selection selection = SelectFromTop(target, for_each_logit);
-  if (!selection.found) return within;
-  float mass;
-  row.kernels.exponentials(&selection.value, 1, row.best, row.plan.scale,
-                           &mass);
-  const uint64_t each = FixedMass(mass);
-  return CutoffAtTie(row, selection.value,
-                     (selection.needed + each - 1) / each);
-}
-
-uint64_t KeptMass(const Row& row, const Cutoff& cutoff) {
-  uint64_t total = 0;
-  ForEachKeptTile(row, cutoff, [&](int64_t, float* x) {
-    row.kernels.exponentials(x, kSubTile, row.best, row.plan.scale, x);
-    for (int i = 0; i < kSubTile; ++i) total += FixedMass(x[i]);
-  });
-  return total;
-}
-
-// All filters as one.
-Cutoff SelectKept(const Row& row) {
-  const RowPlan& plan = row.plan;
-  Cutoff cutoff;
-  uint64_t mass = static_cast<uint64_t>(row.total * kMassOfBest);
-  int64_t count = row.logits.vocab;
-  if (plan.top_k != 0) {
-    cutoff = SelectTopK(row);
-    if (plan.top_p_of_kept() && plan.top_p < 1.0f) {
-      mass = KeptMass(row, cutoff);
-      count = plan.top_k;
-    }
-  }
-  if (plan.min_p > 0.0f) {
-    const float value = MinPThreshold(plan, row.best);
-    if (value > cutoff.value) cutoff = {value};
-  }
-  if (plan.top_p < 1.0f) {
-    cutoff = SelectTopP(row, cutoff, MassTarget(plan.top_p, mass),
-                        TopPLowerBound(plan, row.best, mass, count));
-  }
-  return cutoff;
-}
-
-// The sub-tiles' probabilities from their sums, and their total.
-double FillMassFromSums(const Row& row) {
+void ForEachTile(const CpuRow& row, Visit&& visit) {
   constexpr int64_t kBatch = 64;
   float max[kBatch];
-  float e[kBatch];
-  double total = 0.0;
-  for (int64_t begin = 0; begin < row.num_tiles; begin += kBatch) {
-    const int64_t size = std::min(kBatch, row.num_tiles - begin);
+  for (int64_t begin = 0; begin < row.num_tiles(); begin += kBatch) {
+    const int64_t size = std::min(kBatch, row.num_tiles() - begin);
     for (int64_t i = 0; i < size; ++i) max[i] = row.tiles[begin + i].max;
-    row.kernels.exponentials(max, size, row.best, row.plan.scale, e);
-    for (int64_t i = 0; i < size; ++i) {
-      row.mass[begin + i] = double{row.tiles[begin + i].sum} * double{e[i]};
-      total += row.mass[begin + i];
+    row.kernels.weights(max, size, row.best, row.plan.scale, max);
+    for (int64_t i = 0; i < size; ++i) visit(begin + i, max[i]);
+  }
+}
+
+// Fills in what follows from the summaries.
+void Total(CpuRow* row) {
+  row->total = 0;
+  ForEachTile(*row, [&](int64_t tile, float weight) {
+    row->total += TileMass(row->tiles[tile].sum, weight, kMassBits);
+  });
+}
+
+float LogitAt(const CpuRow& row, int64_t id) {
+  const int32_t place = DrawOrder(static_cast<int32_t>(id), row.logits.vocab);
+  float x[kSubTile];
+  row.kernels.load(row.logits, place / kSubTile, x);
+  return x[place % kSubTile];
+}
+
+int64_t FirstBestToken(const CpuRow& row) {
+  int64_t first = row.logits.vocab;
+  float x[kSubTile];
+  for (int64_t tile = 0; tile < row.num_tiles(); ++tile) {
+    if (row.tiles[tile].max != row.best) continue;
+    row.kernels.load(row.logits, tile, x);
+    const int64_t place = std::find(x, x + kSubTile, row.best) - x;
+    first = std::min(first, IdOfPlace(row, tile * kSubTile + place));
+  }
+  return first;
+}
+
+// Draws from the sub-tiles' sums.
+int64_t DrawPlain(const CpuRow& row, uint64_t numerator) {
+  const int bits = DrawBits(row.total);
+  uint64_t total = 0;
+  ForEachTile(row, [&](int64_t tile, float weight) {
+    total += TileMass(row.tiles[tile].sum, weight, bits);
+  });
+  const uint64_t target = DrawTarget(numerator, total);
+  uint64_t before = 0;
+  uint64_t residual = 0;
+  uint64_t mass = 0;
+  int64_t drawn = -1;
+  ForEachTile(row, [&](int64_t tile, float weight) {
+    if (drawn >= 0) return;
+    mass = TileMass(row.tiles[tile].sum, weight, bits);
+    if (before + mass > target) {
+      drawn = tile;
+      residual = target - before;
     }
+    before += mass;
+  });
+  float x[kSubTile];
+  row.kernels.load(row.logits, drawn, x);
+  row.kernels.weights(x, kSubTile, row.tiles[drawn].max, row.plan.scale, x);
+  uint64_t weight = 0;
+  for (float e : x) weight += FixedMass(e);
+  const uint64_t target_in_tile = TargetInTile(residual, mass, weight);
+  uint64_t sum = 0;
+  int place = 0;
+  while ((sum += FixedMass(x[place])) <= target_in_tile) ++place;
+  return IdOfPlace(row, drawn * kSubTile + place);
+}
+
+// Draws from what the filters have left.
+int64_t DrawKept(const CpuRow& row, const Candidates& c, const KeptTokens& kept,
+                 uint64_t numerator) {
+  const uint64_t target = DrawTarget(numerator, kept.mass);
+  uint64_t before = 0;
+  for (int64_t begin = 0; begin < c.count; begin += kSubTile) {
+    const int64_t size = std::min<int64_t>(kSubTile, c.count - begin);
+    const uint64_t mass =
+        row.kernels.mass(c.x + begin, size, kept.best, row.plan.draw_scale);
+    if (before + mass <= target) {
+      before += mass;
+      continue;
+    }
+    float e[kSubTile];
+    row.kernels.weights(c.x + begin, size, kept.best, row.plan.draw_scale, e);
+    int64_t i = 0;
+    while ((before += FixedMass(e[i])) <= target) ++i;
+    return IdOfPlace(row, c.places[begin + i]);
   }
-  return total;
+  return -1;  // kept.mass is the sum of them all
 }
 
-// The token at which the kept distribution's cumulative sum exceeds `uniform`.
-int64_t DrawToken(const Row& row, double uniform) {
-  Cutoff cutoff;
-  double total = row.total;
-  if (row.plan.filtered()) {
-    cutoff = SelectKept(row);
-    std::fill(row.mass, row.mass + row.num_tiles, 0.0);
-    total = 0.0;
-    ForEachKeptTile(row, cutoff, [&](int64_t tile, float* x) {
-      row.mass[tile] =
-          row.kernels.exponentials(x, kSubTile, row.best, row.plan.scale, x);
-      total += row.mass[tile];
-    });
-  }
-  const Pick tile = PickByWeight(row.mass, row.num_tiles, uniform * total);
-  float x[kSubTile];
-  row.kernels.load(row.logits, tile.index, cutoff, x);
-  // Relative to the sub-tile's own maximum, as its sum was made.
-  row.kernels.exponentials(x, kSubTile, row.tiles[tile.index].max,
-                           row.plan.scale, x);
-  double sum = 0.0;
-  for (float e : x) sum += double{e};
-  const Pick token = PickByWeight(x, kSubTile, tile.fraction * sum);
-  return tile.index * kSubTile + token.index;
-}
+// One row's outputs.
+class RowDecision {
+ public:
+  RowDecision(const SamplerParams& p, int64_t index, CpuRow* row, CpuRow* raw,
+              Candidates candidates)
+      : p_(p), index_(index), row_(*row), raw_(*raw), c_(candidates) {}
 
-int64_t FirstBestToken(const Row& row) {
-  int64_t tile = 0;
-  while (row.tiles[tile].max != row.best) ++tile;
-  float x[kSubTile];
-  row.kernels.load(row.logits, tile, Cutoff(), x);
-  return tile * kSubTile + (std::find(x, x + kSubTile, row.best) - x);
-}
+  void Run();
 
-float LogitOf(const Row& row, int64_t token) {
-  float x[kSubTile];
-  row.kernels.load(row.logits, token / kSubTile, Cutoff(), x);
-  return x[token % kSubTile];
-}
+ private:
+  bool is_kept() const { return !row_.plan.greedy && row_.plan.filtered(); }
+  bool is_one_hot() const { return std::isinf(row_.best); }
 
-struct Outcome {
-  SampleStatus status = SampleStatus::kOk;
-  int64_t token = -1;
-  double logprob = NAN;
+  void Draw();
+  void WriteLogprobs();
+  void WriteTop();
+  void WriteProbabilities();
+  float LogprobIn(const CpuRow& row, int64_t token) const;
+  float ProcessedLogprob(float x) const;
+
+  const SamplerParams& p_;
+  const int64_t index_;
+  CpuRow& row_;
+  CpuRow& raw_;
+  Candidates c_;
+  KeptTokens kept_;
+  SampleStatus status_ = SampleStatus::kOk;
+  int64_t token_ = -1;
+  float logit_ = NAN;  // of the token
 };
 
-Outcome Decide(Row& row, const SamplingParams& params, bool with_logprob) {
-  row.best = BestLogit(row);
-  if (std::isnan(row.best)) return {SampleStatus::kNonFinite};
-  if (row.best == -INFINITY) return {SampleStatus::kNoSupport};
-  if (row.best == INFINITY) {
-    return {SampleStatus::kOk, FirstBestToken(row), 0.0};
+void RowDecision::Draw() {
+  const SamplingParams& params = p_.params[index_];
+  row_.best = BestOf(row_.tiles, row_.num_tiles());
+  if (std::isnan(row_.best)) {
+    status_ = SampleStatus::kNonFinite;
+  } else if (row_.best == -INFINITY) {
+    status_ = SampleStatus::kNoSupport;
+  } else if (is_one_hot()) {
+    token_ = FirstBestToken(row_);
+  } else {
+    if (NeedsSums(p_, row_.plan)) Total(&row_);
+    const uint64_t bits =
+        p_.random_bits.present()
+            ? static_cast<uint64_t>(p_.random_bits.As<const int64_t>()[index_])
+            : RandomBitsAt(params.seed, params.position, p_.stream);
+    const uint64_t numerator = UniformNumerator(bits);
+    float* const mu = row_.plan.mirostat_tau > 0.0f
+                          ? p_.mirostat_mu.As<float>() + index_
+                          : nullptr;
+    if (row_.plan.greedy) {
+      token_ = FirstBestToken(row_);
+    } else if (!row_.plan.filtered()) {
+      token_ = DrawPlain(row_, numerator);
+    } else {
+      kept_ = FilterRow(row_, params, mu != nullptr ? *mu : 0.0f, &c_);
+      token_ = DrawKept(row_, c_, kept_, numerator);
+    }
+    if (mu != nullptr && !row_.plan.greedy) {
+      *mu = NextMirostatMu(row_.plan, kept_.best, kept_.mass, *mu,
+                           LogitAt(row_, token_));
+    }
   }
-  Outcome outcome;
-  if (!row.plan.greedy || with_logprob) row.total = FillMassFromSums(row);
-  outcome.token = row.plan.greedy
-                      ? FirstBestToken(row)
-                      : DrawToken(row, UniformAt(params.seed, params.position,
-                                                 RandomStream::kTarget));
-  if (with_logprob) {
-    const double gap = double{LogitOf(row, outcome.token)} - double{row.best};
-    outcome.logprob = gap / row.plan.temperature - std::log(row.total);
+  if (token_ >= 0) logit_ = LogitAt(row_, token_);
+}
+
+// log-softmax of the row's logits as they are summarised.
+float RowDecision::LogprobIn(const CpuRow& row, int64_t token) const {
+  if (token < 0 || std::isnan(row.best)) return NAN;
+  const float x = LogitAt(row, token);
+  if (std::isinf(row.best) || std::isinf(x)) {
+    return x == row.best && x > 0.0f ? 0.0f : -INFINITY;
   }
-  return outcome;
+  return LogprobOf(x, row.best, row.plan.temperature, row.total, kMassBits);
+}
+
+float RowDecision::ProcessedLogprob(float x) const {
+  if (is_one_hot() || row_.plan.greedy) return 0.0f;
+  return is_kept() ? LogprobOf(x, kept_.best, row_.plan.draw_temperature,
+                               kept_.mass, kMassBits)
+                   : LogprobOf(x, row_.best, row_.plan.temperature, row_.total,
+                               kMassBits);
+}
+
+void RowDecision::WriteLogprobs() {
+  if (p_.logprobs.present()) {
+    p_.logprobs.As<float>()[index_] = LogprobIn(row_, token_);
+  }
+  if (p_.raw_logprobs.present()) {
+    p_.raw_logprobs.As<float>()[index_] = LogprobIn(raw_, token_);
+  }
+  if (p_.processed_logprobs.present()) {
+    p_.processed_logprobs.As<float>()[index_] =
+        token_ < 0 ? NAN : ProcessedLogprob(logit_);
+  }
+}
+
+// Uses up the candidates.
+void RowDecision::WriteTop() {
+  const bool processed = p_.top_logprobs_kind == LogprobKind::kProcessed;
+  const CpuRow& row = p_.top_logprobs_kind == LogprobKind::kRaw ? raw_ : row_;
+  const int64_t columns = p_.top_tokens.shape[1];
+  int32_t* const tokens =
+      p_.top_tokens.As<int32_t>() + index_ * p_.top_tokens.stride[0];
+  float* const logprobs =
+      p_.top_logprobs.As<float>() + index_ * p_.top_logprobs.stride[0];
+  std::fill(tokens, tokens + columns, -1);
+  std::fill(logprobs, logprobs + columns, NAN);
+  const int64_t wanted = std::min<int64_t>(columns, row_.plan.num_top_logprobs);
+  if (wanted == 0 || std::isnan(row.best) || row.best == -INFINITY) return;
+  if ((processed && row.plan.greedy) || std::isinf(row.best)) {
+    tokens[0] = static_cast<int32_t>(FirstBestToken(row));
+    logprobs[0] = 0.0f;
+    return;
+  }
+  if (!processed || !is_kept()) {
+    CollectFrom(row, KthBestTile(row, wanted, &c_), &c_);
+  }
+  // The best of them by insertion, (logit descending, id ascending).
+  struct Entry {
+    float x;
+    int64_t id;
+  } best[kMaxTopLogprobs];
+  int64_t count = 0;
+  for (int64_t i = 0; i < c_.count; ++i) {
+    if (count == wanted && c_.x[i] < best[count - 1].x) continue;
+    const Entry entry = {c_.x[i], IdOfPlace(row, c_.places[i])};
+    const auto ranks_before = [](const Entry& a, const Entry& b) {
+      return a.x > b.x || (a.x == b.x && a.id < b.id);
+    };
+    if (count == wanted && !ranks_before(entry, best[count - 1])) continue;
+    int64_t at = count < wanted ? count++ : count - 1;
+    for (; at > 0 && ranks_before(entry, best[at - 1]); --at) {
+      best[at] = best[at - 1];
+    }
+    best[at] = entry;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    tokens[i] = static_cast<int32_t>(best[i].id);
+    logprobs[i] = processed
+                      ? ProcessedLogprob(best[i].x)
+                      : LogprobOf(best[i].x, row.best, row.plan.temperature,
+                                  row.total, kMassBits);
+  }
+}
+
+// Call while the candidates are what is kept.
+void RowDecision::WriteProbabilities() {
+  float* const out =
+      p_.probabilities.As<float>() + index_ * p_.probabilities.stride[0];
+  const bool plain = token_ >= 0 && !row_.plan.greedy && !is_one_hot();
+  if (!plain || is_kept()) std::fill(out, out + row_.logits.vocab, 0.0f);
+  if (token_ < 0) return;
+  if (!plain) {
+    out[token_] = 1.0f;
+    return;
+  }
+  if (is_kept()) {
+    row_.kernels.weights(c_.x, c_.count, kept_.best, row_.plan.draw_scale,
+                         c_.spare);
+    for (int64_t i = 0; i < c_.count; ++i) {
+      out[IdOfPlace(row_, c_.places[i])] =
+          ProbabilityOf(c_.spare[i], kept_.mass);
+    }
+    return;
+  }
+  float x[kSubTile];
+  for (int64_t tile = 0; tile < row_.num_tiles(); ++tile) {
+    row_.kernels.load(row_.logits, tile, x);
+    row_.kernels.weights(x, kSubTile, row_.best, row_.plan.scale, x);
+    for (int place = 0; place < kSubTile; ++place) {
+      const int64_t id = IdAt(tile, place, row_.num_tiles());
+      if (id < row_.logits.vocab) {
+        out[id] = ProbabilityOf(x[place], row_.total);
+      }
+    }
+  }
+}
+
+void RowDecision::Run() {
+  Draw();
+  if (WantsRaw(p_)) {
+    raw_.best = BestOf(raw_.tiles, raw_.num_tiles());
+    if (std::isfinite(raw_.best)) Total(&raw_);
+  }
+  p_.tokens.As<int32_t>()[index_] = static_cast<int32_t>(token_);
+  p_.statuses.As<int32_t>()[index_] = static_cast<int32_t>(status_);
+  WriteLogprobs();
+  if (p_.probabilities.present()) WriteProbabilities();
+  if (p_.top_tokens.present()) WriteTop();
+}
+
+RowPlan RawPlan() {
+  RowPlan plan;
+  plan.scale = kRawScale;
+  return plan;
+}
+
+void SummarizeRows(const SamplerParams& p, const Workspace& workspace,
+                   const SamplerCpuKernels& kernels, Stream stream) {
+  // Rows in pieces, so that threads help where there are few rows.
+  constexpr int64_t kPiece = 64;
+  const int64_t tiles = workspace.tiles;
+  const int64_t pieces = (tiles + kPiece - 1) / kPiece;
+  const int64_t grain = kPiece / tiles + 1;
+  const int64_t count = workspace.rows * pieces;
+  ParallelFor(stream, count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / pieces;
+      const int64_t first = i % pieces * kPiece;
+      const int64_t last = std::min(first + kPiece, tiles);
+      const RowPlan plan = PlanOf(p, row);
+      kernels.summarize(LogitsOf(p, row, plan), first, last, plan.scale,
+                        NeedsSums(p, plan),
+                        workspace.summaries + row * tiles + first);
+      if (WantsRaw(p)) {
+        kernels.summarize(RawLogitsOf(p, row), first, last, kRawScale, true,
+                          workspace.raw_summaries + row * tiles + first);
+      }
+    }
+  });
 }
 
 }  // namespace
 
-size_t SamplerCpuWorkspaceBytes(const SamplerParams& p) {
-  return static_cast<size_t>(p.logits.shape[0] * NumSubTiles(p.vocab())) *
-         (sizeof(SubTile) + sizeof(double));
+size_t SamplerCpuWorkspaceBytes(const SamplerParams& params) {
+  return Workspace(params).Bytes(params);
 }
 
 Status SamplerCpu(const SamplerParams& p, Stream stream) {
-  const int64_t rows = p.logits.shape[0];
-  const int64_t vocab = p.logits.shape[1];
-  const int64_t num_tiles = NumSubTiles(vocab);
-  const bool with_logprob = p.logprobs.present();
+  const Workspace workspace(p);
   const SamplerCpuKernels& kernels = GetSamplerCpuKernels(DetectCpuIsa());
-  SubTile* const tiles = static_cast<SubTile*>(p.workspace);
-  double* const mass = reinterpret_cast<double*>(tiles + rows * num_tiles);
-  const auto logits_of = [&](int64_t row) {
-    const int64_t offset = row * p.logits.stride[0] *
-                           static_cast<int64_t>(DTypeSize(p.logits.dtype));
-    return LogitsRow{p.logits.As<const char>() + offset, p.logits.dtype, vocab};
-  };
-
-  // Rows in pieces, so that threads help where there are few rows.
-  constexpr int64_t kPiece = 64;
-  const int64_t pieces = (num_tiles + kPiece - 1) / kPiece;
-  const int64_t grain = kPiece / num_tiles + 1;
-  ParallelFor(stream, rows * pieces, grain, [&](int64_t begin, int64_t end) {
+  SummarizeRows(p, workspace, kernels, stream);
+  const int64_t tiles = workspace.tiles;
+  const int64_t grain =
+      (workspace.rows + workspace.slots - 1) / workspace.slots;
+  ParallelFor(stream, workspace.rows, grain, [&](int64_t begin, int64_t end) {
+    // Pieces begin at multiples of the grain, and each has a slot of its own.
+    const Candidates candidates = workspace.SlotOf(begin / grain);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / pieces;
-      const int64_t first = i % pieces * kPiece;
-      const RowPlan plan = MakeRowPlan(p.params[row], vocab);
-      kernels.summarize(logits_of(row), first,
-                        std::min(first + kPiece, num_tiles), plan.scale,
-                        !plan.greedy || with_logprob,
-                        tiles + row * num_tiles + first);
-    }
-  });
-  ParallelFor(stream, rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      Row row = {kernels,
-                 logits_of(i),
-                 num_tiles,
-                 tiles + i * num_tiles,
-                 mass + i * num_tiles,
-                 MakeRowPlan(p.params[i], vocab)};
-      const Outcome outcome = Decide(row, p.params[i], with_logprob);
-      p.tokens.As<int32_t>()[i] = static_cast<int32_t>(outcome.token);
-      p.statuses.As<int32_t>()[i] = static_cast<int32_t>(outcome.status);
-      if (with_logprob) {
-        p.logprobs.As<float>()[i] = static_cast<float>(outcome.logprob);
-      }
+      CpuRow row = {kernels, {}, PlanOf(p, i), workspace.summaries + i * tiles};
+      row.logits = LogitsOf(p, i, row.plan);
+      CpuRow raw = {kernels, RawLogitsOf(p, i), RawPlan(),
+                    workspace.raw_summaries + i * tiles};
+      RowDecision(p, i, &row, &raw, candidates).Run();
     }
   });
   return Status();

@@ -7,11 +7,11 @@
 namespace tenon::reference {
 
 // The uniform that the sampler draws for (seed, position): the top 53 bits of
-// Philox4x32-10 with this key and the counter (position, stream 0, version 1),
+// Philox4x32-10 with this key and the counter (position, stream 0, version 2),
 // words 0 and 1 of the result, as a number inside (0, 1).
 inline double PhiloxUniform(uint64_t seed, uint64_t position) {
   uint32_t c[4] = {static_cast<uint32_t>(position),
-                   static_cast<uint32_t>(position >> 32), 0, 1};
+                   static_cast<uint32_t>(position >> 32), 0, 2};
   uint32_t key[2] = {static_cast<uint32_t>(seed),
                      static_cast<uint32_t>(seed >> 32)};
   for (int round = 0; round < 10; ++round) {

@@ -24,7 +24,9 @@ inline ReferenceDraw DrawToken(const std::vector<double>& logits,
                                const tenon_sampling_params& params) {
   const reference::Distribution kept = reference::KeptDistribution(
       logits, {params.temperature, params.top_k, params.top_p, params.min_p,
-               params.filter_order == TENON_FILTER_JOINT});
+               params.filter_order == TENON_FILTER_JOINT
+                   ? reference::Order::kJoint
+                   : reference::Order::kSequential});
   ReferenceDraw draw;
   if (params.temperature == 0.0f) {
     const auto best =
@@ -37,14 +39,13 @@ inline ReferenceDraw DrawToken(const std::vector<double>& logits,
       if (lead > 0.0) draw.margin = std::min(draw.margin, lead);
     }
   } else {
-    const std::vector<double> sums =
-        reference::CumulativeSums(kept.probability);
+    const reference::Cdf cdf(kept.probability);
     const double uniform =
         reference::PhiloxUniform(params.seed, params.position);
-    draw.token = reference::InvertCdf(sums, uniform);
-    const double low = draw.token == 0 ? 0.0 : sums[draw.token - 1];
-    draw.margin =
-        std::min({kept.margin, uniform - low, sums[draw.token] - uniform});
+    draw.token = cdf.Invert(uniform);
+    const double low = cdf.low(draw.token);
+    const double high = low + kept.probability[draw.token];
+    draw.margin = std::min({kept.margin, uniform - low, high - uniform});
   }
   draw.logprob = kept.logprob[draw.token];
   return draw;
