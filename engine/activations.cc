@@ -195,10 +195,11 @@ StatusOr<Activations> Activations::Create(
   return a;
 }
 
-TensorView Activations::TopkIds(int32_t layer) const {
+TensorView Activations::TopkIds(int32_t layer, int64_t tokens) const {
   const int64_t slice = std::min<int64_t>(layer, topk_ids.shape[0] - 1);
-  return MakeTensor(Rows(topk_ids, slice, 1).data, topk_ids.dtype,
-                    topk_ids.device, {topk_ids.shape[1], topk_ids.shape[2]});
+  const int64_t top_k = topk_ids.shape[2];
+  return MakeTensor(topk_ids.As<int32_t>() + slice * tokens * top_k,
+                    topk_ids.dtype, topk_ids.device, {tokens, top_k});
 }
 
 std::vector<float> RotaryTable(int64_t max_positions, int32_t rotary_dim,

@@ -43,8 +43,9 @@ struct Activations {
   void* workspace = nullptr;  // scratch of whichever op is running
   size_t workspace_size = 0;
 
-  // [max_tokens, top_k]: where a layer's choice goes.
-  TensorView TopkIds(int32_t layer) const;
+  // [tokens, top_k]: where a layer's choice goes in a step of so many tokens.
+  // Layer lies behind layer.
+  TensorView TopkIds(int32_t layer, int64_t tokens) const;
 
   Buffer arena;
 

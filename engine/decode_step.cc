@@ -142,7 +142,7 @@ Status Experts(const StepContext& c, int32_t layer, const LayerWeights& w) {
   r.logits = Used(c, a.router_logits);
   r.padding = c.inputs.positions;
   r.topk_weights = Used(c, a.topk_weights);
-  r.topk_ids = Used(c, a.TopkIds(layer));
+  r.topk_ids = a.TopkIds(layer, c.tokens());
   r.top_k = c.config.num_experts_per_tok;
   r.renormalize = c.config.norm_topk_prob;
 

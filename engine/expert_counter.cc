@@ -31,25 +31,23 @@ int32_t ExpertCounter::num_layers() const {
 Status ExpertCounter::Enqueue(int64_t tokens, Stream stream) {
   if (config_ == nullptr) return Status();
   ids_per_layer_ = tokens * config_->num_experts_per_tok;
-  auto* to = static_cast<int32_t*>(ids_.data());
-  for (int32_t layer = 0; layer < config_->num_layers; ++layer) {
-    if (!config_->IsMoeLayer(layer)) continue;
-    const TensorView ids = activations_->TopkIds(layer);
-    TENON_RETURN_IF_ERROR(CopyMemory(
-        to, Device(), ids.data, ids.device,
-        static_cast<size_t>(ids_per_layer_) * sizeof(int32_t), stream));
-    to += ids_per_layer_;
-  }
-  return Status();
+  const TensorView first = activations_->TopkIds(0, tokens);
+  return CopyMemory(ids_.data(), Device(), first.data, first.device,
+                    static_cast<size_t>(config_->num_layers * ids_per_layer_) *
+                        sizeof(int32_t),
+                    stream);
 }
 
 void ExpertCounter::Count(std::vector<int32_t>* counts) {
   counts->clear();
-  const auto* ids = static_cast<const int32_t*>(ids_.data());
-  for (int32_t layer = 0; layer < num_layers(); ++layer) {
+  if (config_ == nullptr) return;
+  for (int32_t layer = 0; layer < config_->num_layers; ++layer) {
+    if (!config_->IsMoeLayer(layer)) continue;
+    const auto* ids =
+        static_cast<const int32_t*>(ids_.data()) + layer * ids_per_layer_;
     std::fill(is_used_.begin(), is_used_.end(), 0);
     for (int64_t i = 0; i < ids_per_layer_; ++i) {
-      is_used_[static_cast<size_t>(*ids++)] = 1;
+      if (ids[i] >= 0) is_used_[static_cast<size_t>(ids[i])] = 1;
     }
     counts->push_back(
         static_cast<int32_t>(std::count(is_used_.begin(), is_used_.end(), 1)));

@@ -21,8 +21,8 @@ class ExpertCounter {
   static StatusOr<ExpertCounter> Create(const ModelConfig& config,
                                         const Activations& activations);
 
-  // Copies what the first `tokens` tokens chose to the host, in stream order.
-  // Padding comes after them.
+  // Copies what was chosen in a step of `tokens` tokens, padding included, to
+  // the host, in stream order.
   Status Enqueue(int64_t tokens, Stream stream);
 
   // Of each sparse layer, in order, after a synchronisation; overwrites

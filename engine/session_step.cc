@@ -59,7 +59,7 @@ Status Session::Impl::Launch(const std::vector<StepRow>& rows,
                                          : EnqueueModel());
   TENON_RETURN_IF_ERROR(CopyLogits(rows));
   if (count_experts) {
-    TENON_RETURN_IF_ERROR(flight.experts.Enqueue(flight.tokens, stream.get()));
+    TENON_RETURN_IF_ERROR(flight.experts.Enqueue(shape.tokens, stream.get()));
   }
   return buffers.Download(stream.get());
 }

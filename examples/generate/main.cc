@@ -5,7 +5,9 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "engine/session.h"
@@ -59,9 +61,15 @@ class Generator {
     TENON_RETURN_IF_ERROR(Prefill(prompt));
     timing->prefill_seconds = Seconds() - begin;
     begin = Seconds();
-    while (!AllDone()) {
-      TENON_RETURN_IF_ERROR(StepAll());
-      timing->decoded_tokens += static_cast<int64_t>(results_.size());
+    // On a GPU the next step is under way before the tokens of the last one are
+    // here: rows go on with what was drawn for them, wherever it is.
+    const bool cuda = session_->model().device.type == DeviceType::kCuda;
+    const size_t depth = cuda ? kMaxStepsInFlight : 1;
+    while (NumToEnqueue() > 0 || !steps_.empty()) {
+      while (steps_.size() < depth && NumToEnqueue() > 0) {
+        TENON_RETURN_IF_ERROR(Enqueue());
+      }
+      TENON_RETURN_IF_ERROR(Wait(timing));
     }
     timing->decode_seconds = Seconds() - begin;
     if (streams_.size() > 1) PrintAll();
@@ -73,6 +81,7 @@ class Generator {
   struct Continuation {
     SequenceId sequence;
     std::vector<int32_t> tokens;
+    int64_t num_enqueued = 0;  // steps
     bool done = false;
   };
 
@@ -95,38 +104,59 @@ class Generator {
       StatusOr<SequenceId> sequence =
           i == 0 ? first : session_->ForkSequence(*first);
       TENON_RETURN_IF_ERROR(sequence.status());
-      streams_.push_back({*sequence, {prompt.back()}, false});
+      streams_.push_back({*sequence, {prompt.back()}, 0, false});
     }
     return Status();
   }
 
-  bool AllDone() const {
-    return std::all_of(streams_.begin(), streams_.end(),
-                       [](const Continuation& s) { return s.done; });
+  static bool GoesOn(const Continuation& stream, int64_t max_tokens) {
+    return !stream.done && stream.num_enqueued < max_tokens;
   }
 
-  // One step for every continuation that goes on.
-  Status StepAll() {
+  int64_t NumToEnqueue() const {
+    return std::count_if(
+        streams_.begin(), streams_.end(),
+        [this](const Continuation& s) { return GoesOn(s, max_tokens_); });
+  }
+
+  // Starts a step for every continuation that goes on.
+  Status Enqueue() {
     std::vector<StepRow> rows;
     std::vector<Continuation*> active;
     for (size_t i = 0; i < streams_.size(); ++i) {
-      if (streams_[i].done) continue;
+      Continuation& stream = streams_[i];
+      if (!GoesOn(stream, max_tokens_)) continue;
       StepRow row;
-      row.sequence = streams_[i].sequence;
-      row.tokens = &streams_[i].tokens.back();
+      row.sequence = stream.sequence;
       row.num_tokens = 1;
+      if (stream.num_enqueued++ == 0) {
+        row.tokens = &stream.tokens.back();
+      } else {
+        row.continues = true;
+      }
       row.sampling = flags_.sampling;
       row.sampling.seed += i;
       rows.push_back(row);
-      active.push_back(&streams_[i]);
+      active.push_back(&stream);
     }
-    TENON_RETURN_IF_ERROR(session_->Step(rows, &results_));
-    for (size_t i = 0; i < active.size(); ++i) {
+    TENON_RETURN_IF_ERROR(session_->EnqueueStep(rows));
+    steps_.push_back(std::move(active));
+    return Status();
+  }
+
+  // Takes the tokens of the step that was started first.
+  Status Wait(Timing* timing) {
+    TENON_RETURN_IF_ERROR(session_->WaitStep(&results_));
+    for (size_t i = 0; i < results_.size(); ++i) {
+      Continuation* stream = steps_.front()[i];
+      if (stream->done) continue;  // it ended while this step was under way
       if (results_[i].status != SampleStatus::kOk) {
         return InternalError("the model gave no finite logits");
       }
-      Append(results_[i].token, active[i]);
+      Append(results_[i].token, stream);
+      ++timing->decoded_tokens;
     }
+    steps_.pop_front();
     return Status();
   }
 
@@ -164,6 +194,8 @@ class Generator {
   bool bytes_;
   Session* session_;
   std::vector<Continuation> streams_;
+  // The continuations in the steps under way.
+  std::deque<std::vector<Continuation*>> steps_;
   std::vector<StepRowResult> results_;
 };
 

@@ -1,21 +1,31 @@
-// Whole steps of a Qwen3-MoE model with random weights: decode at several batch
-// sizes, and prefill.
+// Whole steps of Qwen3-30B-A3B with random weights: decode at several batch
+// sizes and contexts, and prefill. Flags beside those of every benchmark:
 //
-//   --layers N    of the model's 48; default: all on CUDA, 4 on the CPU
-//   --batch N[,N] decode batch sizes; default 1,8,32 (CPU: 1)
-//   --context N   tokens in the cache of each sequence when timing starts; 512
-//   --graphs on|off|both  CUDA graphs of the decode steps; default: on
-//   --profile     CUDA: also times each kind of op of a step on its own
-//   --prefill N   tokens of the prefill that is timed; 512; 0: none
-// and the flags of every benchmark (bench.h). --dtype bf16,fp8 runs both; fp8
-// is attention projections and experts in float8_e4m3 with blocks of 128 x 128,
-// all else in bfloat16, as Qwen3-30B-A3B-FP8 is published.
+//   --layers N          of the model's 48; default: all on CUDA, 4 on the CPU
+//   --batch N[,N]       decode batch sizes; default 1,8,32,64 and in fp8 128
+//                       (CPU: 1); 0: no decode steps
+//   --context N[,N]     tokens in the cache of each sequence; 1024
+//   --prefill N[,N]     tokens of the prefills; 512,2048,8192 (CPU: 512); 0:
+//                       none
+//   --routing R         uniform: unrelated tokens; repeated: the same ones in
+//                       every sequence, which so choose the same experts; both
+//   --graphs on|off|both       CUDA graphs; on
+//   --steps pipelined|waited|both  EnqueueStep and WaitStep, each row going on
+//                       with the token that was drawn for it, or Step with
+//                       tokens from the host; pipelined
+//   --profile on|off    CUDA: also every kind of op of a step on its own; off
+//
+// --dtype bf16,fp8 runs both; fp8 is attention projections and experts in
+// float8_e4m3 with blocks of 128 x 128, all else in bfloat16, as
+// Qwen3-30B-A3B-FP8 is published. Every step is waited for on the host's clock,
+// so that all of its gaps count. Bytes are those of the experts that the tokens
+// of the last step chose.
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "engine/session.h"
@@ -26,13 +36,26 @@ namespace tenon {
 namespace {
 
 struct Flags {
-  int32_t layers = 0;
-  std::vector<int32_t> batches;
-  int32_t context = 512;
-  int32_t prefill = 512;
-  std::vector<bool> graphs = {true};
-  bool profile = false;
+  std::string layers, batch, context = "1024", prefill, routing = "uniform",
+                             graphs = "on", steps = "pipelined",
+                             profile = "off";
 };
+
+std::vector<int32_t> ParseList(const std::string& text) {
+  std::vector<int32_t> values;
+  for (size_t at = 0; at < text.size();) {
+    const size_t end = std::min(text.find(',', at), text.size());
+    values.push_back(std::atoi(text.substr(at, end - at).c_str()));
+    at = end + 1;
+  }
+  return values;
+}
+
+// The values of a flag that is `both` or one of two.
+std::vector<bool> ParseChoice(const std::string& text, const char* yes) {
+  if (text == "both") return {true, false};
+  return {text == yes};
+}
 
 ModelConfig Qwen3Moe30B(int32_t layers, bool fp8) {
   ModelConfig config;
@@ -60,11 +83,11 @@ ModelConfig Qwen3Moe30B(int32_t layers, bool fp8) {
   return config;
 }
 
-// Bytes that a decode step must read: all dense weights, the experts that were
-// hit (counted), and the KV cache. Elements of fp8 matrices are a byte and a
-// share of a scale; all else has the model's dtype.
-double StepBytes(const ModelConfig& c, DType dtype, const StepStats& stats,
-                 int32_t rows, int32_t context) {
+// Bytes that a step must read: all dense weights, `experts` experts in all
+// layers together, and the KV cache of `cached` tokens. Elements of fp8
+// matrices are a byte and a share of a scale; all else has the model's dtype.
+double StepBytes(const ModelConfig& c, DType dtype, double experts,
+                 double cached) {
   const double hidden = static_cast<double>(c.hidden_size);
   const double q = static_cast<double>(c.num_heads) * c.head_dim;
   const double kv = static_cast<double>(c.num_kv_heads) * c.head_dim;
@@ -74,11 +97,10 @@ double StepBytes(const ModelConfig& c, DType dtype, const StepStats& stats,
   const double element = static_cast<double>(DTypeSize(dtype));
   const double matrix_element =
       c.fp8_scaling == Fp8Scaling::kNone ? element : 1.0 + 4.0 / (128 * 128);
-  double bytes = element * hidden * c.vocab_size;
-  for (int32_t experts : stats.distinct_experts) {
-    bytes += element * router + matrix_element * (attention + expert * experts);
-  }
-  return bytes + element * 2.0 * kv * context * rows * c.num_layers;
+  return element * hidden * c.vocab_size +
+         c.num_layers * (element * router + matrix_element * attention) +
+         matrix_element * expert * experts +
+         element * 2.0 * kv * cached * c.num_layers;
 }
 
 double TokenFlops(const ModelConfig& c, int32_t context, bool lm_head) {
@@ -92,14 +114,27 @@ double TokenFlops(const ModelConfig& c, int32_t context, bool lm_head) {
   return 2.0 * (layer * c.num_layers + (lm_head ? hidden * c.vocab_size : 0.0));
 }
 
+// What one measurement is of.
+struct DecodeCase {
+  int32_t batch = 0;
+  int32_t context = 0;
+  bool repeated = false;
+  bool graphs = true;
+  bool pipelined = true;
+
+  std::string Note() const {
+    return StrCat("context ", context, repeated ? ", repeated" : "",
+                  pipelined ? "" : ", waited", graphs ? "" : ", no graphs");
+  }
+};
+
 class DecodeBench {
  public:
   // `dtype` is float8_e4m3 for a model as published in fp8.
-  DecodeBench(bench::Bench* bench, const Flags& flags, DType dtype)
+  DecodeBench(bench::Bench* bench, int32_t layers, DType dtype)
       : bench_(bench),
-        flags_(flags),
         dtype_(dtype),
-        config_(Qwen3Moe30B(flags.layers, dtype == DType::kFloat8E4M3)) {
+        config_(Qwen3Moe30B(layers, dtype == DType::kFloat8E4M3)) {
     const DType rest = dtype == DType::kFloat8E4M3 ? DType::kBFloat16 : dtype;
     std::fprintf(stderr, "making %d layers of random weights in %s\n",
                  config_.num_layers, DTypeName(dtype));
@@ -112,78 +147,79 @@ class DecodeBench {
     shape_ = StrCat("qwen3-30b-a3b/", config_.num_layers, "L");
   }
 
-  void Prefill() {
-    const int32_t tokens = flags_.prefill;
-    if (tokens == 0) return;
-    const std::unique_ptr<Session> session = MakeSession(1, tokens, false);
+  void Prefill(int32_t tokens) {
+    SessionOptions options;
+    options.max_sequences = 1;
+    options.max_tokens = options.max_context = tokens;
+    const std::unique_ptr<Session> session = MakeSession(options);
+    if (session == nullptr) return;
     std::vector<double> seconds;
     for (int repeat = 0; repeat < 4; ++repeat) {
       const SequenceId sequence = NewSequence(session.get());
       const std::vector<int32_t> prompt = RandomTokens(tokens);
-      StepRow row;
-      row.sequence = sequence;
-      row.tokens = prompt.data();
-      row.num_tokens = tokens;
       const double begin = bench::Seconds();
-      bench::CheckOk(session->Step({row}, &results_));
+      FillContext(session.get(), sequence, prompt, true);
       if (repeat > 0) seconds.push_back(bench::Seconds() - begin);
       bench::CheckOk(session->ReleaseSequence(sequence));
     }
-    bench_->Add({"prefill", shape_, tokens, dtype_, 0.0,
-                 tokens * TokenFlops(config_, tokens / 2, false)},
-                bench::Median(seconds) * 1e6);
-    std::fprintf(stderr, "prefill %d: %.1f tokens/s\n", tokens,
-                 tokens / bench::Median(seconds));
+    const double median = bench::Median(seconds);
+    const double all = 1.0 * config_.num_experts * config_.num_layers;
+    bench_->Add({"prefill", shape_, tokens, dtype_,
+                 StepBytes(config_, model_->weights.dtype, all, 0),
+                 tokens * TokenFlops(config_, tokens / 2, false),
+                 StrCat(static_cast<int64_t>(tokens / median), " tokens/s")},
+                median * 1e6);
   }
 
-  void Decode(int32_t batch, bool graphs) {
-    const std::unique_ptr<Session> session =
-        MakeSession(batch, std::max(512, batch), graphs);
-    std::vector<StepRow> rows(batch);
+  void Decode(const DecodeCase& what) {
+    SessionOptions options;
+    options.max_sequences = what.batch;
+    options.max_tokens = std::max(what.batch, std::min(what.context, 8192));
+    options.max_context = what.context + kSteps + kMaxStepsInFlight;
+    options.count_experts = true;
+    options.cuda_graphs = what.graphs;
+    const std::unique_ptr<Session> session = MakeSession(options);
+    if (session == nullptr) return;
+    std::vector<StepRow> rows(what.batch);
+    const std::vector<int32_t> same = RandomTokens(what.context);
     for (StepRow& row : rows) {
       row.sequence = NewSequence(session.get());
-      FillContext(session.get(), row.sequence);
+      FillContext(session.get(), row.sequence,
+                  what.repeated ? same : RandomTokens(what.context), false);
       row.num_tokens = 1;
-      row.sampling.temperature = 0.0f;
+      // Unrelated tokens of nearly even logits, or the same of each row.
+      row.sampling.seed = what.repeated ? 1 : Random();
     }
-    std::vector<double> seconds;
     StepStats stats;
-    constexpr int kSteps = 44;
-    for (int step = 0; step < kSteps; ++step) {
-      // Random tokens, so that the routing is that of unrelated requests.
-      const std::vector<int32_t> tokens = RandomTokens(batch);
-      for (int32_t i = 0; i < batch; ++i) rows[i].tokens = &tokens[i];
-      // Counting experts takes time, so it is done in a step that is not timed.
-      const bool last = step + 1 == kSteps;
-      const double begin = bench::Seconds();
-      bench::CheckOk(session->Step(rows, &results_, last ? &stats : nullptr));
-      if (step >= 4 && !last) seconds.push_back(bench::Seconds() - begin);
-    }
+    const double median = what.pipelined
+                              ? TimePipelined(session.get(), &rows, &stats)
+                              : TimeWaited(session.get(), what, &rows, &stats);
     double experts = 0.0;
     for (int32_t count : stats.distinct_experts) experts += count;
-    const double median = bench::Median(seconds);
-    bench_->Add({"decode", shape_, batch, dtype_,
-                 StepBytes(config_, model_->weights.dtype, stats, batch,
-                           flags_.context),
-                 batch * TokenFlops(config_, flags_.context, true)},
+    const double cached =
+        static_cast<double>(what.batch) * (what.context + kSteps / 2);
+    bench_->Add({"decode", shape_, what.batch, dtype_,
+                 StepBytes(config_, model_->weights.dtype, experts, cached),
+                 what.batch * TokenFlops(config_, what.context, true),
+                 StrCat(what.Note(), ", ",
+                        static_cast<int64_t>(what.batch / median), " tokens/s"),
+                 experts / std::max<size_t>(stats.distinct_experts.size(), 1)},
                 median * 1e6);
-    std::fprintf(stderr,
-                 "decode batch %d, graphs %s: %.3f ms/step, %.1f tokens/s, "
-                 "%.1f distinct experts a layer; %lld graphs of %.1f MB\n",
-                 batch, graphs ? "on" : "off", median * 1e3, batch / median,
-                 experts / std::max<size_t>(stats.distinct_experts.size(), 1),
-                 static_cast<long long>(session->num_graphs()),
-                 static_cast<double>(session->graph_bytes()) * 1e-6);
+    if (what.graphs && bench_->cuda()) {
+      std::fprintf(stderr, "%lld graphs of %.1f MB\n",
+                   static_cast<long long>(session->num_graphs()),
+                   static_cast<double>(session->graph_bytes()) * 1e-6);
+    }
   }
 
-  void Profile(int32_t batch) {
+  void Profile(int32_t batch, int32_t context) {
     const std::vector<bench::OpProfile> ops =
-        bench::ProfileDecode(*model_, bench_->stream(), batch, flags_.context);
+        bench::ProfileDecode(*model_, bench_->stream(), batch, context);
     const double step = ops.back().microseconds;
     std::fprintf(stderr,
                  "%s batch %d context %d   launches  a layer        us"
                  "  us a layer  %% of step\n",
-                 DTypeName(dtype_), batch, flags_.context);
+                 DTypeName(dtype_), batch, context);
     double sum = 0.0;
     for (const bench::OpProfile& op : ops) {
       const bool is_step = &op == &ops.back();
@@ -201,19 +237,60 @@ class DecodeBench {
   }
 
  private:
-  std::unique_ptr<Session> MakeSession(int32_t sequences, int32_t tokens,
-                                       bool graphs) {
-    SessionOptions options;
-    options.max_sequences = sequences;
-    options.max_tokens = tokens;
-    options.max_context = std::max(flags_.context + 64, flags_.prefill);
-    options.count_experts = true;
-    options.cuda_graphs = graphs;
+  static constexpr int kSteps = 40;
+  static constexpr int kWarmUp = 4;
+
+  // Null where there is not that much memory.
+  std::unique_ptr<Session> MakeSession(SessionOptions options) {
     options.num_threads = bench_->num_threads();
     StatusOr<std::unique_ptr<Session>> session =
         Session::Create(model_, options);
+    if (session.status().code() == StatusCode::kResourceExhausted) {
+      std::fprintf(stderr, "left out: %s\n", session.status().message());
+      return nullptr;
+    }
     bench::CheckOk(session.status());
     return *std::move(session);
+  }
+
+  // Seconds from one step's results to the next one's.
+  double TimePipelined(Session* session, std::vector<StepRow>* rows,
+                       StepStats* stats) {
+    std::vector<double> seconds;
+    const std::vector<int32_t> first = RandomTokens(1);
+    for (StepRow& row : *rows) row.tokens = first.data();
+    bench::CheckOk(session->EnqueueStep(*rows));
+    for (StepRow& row : *rows) {
+      row.tokens = nullptr;
+      row.continues = true;
+    }
+    double begin = bench::Seconds();
+    for (int step = 0; step < kSteps; ++step) {
+      bench::CheckOk(session->EnqueueStep(*rows));
+      bench::CheckOk(session->WaitStep(&results_, stats));
+      const double end = bench::Seconds();
+      if (step >= kWarmUp) seconds.push_back(end - begin);
+      begin = end;
+    }
+    bench::CheckOk(session->WaitStep(&results_, stats));
+    return bench::Median(seconds);
+  }
+
+  // Seconds of Step.
+  double TimeWaited(Session* session, const DecodeCase& what,
+                    std::vector<StepRow>* rows, StepStats* stats) {
+    std::vector<double> seconds;
+    for (int step = 0; step < kSteps; ++step) {
+      const std::vector<int32_t> tokens = RandomTokens(what.batch);
+      for (int32_t i = 0; i < what.batch; ++i) {
+        (*rows)[i].tokens = &tokens[what.repeated ? 0 : i];
+      }
+      const bool last = step + 1 == kSteps;
+      const double begin = bench::Seconds();
+      bench::CheckOk(session->Step(*rows, &results_, last ? stats : nullptr));
+      if (step >= kWarmUp && !last) seconds.push_back(bench::Seconds() - begin);
+    }
+    return bench::Median(seconds);
   }
 
   SequenceId NewSequence(Session* session) {
@@ -222,30 +299,34 @@ class DecodeBench {
     return *sequence;
   }
 
-  void FillContext(Session* session, SequenceId sequence) {
-    const std::vector<int32_t> prompt = RandomTokens(flags_.context);
-    for (int32_t at = 0; at < flags_.context;) {
+  void FillContext(Session* session, SequenceId sequence,
+                   const std::vector<int32_t>& tokens, bool sample) {
+    const auto count = static_cast<int32_t>(tokens.size());
+    for (int32_t at = 0; at < count;) {
       StepRow row;
       row.sequence = sequence;
-      row.tokens = &prompt[at];
-      row.num_tokens = std::min(512, flags_.context - at);
-      row.sample = false;
+      row.tokens = &tokens[at];
+      row.num_tokens = std::min(session->options().max_tokens, count - at);
+      row.sample = sample;
       bench::CheckOk(session->Step({row}, &results_));
       at += row.num_tokens;
     }
   }
 
+  uint32_t Random() {
+    state_ = state_ * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<uint32_t>(state_ >> 33);
+  }
+
   std::vector<int32_t> RandomTokens(int32_t count) {
     std::vector<int32_t> tokens(count);
     for (int32_t& token : tokens) {
-      state_ = state_ * 6364136223846793005u + 1442695040888963407u;
-      token = static_cast<int32_t>((state_ >> 33) % config_.vocab_size);
+      token = static_cast<int32_t>(Random() % config_.vocab_size);
     }
     return tokens;
   }
 
   bench::Bench* bench_;
-  Flags flags_;
   DType dtype_;
   ModelConfig config_;
   std::shared_ptr<const Model> model_;
@@ -254,58 +335,53 @@ class DecodeBench {
   uint64_t state_ = 1;
 };
 
-// Takes this program's own flags out of argv.
-Flags TakeFlags(int* argc, char** argv) {
-  Flags flags;
-  int kept = 1;
-  for (int i = 1; i < *argc; ++i) {
-    const bool has_value = i + 1 < *argc;
-    if (has_value && std::strcmp(argv[i], "--layers") == 0) {
-      flags.layers = std::atoi(argv[++i]);
-    } else if (has_value && std::strcmp(argv[i], "--context") == 0) {
-      flags.context = std::atoi(argv[++i]);
-    } else if (has_value && std::strcmp(argv[i], "--prefill") == 0) {
-      flags.prefill = std::atoi(argv[++i]);
-    } else if (std::strcmp(argv[i], "--profile") == 0) {
-      flags.profile = true;
-    } else if (has_value && std::strcmp(argv[i], "--graphs") == 0) {
-      const std::string value = argv[++i];
-      flags.graphs = {value != "off"};
-      if (value == "both") flags.graphs.push_back(false);
-    } else if (has_value && std::strcmp(argv[i], "--batch") == 0) {
-      for (char* item = std::strtok(argv[++i], ","); item != nullptr;
-           item = std::strtok(nullptr, ",")) {
-        flags.batches.push_back(std::atoi(item));
+std::vector<int32_t> Batches(const Flags& flags, bool cuda, DType dtype) {
+  if (!flags.batch.empty()) return ParseList(flags.batch);
+  if (!cuda) return {1};
+  if (dtype == DType::kFloat8E4M3) return {1, 8, 32, 64, 128};
+  return {1, 8, 32, 64};
+}
+
+void RunDecode(const Flags& flags, bool cuda, DType dtype, DecodeBench* bench) {
+  for (const int32_t context : ParseList(flags.context)) {
+    for (const int32_t batch : Batches(flags, cuda, dtype)) {
+      if (batch == 0) continue;
+      for (const bool repeated : ParseChoice(flags.routing, "repeated")) {
+        for (const bool graphs : ParseChoice(flags.graphs, "on")) {
+          for (const bool pipelined : ParseChoice(flags.steps, "pipelined")) {
+            bench->Decode({batch, context, repeated, graphs, pipelined});
+          }
+        }
       }
-    } else {
-      argv[kept++] = argv[i];
+      if (cuda && flags.profile == "on") bench->Profile(batch, context);
     }
   }
-  *argc = kept;
-  return flags;
 }
 
 }  // namespace
 }  // namespace tenon
 
 int main(int argc, char** argv) {
-  tenon::Flags flags = tenon::TakeFlags(&argc, argv);
+  tenon::Flags flags;
   tenon::bench::Options options;
   options.fp8 = true;
+  options.experts = true;
+  options.limit = true;
+  options.flags = {
+      {"--layers", &flags.layers},   {"--batch", &flags.batch},
+      {"--context", &flags.context}, {"--prefill", &flags.prefill},
+      {"--routing", &flags.routing}, {"--graphs", &flags.graphs},
+      {"--steps", &flags.steps},     {"--profile", &flags.profile}};
   tenon::bench::Bench b(argc, argv, "decode_bench", options);
-  const bool cuda = b.device().type == tenon::DeviceType::kCuda;
-  if (flags.layers <= 0) flags.layers = cuda ? 48 : 4;
-  if (flags.batches.empty()) {
-    flags.batches =
-        cuda ? std::vector<int32_t>{1, 8, 32} : std::vector<int32_t>{1};
-  }
+  int32_t layers = std::atoi(flags.layers.c_str());
+  if (layers <= 0) layers = b.cuda() ? 48 : 4;
+  if (flags.prefill.empty()) flags.prefill = b.cuda() ? "512,2048,8192" : "512";
   for (const tenon::DType dtype : b.DTypes({tenon::DType::kBFloat16})) {
-    tenon::DecodeBench bench(&b, flags, dtype);
-    bench.Prefill();
-    for (int32_t batch : flags.batches) {
-      for (const bool graphs : flags.graphs) bench.Decode(batch, graphs);
-      if (flags.profile && cuda) bench.Profile(batch);
+    tenon::DecodeBench bench(&b, layers, dtype);
+    for (const int32_t tokens : tenon::ParseList(flags.prefill)) {
+      if (tokens > 0) bench.Prefill(tokens);
     }
+    tenon::RunDecode(flags, b.cuda(), dtype, &bench);
   }
   return b.Finish();
 }
