@@ -187,6 +187,10 @@ Status ValidateSamplingParams(const SamplingParams& params) {
     TENON_RETURN_IF_ERROR(
         CheckFinite(kName, real.name, real.value, real.low, real.high));
   }
+  if (params.dry_base > 0.0f && params.dry_base < 1.0f) {
+    return InvalidArgumentError(kName, ": dry_base is ", params.dry_base,
+                                ", expected 0 or at least 1");
+  }
   constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
   TENON_RETURN_IF_ERROR(CheckRange(kName, "dry_allowed_length",
                                    params.dry_allowed_length, 0, kMaxInt));
