@@ -166,9 +166,10 @@ class DecodeBench {
     const double all = 1.0 * config_.num_experts * config_.num_layers;
     bench_->Add({"prefill", shape_, tokens, dtype_,
                  StepBytes(config_, model_->weights.dtype, all, 0),
-                 tokens * TokenFlops(config_, tokens / 2, false),
-                 StrCat(static_cast<int64_t>(tokens / median), " tokens/s")},
+                 tokens * TokenFlops(config_, tokens / 2, false), ""},
                 median * 1e6);
+    std::fprintf(stderr, "prefill %d: %.0f tokens/s\n", tokens,
+                 tokens / median);
   }
 
   void Decode(const DecodeCase& what) {
@@ -205,11 +206,11 @@ class DecodeBench {
                         static_cast<int64_t>(what.batch / median), " tokens/s"),
                  experts / std::max<size_t>(stats.distinct_experts.size(), 1)},
                 median * 1e6);
-    if (what.graphs && bench_->cuda()) {
-      std::fprintf(stderr, "%lld graphs of %.1f MB\n",
-                   static_cast<long long>(session->num_graphs()),
-                   static_cast<double>(session->graph_bytes()) * 1e-6);
-    }
+    std::fprintf(stderr,
+                 "decode batch %d, %s: %.1f tokens/s; %lld graphs of %.1f MB\n",
+                 what.batch, what.Note().c_str(), what.batch / median,
+                 static_cast<long long>(session->num_graphs()),
+                 static_cast<double>(session->graph_bytes()) * 1e-6);
   }
 
   void Profile(int32_t batch, int32_t context) {

@@ -18,6 +18,10 @@ import shapes
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 DTYPES = ["bf16", "fp8"]
+# What the benchmark calls each op, and the token counts to compare at.
+OPS = {"moe": ("moe_layer", shapes.TOKENS),
+       "qk_norm": ("qk_norm", shapes.QK_NORM_TOKENS),
+       "decode": ("decode", [1, 8, 32])}
 
 
 def comma_list(known=None):
@@ -41,12 +45,14 @@ def token_list(text):
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", choices=["moe", "qk_norm"], default="moe")
+    parser.add_argument("--op", choices=list(OPS), default="moe")
     parser.add_argument("--shape", default="30b-a3b-tp1", help="part of a name")
     parser.add_argument("--dtype", type=comma_list(DTYPES), default=DTYPES)
     parser.add_argument("--routing", type=comma_list(inputs.ROUTINGS),
                         default=["uniform"])
     parser.add_argument("--tokens", type=token_list)
+    parser.add_argument("--context", type=int, default=1024,
+                        help="tokens in the cache; decode")
     parser.add_argument("--tries", type=int, default=3,
                         help="Triton sizes to try for each case")
     parser.add_argument("--eager", action="store_true",
@@ -59,7 +65,7 @@ def parse_arguments(argv):
     if not shapes.select(args.shape):
         parser.error(f"no shape has {args.shape} in its name")
     if args.tokens is None:
-        args.tokens = shapes.TOKENS if args.op == "moe" else shapes.QK_NORM_TOKENS
+        args.tokens = OPS[args.op][1]
     return args
 
 
@@ -72,8 +78,13 @@ def bench_folder(given):
 
 
 def bench_commands(args, folder):
+    tokens = ",".join(map(str, args.tokens))
+    if args.op == "decode":
+        return [[str(folder / "decode_bench"), "--json", "--device", "cuda",
+                 "--prefill", "0", "--batch", tokens, "--context",
+                 str(args.context), "--dtype", ",".join(args.dtype)]]
     common = ["--json", "--device", "cuda", "--shape", args.shape, "--tokens",
-              ",".join(map(str, args.tokens))]
+              tokens]
     if args.op == "qk_norm":
         return [[str(folder / "qk_norm_bench"), "--op", "qk_norm"] + common]
     return [
@@ -85,7 +96,7 @@ def bench_commands(args, folder):
 
 def run_tenon(args):
     header, results = {}, []
-    ops = {"moe": {"moe_layer"}, "qk_norm": {"qk_norm"}}[args.op]
+    ops = {OPS[args.op][0]}
     for command in bench_commands(args, bench_folder(args.bench)):
         print("$", " ".join(command), file=sys.stderr)
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -106,6 +117,10 @@ def run_peers(args):
 
         return moe_peers.run(shapes.select(args.shape), args.dtype, args.routing,
                              args.tokens, args.tries, args.eager)
+    if args.op == "decode":
+        import decode_peers
+
+        return decode_peers.run(args.tokens, args.context)
     import qk_norm_peers
 
     return qk_norm_peers.run(shapes.select(args.shape), args.tokens)

@@ -68,6 +68,10 @@ class ArgumentsTest(unittest.TestCase):
         self.assertEqual(compare.bench_commands(args, folder), [[
             "/b/qk_norm_bench", "--op", "qk_norm", "--json", "--device", "cuda",
             "--shape", "30b-a3b-tp1", "--tokens", "1,64"]])
+        args = compare.parse_arguments(["--op", "decode", "--dtype", "bf16"])
+        self.assertEqual(compare.bench_commands(args, folder), [[
+            "/b/decode_bench", "--json", "--device", "cuda", "--prefill", "0",
+            "--batch", "1,8,32", "--context", "1024", "--dtype", "bf16"]])
 
 
 class ReportTest(unittest.TestCase):
