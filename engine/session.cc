@@ -28,6 +28,16 @@ Status ResolveOptions(const ModelConfig& config, SessionOptions* o) {
   return CheckRange(kCreate, "max_logit_rows", o->max_logit_rows, 1, kMax);
 }
 
+Status CheckKvCacheDType(DType dtype, DType of_model) {
+  if (dtype == DType::kInvalid || dtype == of_model ||
+      dtype == DType::kFloat8E4M3) {
+    return Status();
+  }
+  return InvalidArgumentError(kCreate, ": kv_cache_dtype is ", DTypeName(dtype),
+                              ", expected ", DTypeName(of_model),
+                              " or float8_e4m3");
+}
+
 // The pages of a cache that is as `cache` says otherwise.
 Status ResolvePages(const KvCacheOptions& cache, SessionOptions* o) {
   constexpr int64_t kMax = int64_t{1} << 30;
@@ -103,6 +113,7 @@ StatusOr<std::unique_ptr<Session>> Session::Create(
   const Model& m = *impl->model;
   SessionOptions& o = impl->options;
   TENON_RETURN_IF_ERROR(ResolveOptions(m.config, &o));
+  TENON_RETURN_IF_ERROR(CheckKvCacheDType(o.kv_cache_dtype, m.weights.dtype));
   if (o.moe_kernels != nullptr) {
     impl->moe_kernels = o.moe_kernels->table();
     TENON_RETURN_IF_ERROR(
@@ -115,7 +126,10 @@ StatusOr<std::unique_ptr<Session>> Session::Create(
   c.num_layers = m.config.num_layers;
   c.num_kv_heads = local->num_kv_heads;
   c.head_dim = m.config.head_dim;
-  c.dtype = m.weights.dtype;
+  c.dtype =
+      o.kv_cache_dtype == DType::kInvalid ? m.weights.dtype : o.kv_cache_dtype;
+  c.k_scale = o.kv_cache_k_scale;
+  c.v_scale = o.kv_cache_v_scale;
   c.device = m.device;
   c.page_size = o.page_size;
   c.max_sequences = o.max_sequences;

@@ -20,6 +20,13 @@ struct SessionOptions {
   int32_t page_size = 16;      // tokens of a KV cache page
   int64_t num_pages = 0;       // 0: enough for max_sequences full contexts
   int64_t kv_cache_bytes = 0;  // instead of num_pages: as many as fit
+  // Of cached K and V: kInvalid for the model's dtype, or kFloat8E4M3, which
+  // halves the memory and the reads of attention. Then a cached value is
+  // rounded to what is stored times its scale, at most 448 times that; 1 serves
+  // models with QK-norm.
+  DType kv_cache_dtype = DType::kInvalid;
+  float kv_cache_k_scale = 1.0f;
+  float kv_cache_v_scale = 1.0f;
   int32_t max_logit_rows = 0;  // tokens whose logits a step computes (the last
                                // of each sampled row; all with kAll); 0:
                                // max_sequences
