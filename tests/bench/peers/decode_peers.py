@@ -66,16 +66,20 @@ class Step:
             if torch.is_tensor(getattr(layer, "cumulative_length", None)):
                 layer.cumulative_length.fill_(self.context)
 
-    def __call__(self, **more):
-        out = self.model(input_ids=self.ids, position_ids=self.positions,
-                         attention_mask=self.mask, past_key_values=self.cache,
-                         use_cache=True, **more)
-        self.ids.copy_(out.logits[:, -1:].argmax(-1))
-        return out
+    def _inputs(self):
+        return dict(input_ids=self.ids, position_ids=self.positions,
+                    attention_mask=self.mask, past_key_values=self.cache,
+                    use_cache=True)
+
+    def __call__(self):
+        logits = self.model(**self._inputs()).logits
+        self.ids.copy_(logits[:, -1:].argmax(-1))
 
     def distinct_experts(self):
         """The mean over the layers, of one step."""
-        logits = self(output_router_logits=True).router_logits
+        # Without the head, which would go on to a loss of them.
+        out = self.model.model(**self._inputs(), output_router_logits=True)
+        logits = out.router_logits
         counts = [layer.topk(self.model.config.num_experts_per_tok, -1)
                   .indices.unique().numel() for layer in logits]
         self.rewind()
