@@ -6,18 +6,41 @@
 #include "ops/core/validate.h"
 #include "ops/linear/linear_backend.h"
 #include "ops/quantize/fp8_scale.h"
+#include "ops/rms_norm/rms_norm.h"
 
 namespace tenon {
 namespace {
 
 constexpr char kOp[] = "Linear";
 
+// residual may be out, and nothing between that and being apart from it.
+Status ValidateResidualMemory(const LinearParams& p) {
+  if (!p.residual.present()) return Status();
+  if (p.residual.data == p.out.data) {
+    if (p.out.shape[0] == 1 || p.out.stride[0] == p.residual.stride[0]) {
+      return Status();
+    }
+    return InvalidArgumentError(kOp, ": out is residual with another stride");
+  }
+  return CheckSeparate(kOp, {"out", p.out}, {{"residual", p.residual}});
+}
+
 Status ValidateMemory(const LinearParams& p) {
   TENON_RETURN_IF_ERROR(CheckSeparate(kOp, {"out", p.out},
                                       {{"x", p.x},
                                        {"weight", p.weight},
                                        {"bias", p.bias},
-                                       {"weight_scales", p.weight_scales}}));
+                                       {"weight_scales", p.weight_scales},
+                                       {"norm.weight", p.norm.weight}}));
+  TENON_RETURN_IF_ERROR(CheckSeparate(kOp, {"norm.out", p.norm.out},
+                                      {{"x", p.x},
+                                       {"weight", p.weight},
+                                       {"bias", p.bias},
+                                       {"weight_scales", p.weight_scales},
+                                       {"norm.weight", p.norm.weight},
+                                       {"residual", p.residual},
+                                       {"out", p.out}}));
+  TENON_RETURN_IF_ERROR(ValidateResidualMemory(p));
   if (p.cublas_lt != nullptr && p.cublas_lt->device() != p.x.device) {
     return InvalidArgumentError(
         kOp, ": cublas_lt is of cuda:", p.cublas_lt->device().index,
@@ -29,7 +52,28 @@ Status ValidateMemory(const LinearParams& p) {
                          {"weight", p.weight},
                          {"bias", p.bias},
                          {"weight_scales", p.weight_scales},
+                         {"norm.weight", p.norm.weight},
+                         {"norm.out", p.norm.out},
+                         {"residual", p.residual},
                          {"out", p.out}});
+}
+
+Status ValidateNorm(const LinearParams& p) {
+  if (!p.norm.present()) {
+    if (!p.norm.out.present()) return Status();
+    return InvalidArgumentError(kOp, ": norm.out is given without norm.weight");
+  }
+  const DTypeSet same = DTypes({p.x.dtype});
+  TENON_RETURN_IF_ERROR(
+      CheckTensor(kOp, "norm.weight", p.norm.weight, {p.x.shape[1]},
+                  same | DTypes({DType::kFloat32}), p.x.device));
+  TENON_RETURN_IF_ERROR(CheckOutput(kOp, "norm.out", p.norm.out,
+                                    {p.x.shape[0], p.x.shape[1]}, same,
+                                    p.x.device));
+  TENON_RETURN_IF_ERROR(CheckFinite(kOp, "norm.epsilon", p.norm.epsilon,
+                                    std::numeric_limits<float>::min(), 1.0));
+  return CheckRange(kOp, "norm.rounding", static_cast<int>(p.norm.rounding), 0,
+                    1);
 }
 
 Status ValidateWeightScales(const LinearParams& p) {
@@ -75,24 +119,38 @@ Status ValidateLinearShapes(const LinearParams& p) {
     TENON_RETURN_IF_ERROR(
         CheckTensor(kOp, "bias", p.bias, {out_features}, same, device));
   }
-  return CheckOutput(kOp, "out", p.out, {tokens, out_features},
-                     same | DTypes({DType::kFloat32}), device);
+  TENON_RETURN_IF_ERROR(ValidateNorm(p));
+  TENON_RETURN_IF_ERROR(CheckOutput(kOp, "out", p.out, {tokens, out_features},
+                                    same | DTypes({DType::kFloat32}), device));
+  if (!p.residual.present()) return Status();
+  return CheckTensor(kOp, "residual", p.residual, {tokens, out_features},
+                     DTypes({p.out.dtype}), device);
+}
+
+Status NormalizeLinearInput(LinearParams* p, Stream stream) {
+  if (!p->norm.present()) return Status();
+  RmsNormParams norm;
+  norm.x = p->x;
+  norm.weight = p->norm.weight;
+  norm.out = p->norm.out;
+  norm.epsilon = p->norm.epsilon;
+  norm.rounding = p->norm.rounding;
+  p->x = p->norm.out;
+  p->norm = LinearNorm();
+  return RmsNorm(norm, stream);
 }
 
 size_t LinearWorkspaceBytes(const LinearParams& params) {
   // Sizes are asked for before there is memory; any address will do here.
   alignas(16) char memory[16];
   LinearParams p = params;
-  for (TensorView* view :
-       {&p.x, &p.weight, &p.bias, &p.out, &p.weight_scales}) {
+  for (TensorView* view : {&p.x, &p.weight, &p.bias, &p.out, &p.weight_scales,
+                           &p.norm.weight, &p.norm.out, &p.residual}) {
     view->data = memory;
   }
   if (!ValidateLinearShapes(p).ok() || p.x.shape[0] == 0) return 0;
   if (p.x.device.type == DeviceType::kCpu) return LinearCpuWorkspaceBytes(p);
-  if (p.weight.dtype == DType::kFloat8E4M3) return LinearFp8WorkspaceBytes(p);
-  // For any alignment of the data: whether GEMV takes the call depends on that.
-  return p.cublas_lt != nullptr && !p.batch_invariant ? kCublasLtWorkspaceBytes
-                                                      : 0;
+  return LinearCudaWorkspaceBytes(p);
 }
 
 Status Linear(const LinearParams& params, Stream stream) {
@@ -100,8 +158,11 @@ Status Linear(const LinearParams& params, Stream stream) {
   if (params.x.shape[0] == 0) return Status();
   TENON_RETURN_IF_ERROR(ValidateMemory(params));
   switch (params.x.device.type) {
-    case DeviceType::kCpu:
-      return LinearCpu(params, stream);
+    case DeviceType::kCpu: {
+      LinearParams p = params;
+      TENON_RETURN_IF_ERROR(NormalizeLinearInput(&p, stream));
+      return LinearCpu(p, stream);
+    }
     case DeviceType::kCuda:
       if constexpr (kCudaBuilt) return LinearCuda(params, stream);
       break;

@@ -6,17 +6,39 @@
 #include "ops/core/status.h"
 #include "ops/core/stream.h"
 #include "ops/core/tensor_view.h"
+#include "ops/rms_norm/rms_norm.h"
 
 namespace tenon {
 
 class CublasLt;
+
+// Up to this many tokens a call's time is that of reading weight, and `norm`
+// and `residual` below save time.
+inline constexpr int64_t kLinearFewTokens = 16;
+
+// What Linear does to x first: RmsNorm(x) with these, without a residual.
+struct LinearNorm {
+  TensorView weight;  // [in_features], of x's dtype or float32
+  TensorView out;     // [tokens, in_features], like x: the normalised rows
+  float epsilon = 0.0f;
+  NormRounding rounding = NormRounding::kFloat32Multiply;
+
+  constexpr bool present() const { return weight.present(); }
+};
 
 // out = x * weight^T + bias
 //
 // Shapes: x [tokens, in_features]; weight [out_features, in_features]; bias
 // [out_features], optional; out [tokens, out_features]. x, weight and bias have
 // one dtype (float32, float16 or bfloat16), out the same or float32. Rows of
-// all matrices may be strided. out overlaps no input.
+// all matrices may be strided. out overlaps no input but residual, which it may
+// be.
+//
+// Neighbours: with `norm`, the normalised x is what is multiplied, and is left
+// in norm.out, which overlaps nothing. With `residual` [tokens, out_features],
+// of out's dtype, out = residual + what would have been in out: the sum in
+// float32 of two rounded numbers, rounded. Either gives the bits of the
+// separate operations; for few tokens it saves their launches.
 //
 // Numerics: products and sums in float32 (float32 inputs: no TF32), bias added
 // in float32, one rounding to out's dtype. The order of the sum over
@@ -49,6 +71,13 @@ struct LinearParams {
   TensorView bias;  // optional
   TensorView out;
   TensorView weight_scales;  // float32, of a float8_e4m3 weight
+  LinearNorm norm;           // optional
+  TensorView residual;       // optional
+  // CUDA: says that nothing enqueued on the stream still writes weight, bias,
+  // weight_scales or norm.weight, so that they can be read while the kernels
+  // ahead of this call run; and lets the kernel behind this call begin as
+  // early.
+  bool weights_are_constant = false;
   // CUDA: the matrix library to use (see cublas_lt.h), of out's device. Null,
   // or batch_invariant: the kernels built in here.
   CublasLt* cublas_lt = nullptr;

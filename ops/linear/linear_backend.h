@@ -11,13 +11,19 @@ namespace linear_fp8 {
 struct Args;
 }  // namespace linear_fp8
 
+// Normalises p->x into p->norm.out, if that is asked for, and makes that x.
+Status NormalizeLinearInput(LinearParams* p, Stream stream);
+
 // Backends trust `params`: Linear() has validated them.
 size_t LinearCpuWorkspaceBytes(const LinearParams& params);
-size_t LinearFp8WorkspaceBytes(const LinearParams& params);  // CUDA
+size_t LinearCudaWorkspaceBytes(const LinearParams& params);
 Status LinearCpu(const LinearParams& params, Stream stream);
 Status LinearCuda(const LinearParams& params, Stream stream);
 
-// The parts of LinearCuda.
+// The parts of LinearCuda. The first takes norm and residual; whether it can
+// take a call at all depends on its shapes, alignments and GPU.
+bool LinearStreams(const LinearParams& params);
+Status LinearStream(const LinearParams& params, Stream stream);
 Status LinearGemv(const LinearParams& params, Stream stream);
 // `kernel` is one of the tiles; rows_aligned as in LinearProblem.
 Status LinearTile(const LinearParams& params, LinearKernel kernel,
@@ -35,7 +41,16 @@ Status LinearFp8QuantizingGemv(const LinearParams& params, Stream stream);
 Status LinearFp8Tile(const linear_fp8::Args& args, LinearKernel kernel,
                      bool rows_aligned, Stream stream);
 
-// How the workspace of an fp8 call on CUDA is used.
+// How the workspace of a call on CUDA is used: the product before a residual is
+// added to it comes first, then the rest.
+struct LinearCudaWorkspace {
+  void* product = nullptr;  // rows without gaps
+  void* rest = nullptr;
+};
+LinearCudaWorkspace CutLinearCudaWorkspace(const LinearParams& params,
+                                           size_t* size);
+
+// The rest, of an fp8 call.
 struct LinearFp8Workspace {
   uint8_t* q = nullptr;  // quantised x
   int64_t q_stride = 0;  // whole chunks of 16 bytes

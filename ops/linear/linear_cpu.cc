@@ -89,12 +89,26 @@ FloatX MakeX(const LinearParams& p, Stream stream) {
   return x;
 }
 
+// Rounds `sums` to out's dtype and adds elements of the residual.
+void AddResidual(const LinearParams& p, int64_t row, int64_t col, int64_t count,
+                 float* sums) {
+  alignas(64) float rounded[kTileElements];  // of any dtype
+  CpuConvertFromFloat(p.out.dtype, sums, count, rounded);
+  CpuConvertToFloat(p.out.dtype, rounded, count, sums);
+  float* const residual = rounded;
+  CpuConvertToFloat(p.residual.dtype,
+                    ElementOf(p.residual, row * p.residual.stride[0] + col),
+                    count, residual);
+  for (int64_t c = 0; c < count; ++c) sums[c] += residual[c];
+}
+
 // Adds the bias (null: none) to float32 sums and rounds them into out.
 void Finish(const LinearParams& p, const CpuMatmulParams& m, const float* bias,
             int64_t row, int64_t col) {
   for (int64_t r = 0; r < m.rows; ++r) {
     float* sums = m.out + r * m.out_stride;
     for (int64_t c = 0; c < m.cols && bias != nullptr; ++c) sums[c] += bias[c];
+    if (p.residual.present()) AddResidual(p, row + r, col, m.cols, sums);
     CpuConvertFromFloat(p.out.dtype, sums, m.cols,
                         ElementOf(p.out, (row + r) * p.out.stride[0] + col));
   }

@@ -2,10 +2,34 @@
 #include "ops/linear/linear_backend.h"
 
 namespace tenon {
+namespace {
 
-Status LinearCuda(const LinearParams& p, Stream stream) {
-  const cuda::DeviceGuard guard(p.x.device);
-  TENON_RETURN_IF_ERROR(guard.status());
+constexpr int kThreads = 256;
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    AddResidualKernel(TensorView product, TensorView residual, TensorView out) {
+  cuda::WaitForPreviousKernels();
+  const int64_t row = blockIdx.x * int64_t{blockDim.y} + threadIdx.y;
+  if (row >= out.shape[0]) return;
+  const T* const from = product.As<const T>() + row * product.stride[0];
+  const T* const to_add = residual.As<const T>() + row * residual.stride[0];
+  T* const to = out.As<T>() + row * out.stride[0];
+  for (int64_t col = blockIdx.y * blockDim.x + threadIdx.x; col < out.shape[1];
+       col += int64_t{gridDim.y} * blockDim.x) {
+    to[col] = cuda::FromFloat<T>(cuda::ToFloat(to_add[col]) +
+                                 cuda::ToFloat(from[col]));
+  }
+}
+
+// Whether the kernel that takes the call adds a residual itself.
+bool AddsResidual(const LinearParams& p) {
+  return p.weight.dtype == DType::kFloat8E4M3 &&
+         SelectLinearFp8Kernel(p) == LinearKernel::kGemv;
+}
+
+// No norm, and no residual but where AddsResidual.
+Status Multiply(const LinearParams& p, Stream stream) {
   if (p.weight.dtype == DType::kFloat8E4M3) return LinearFp8Cuda(p, stream);
   LinearProblem problem = MakeLinearProblem(p);
   LinearKernel kernel = SelectLinearKernel(problem);
@@ -18,6 +42,33 @@ Status LinearCuda(const LinearParams& p, Stream stream) {
   }
   if (kernel == LinearKernel::kGemv) return LinearGemv(p, stream);
   return LinearTile(p, kernel, problem.rows_aligned, stream);
+}
+
+}  // namespace
+
+Status LinearCuda(const LinearParams& params, Stream stream) {
+  const cuda::DeviceGuard guard(params.x.device);
+  TENON_RETURN_IF_ERROR(guard.status());
+  LinearProblem problem = MakeLinearProblem(params);
+  problem.can_stream = LinearStreams(params);
+  if (SelectLinearKernel(problem) == LinearKernel::kStream) {
+    return LinearStream(params, stream);
+  }
+  LinearParams p = params;
+  TENON_RETURN_IF_ERROR(NormalizeLinearInput(&p, stream));
+  const LinearCudaWorkspace workspace = CutLinearCudaWorkspace(p, nullptr);
+  p.workspace = workspace.rest;
+  if (!p.residual.present() || AddsResidual(p)) return Multiply(p, stream);
+
+  p.residual = TensorView();
+  p.out = MakeTensor(workspace.product, p.out.dtype, p.out.device,
+                     {p.out.shape[0], p.out.shape[1]});
+  TENON_RETURN_IF_ERROR(Multiply(p, stream));
+  return cuda::WithFloatType(p.out.dtype, [&](auto zero) {
+    return cuda::LaunchOverRows(
+        "Linear", stream, p.out.shape[0], p.out.shape[1], kThreads,
+        AddResidualKernel<decltype(zero)>, p.out, params.residual, params.out);
+  });
 }
 
 }  // namespace tenon

@@ -10,8 +10,6 @@ using cuda::Vec;
 using linear_fp8::Args;
 using linear_fp8::kBlock;
 
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
 constexpr int kRows = 16;  // of the weight, for one thread block
 
 // Its warps share the blocks of depth, each of which leaves scaled sums in
@@ -23,9 +21,15 @@ constexpr int kPitch = kRows + 4;  // no bank conflicts
 template <int kTiles>
 constexpr int kBlocksAtOnce = kTiles == 1 ? 32 : 64 / kTiles;
 
+// With few tokens the time is latency: more warps have more loads under way.
+// With more they would lack registers.
+template <int kTiles>
+constexpr int kWarps = kTiles == 1 ? 16 : 8;
+
 // Thread blocks that a multiprocessor must have room for: small matrices then
 // run in one wave.
-constexpr int kResident = 3;
+template <int kTiles>
+constexpr int kResident = kTiles == 1 ? 2 : 3;
 
 // Used once, so that it needs no place in L1.
 __device__ __forceinline__ uint4 LoadOnce(const uint8_t* from) {
@@ -170,19 +174,28 @@ template <class T, int kTiles>
 using X =
     std::conditional_t<std::is_same_v<T, uint8_t>, QuantizedX<kTiles>, RawX<T>>;
 
+// With the residual, if there is one, which is of out's type.
+template <class Out>
+__device__ __forceinline__ void StoreAs(const LinearParams& p, int64_t token,
+                                        int64_t row, float value) {
+  Out out = cuda::FromFloat<Out>(value);
+  if (p.residual.present()) {
+    const Out residual =
+        p.residual.As<const Out>()[token * p.residual.stride[0] + row];
+    out = cuda::FromFloat<Out>(cuda::ToFloat(residual) + cuda::ToFloat(out));
+  }
+  p.out.As<Out>()[token * p.out.stride[0] + row] = out;
+}
+
 __device__ __forceinline__ void Store(const LinearParams& p, int64_t token,
                                       int64_t row, float value) {
-  const int64_t at = token * p.out.stride[0] + row;
   switch (p.out.dtype) {
     case DType::kFloat32:
-      p.out.As<float>()[at] = value;
-      break;
+      return StoreAs<float>(p, token, row, value);
     case DType::kFloat16:
-      p.out.As<__half>()[at] = cuda::FromFloat<__half>(value);
-      break;
+      return StoreAs<__half>(p, token, row, value);
     default:
-      p.out.As<__nv_bfloat16>()[at] = cuda::FromFloat<__nv_bfloat16>(value);
-      break;
+      return StoreAs<__nv_bfloat16>(p, token, row, value);
   }
 }
 
@@ -190,7 +203,9 @@ __device__ __forceinline__ void Store(const LinearParams& p, int64_t token,
 // uint8_t where that was done before. Rows of weight (and x) are aligned to 16
 // bytes and whole chunks of 16 elements.
 template <class T, int kTiles>
-__global__ void __launch_bounds__(kThreads, kResident) Fp8GemvKernel(Args a) {
+__global__ void __launch_bounds__(32 * kWarps<kTiles>, kResident<kTiles>)
+    Fp8GemvKernel(Args a) {
+  constexpr int kThreads = 32 * kWarps<kTiles>;
   constexpr int kOuts = kTiles * 8 * kRows;
   constexpr int kOutsPerThread = cuda::CeilDiv(kOuts, kThreads);
   __shared__ float sums[kBlocksAtOnce<kTiles>][kTiles * 8][kPitch];
@@ -220,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, kResident) Fp8GemvKernel(Args a) {
   float total[kOutsPerThread] = {};
   for (int begin = 0; begin < num_blocks; begin += kBlocksAtOnce<kTiles>) {
     const int end = min(begin + kBlocksAtOnce<kTiles>, num_blocks);
-    for (int block = begin + warp; block < end; block += kWarps) {
+    for (int block = begin + warp; block < end; block += kWarps<kTiles>) {
       uint4 weight[2][2];  // [half of the block][row]
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -281,7 +296,7 @@ Status Launch(const Args& args, Stream stream) {
   return cuda::LaunchDependent(
       "Linear", stream,
       dim3(static_cast<unsigned>(cuda::CeilDiv(rows, int64_t{kRows}))),
-      dim3(kThreads), 0, Fp8GemvKernel<T, kTiles>, args);
+      dim3(32 * kWarps<kTiles>), 0, Fp8GemvKernel<T, kTiles>, args);
 }
 
 }  // namespace

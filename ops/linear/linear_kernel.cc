@@ -32,6 +32,8 @@ constexpr int64_t kManyTiles = 132;
 
 const char* LinearKernelName(LinearKernel kernel) {
   switch (kernel) {
+    case LinearKernel::kStream:
+      return "stream";
     case LinearKernel::kGemv:
       return "gemv";
     case LinearKernel::kSmallTile:
@@ -60,6 +62,9 @@ LinearProblem MakeLinearProblem(const LinearParams& p) {
 
 LinearKernel SelectLinearKernel(const LinearProblem& p) {
   if (!p.batch_invariant) {
+    if (p.can_stream && p.tokens <= kLinearFewTokens) {
+      return LinearKernel::kStream;
+    }
     if (p.tokens <= kLinearGemvTokens && p.rows_aligned) {
       return LinearKernel::kGemv;
     }
@@ -95,6 +100,19 @@ LinearKernel SelectLinearFp8Kernel(const LinearParams& p) {
                              : LinearKernel::kMediumTile;
 }
 
+LinearCudaWorkspace CutLinearCudaWorkspace(const LinearParams& p,
+                                           size_t* size) {
+  WorkspaceCutter cutter(p.workspace);
+  LinearCudaWorkspace workspace;
+  if (p.residual.present()) {
+    workspace.product = cutter.TakeBytes(
+        static_cast<size_t>(NumElements(p.out)) * DTypeSize(p.out.dtype));
+  }
+  workspace.rest = cutter.TakeBytes(0);
+  if (size != nullptr) *size = cutter.size();
+  return workspace;
+}
+
 LinearFp8Workspace CutLinearFp8Workspace(const LinearParams& p, size_t* size) {
   WorkspaceCutter cutter(p.workspace);
   const int64_t tokens = p.x.shape[0];
@@ -110,12 +128,19 @@ LinearFp8Workspace CutLinearFp8Workspace(const LinearParams& p, size_t* size) {
   return workspace;
 }
 
-size_t LinearFp8WorkspaceBytes(const LinearParams& p) {
-  LinearParams without_memory = p;
-  without_memory.workspace = nullptr;
-  size_t size = 0;
-  CutLinearFp8Workspace(without_memory, &size);
-  return size;
+size_t LinearCudaWorkspaceBytes(const LinearParams& params) {
+  LinearParams p = params;
+  p.workspace = nullptr;
+  size_t product = 0;
+  CutLinearCudaWorkspace(p, &product);
+  // For any alignment of the data: which kernel takes the call depends on that.
+  size_t rest = 0;
+  if (p.weight.dtype == DType::kFloat8E4M3) {
+    CutLinearFp8Workspace(p, &rest);
+  } else if (p.cublas_lt != nullptr && !p.batch_invariant) {
+    rest = kCublasLtWorkspaceBytes;
+  }
+  return product + rest;
 }
 
 }  // namespace tenon

@@ -11,7 +11,8 @@
 namespace tenon {
 
 enum class LinearKernel {
-  kGemv,        // streams the weights once for a few rows of x
+  kStream,      // streams the weights once through shared memory (Hopper)
+  kGemv,        // streams them through registers, for a few rows of x
   kSmallTile,   // GEMM tiles of 16 x 32
   kMediumTile,  // 64 x 64
   kLargeTile,   // 128 x 128
@@ -30,11 +31,12 @@ struct LinearProblem {
   bool has_bias = false;
   bool has_cublas_lt = false;
   bool batch_invariant = false;
+  bool can_stream = false;  // see LinearStreams
 };
 LinearProblem MakeLinearProblem(const LinearParams& params);
 
-// The rule: up to kLinearGemvTokens tokens are a matter of reading the weights,
-// which kGemv does best (with 8 it was slower than tiles on an H100); beyond,
+// The rule: few tokens are a matter of reading the weights, which kStream does
+// best, elsewhere kGemv (with 8 it was slower than tiles on an H100); beyond,
 // cuBLASLt where there is one. GEMM tiles do the rest, and everything that must
 // be batch-invariant: an element's bits do not depend on the tile's size.
 inline constexpr int64_t kLinearGemvTokens = 4;

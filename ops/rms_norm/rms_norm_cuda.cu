@@ -2,13 +2,14 @@
 
 #include "ops/core/core_cuda.cuh"
 #include "ops/rms_norm/rms_norm_backend.h"
+#include "ops/rms_norm/rms_norm_cuda.cuh"
 
 namespace tenon {
 namespace {
 
 using cuda::Vec;
 
-constexpr int kThreads = 256;
+constexpr int kThreads = cuda::kRmsNormThreads;
 
 // One block per row, vectors of 16 bytes. Each thread keeps its first kKept
 // vectors in registers, so that rows up to kThreads * kKept * kVec elements are
@@ -66,10 +67,11 @@ template <class T, class W, bool kAligned>
 __global__ void __launch_bounds__(kThreads) RmsNormKernel(RmsNormParams p) {
   constexpr int kVec = 16 / sizeof(T);
   __shared__ float shared[kThreads / 32];
+  const int hidden = static_cast<int>(p.x.shape[1]);
+  const float inverse_hidden = 1.0f / static_cast<float>(hidden);
   cuda::WaitForPreviousKernels();
   const int64_t row = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
   if (row >= p.x.shape[0]) return;
-  const int hidden = static_cast<int>(p.x.shape[1]);
   const int num_vecs = cuda::CeilDiv(hidden, kVec);
   const T* const x = p.x.As<const T>() + row * p.x.stride[0];
   T* const residual = p.residual.present()
@@ -91,15 +93,6 @@ __global__ void __launch_bounds__(kThreads) RmsNormKernel(RmsNormParams p) {
     }
     return v;
   };
-  const auto add_squares = [](const Vec<T, kVec>& v, float sum) {
-#pragma unroll
-    for (int j = 0; j < kVec; ++j) {
-      const float f = cuda::ToFloat(v.v[j]);
-      sum += f * f;
-    }
-    return sum;
-  };
-
   Vec<T, kVec> kept[kKept];
   float sum = 0.0f;
 #pragma unroll
@@ -107,14 +100,14 @@ __global__ void __launch_bounds__(kThreads) RmsNormKernel(RmsNormParams p) {
     const int i = threadIdx.x + k * kThreads;
     if (i < num_vecs) {
       kept[k] = load(i);
-      sum = add_squares(kept[k], sum);
+      sum = cuda::AddSquares(kept[k], sum);
     }
   }
   for (int i = threadIdx.x + kKept * kThreads; i < num_vecs; i += kThreads) {
-    sum = add_squares(load(i), sum);
+    sum = cuda::AddSquares(load(i), sum);
   }
   sum = cuda::BlockSum<kThreads>(sum, shared);
-  const float inv_rms = 1.0f / sqrtf(sum / hidden + p.epsilon);
+  const float inv_rms = cuda::InverseRms(sum, inverse_hidden, p.epsilon);
 
   const bool cast_first = p.rounding == NormRounding::kCastThenMultiply;
   const auto store = [&](int i, Vec<T, kVec> v) {
@@ -122,9 +115,8 @@ __global__ void __launch_bounds__(kThreads) RmsNormKernel(RmsNormParams p) {
     LoadWeights<kAligned>(p.weight.As<const W>(), i, hidden, weight);
 #pragma unroll
     for (int j = 0; j < kVec; ++j) {
-      float f = cuda::ToFloat(v.v[j]) * inv_rms;
-      if (cast_first) f = cuda::ToFloat(cuda::FromFloat<T>(f));
-      v.v[j] = cuda::FromFloat<T>(f * weight[j]);
+      v.v[j] = cuda::FromFloat<T>(cuda::Normalized<T>(
+          cuda::ToFloat(v.v[j]), inv_rms, weight[j], cast_first));
     }
     Store<kAligned>(v, out, i, hidden);
   };

@@ -97,6 +97,7 @@ void RunProduct(bench::Bench& b, const testing::ModelShape& shape,
       p.weight = weight[i];
       p.weight_scales = scales[i];
       p.out = tensors.Zeros(product.out_dtype, {tokens, product.rows});
+      p.weights_are_constant = true;
     }
     RunModes(b, what, product, std::move(params));
   }

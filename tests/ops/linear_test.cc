@@ -376,6 +376,129 @@ TEST_P(LinearTest, BatchInvariantRowDoesNotDependOnTheNumberOfOthers) {
   }
 }
 
+// norm and residual change launches, but no bit: for every kernel, with
+// residual apart from out and being out.
+TEST_P(LinearTest, NeighboursGiveTheBitsOfSeparateOperations) {
+  struct Case {
+    Shape shape;
+    bool float_out = false;
+    bool float_norm_weight = false;
+    int64_t padding = 0;
+  };
+  for (const Case& test : std::vector<Case>{{{1, 72, 2048}},
+                                            {{3, 520, 2048}, true},
+                                            {{1, 40, 4096}},
+                                            {{2, 13, 136}, false, false, 8},
+                                            {{8, 264, 2048}},
+                                            {{7, 136, 4096}, false, true},
+                                            {{16, 72, 2048}, true},
+                                            {{13, 72, 520}},
+                                            {{2, 24, 5120}},
+                                            {{1, 16, 12296}},
+                                            {{5, 24, 111}},
+                                            {{40, 72, 328}}}) {
+    const auto [tokens, out_features, in_features] = test.shape;
+    const DType out_dtype = test.float_out ? DType::kFloat32 : dtype();
+    const auto matrix = [&](DType type, int64_t cols, uint64_t seed) {
+      return TestTensor(device(), type, {tokens, cols},
+                        {cols + test.padding, 1}, Normal(tokens * cols, seed));
+    };
+    const TestTensor x = matrix(dtype(), in_features, 31);
+    const TestTensor weight(device(), dtype(), {out_features, in_features},
+                            Normal(out_features * in_features, 32));
+    const TestTensor norm_weight(
+        device(), test.float_norm_weight ? DType::kFloat32 : dtype(),
+        {in_features}, Normal(in_features, 33, 1.0f));
+    const TestTensor bias(device(), dtype(), {out_features},
+                          Normal(out_features, 34));
+    for (NormRounding rounding :
+         {NormRounding::kFloat32Multiply, NormRounding::kCastThenMultiply}) {
+      for (Mode mode : Modes()) {
+        SCOPED_TRACE(StrCat(tokens, "x", out_features, "x", in_features, " ",
+                            ModeName(mode)));
+        RmsNormParams norm;
+        const TestTensor normed = matrix(dtype(), in_features, 35);
+        norm.x = x.view();
+        norm.weight = norm_weight.view();
+        norm.out = normed.view();
+        norm.epsilon = 1e-6f;
+        norm.rounding = rounding;
+        ASSERT_TRUE(RmsNorm(norm, stream()).ok());
+        LinearParams p;
+        p.x = normed.view();
+        p.weight = weight.view();
+        p.bias = bias.view();
+        const TestTensor product = matrix(out_dtype, out_features, 36);
+        p.out = product.view();
+        Run(p, mode);
+        const TestTensor residual = matrix(out_dtype, out_features, 37);
+        std::vector<double> sum = residual.InitialValues();
+        const std::vector<double> terms = product.Values();
+        for (size_t i = 0; i < sum.size(); ++i) {
+          sum[i] =
+              testing::RoundTo(out_dtype, static_cast<float>(sum[i]) +
+                                              static_cast<float>(terms[i]));
+        }
+
+        const TestTensor fused_normed = matrix(dtype(), in_features, 38);
+        const TestTensor out = matrix(out_dtype, out_features, 39);
+        p.x = x.view();
+        p.norm.weight = norm.weight;
+        p.norm.out = fused_normed.view();
+        p.norm.epsilon = norm.epsilon;
+        p.norm.rounding = rounding;
+        p.out = out.view();
+        p.weights_are_constant = true;
+        Run(p, mode);
+        EXPECT_EQ(fused_normed.Values(), normed.Values());
+        EXPECT_EQ(out.Values(), terms);
+        EXPECT_EQ(fused_normed.NumStrayWrites(), 0);
+        EXPECT_EQ(x.Bytes(), x.InitialBytes());
+
+        p.residual = residual.view();
+        Run(p, mode);
+        EXPECT_EQ(out.Values(), sum);
+        EXPECT_EQ(out.NumStrayWrites(), 0);
+        EXPECT_EQ(residual.Bytes(), residual.InitialBytes());
+        p.weights_are_constant = false;
+        p.out = residual.view();
+        Run(p, mode);
+        EXPECT_EQ(residual.Values(), sum);
+        EXPECT_EQ(residual.NumStrayWrites(), 0);
+        if (HasFailure()) return;
+      }
+    }
+  }
+}
+
+// More tiles than the ring of stages has room for, and rows past a tile's end.
+TEST_P(LinearTest, FewTokensMatchTheirRowsAlone) {
+  if (device().type == DeviceType::kCpu || dtype() != DType::kBFloat16) {
+    GTEST_SKIP() << "for the streaming kernel";
+  }
+  for (Shape shape : {Shape{8, 6605, 2048}, Shape{16, 2001, 2056},
+                      Shape{4, 2213, 4104}, Shape{2, 40, 8192}}) {
+    SCOPED_TRACE(
+        StrCat(shape.tokens, "x", shape.out_features, "x", shape.in_features));
+    const Call all(device(), dtype(), shape, {true, true, 0, 0});
+    const std::vector<double> expected = OutOf(all, Mode::kDefault);
+    for (int64_t first : {int64_t{0}, shape.tokens - 1}) {
+      const TestTensor out(device(), DType::kFloat32, {1, shape.out_features});
+      LinearParams p = all.params();
+      p.x = Rows(p.x, first, 1);
+      p.out = out.view();
+      Run(p, Mode::kDefault);
+      const std::vector<double> actual = out.Values();
+      EXPECT_EQ(
+          std::memcmp(actual.data(), &expected[first * shape.out_features],
+                      actual.size() * sizeof(double)),
+          0);
+    }
+    Run(all.params(), Mode::kBatchInvariant);
+    EXPECT_LT(testing::RelativeFrobeniusError(all.Values(), expected), 1e-5);
+  }
+}
+
 TEST_P(LinearTest, CpuResultDoesNotDependOnThreads) {
   if (device().type != DeviceType::kCpu) GTEST_SKIP() << "for the CPU";
   for (int64_t tokens : {1, 5, 70}) {
@@ -520,6 +643,48 @@ TEST_P(LinearTest, RejectsBadArguments) {
          [](LinearParams& p) { p.out.data = p.weight.data; });
   expect({"out overlaps bias"},
          [](LinearParams& p) { p.out.data = p.bias.data; });
+  const TestTensor normed(device(), dtype(), {4, 64});
+  const TestTensor vector(device(), dtype(), {64}, Normal(64, 5));
+  const auto expect_norm = [&](std::vector<std::string> parts, auto&& change) {
+    expect(std::move(parts), [&](LinearParams& p) {
+      p.norm.weight = vector.view();
+      p.norm.out = normed.view();
+      p.norm.epsilon = 1e-6f;
+      change(p);
+    });
+  };
+  expect({"norm.out", "without norm.weight"},
+         [&](LinearParams& p) { p.norm.out = normed.view(); });
+  expect_norm({"norm.weight", "[63]", "[64]"},
+              [](LinearParams& p) { p.norm.weight.shape[0] = 63; });
+  expect_norm({"norm.out is missing"},
+              [](LinearParams& p) { p.norm.out = TensorView(); });
+  expect_norm({"norm.epsilon", "0"},
+              [](LinearParams& p) { p.norm.epsilon = 0.0f; });
+  expect_norm({"norm.rounding", "2"}, [](LinearParams& p) {
+    p.norm.rounding = static_cast<NormRounding>(2);
+  });
+  expect_norm({"norm.out overlaps x"},
+              [](LinearParams& p) { p.norm.out.data = p.x.data; });
+  expect_norm({"out overlaps norm.weight"},
+              [](LinearParams& p) { p.out.data = p.norm.weight.data; });
+  expect({"residual", "[4, 47]", "[4, 48]"}, [](LinearParams& p) {
+    p.residual = p.out;
+    p.residual.shape[1] = 47;
+  });
+  expect({"residual", "int32"}, [](LinearParams& p) {
+    p.residual = p.out;
+    p.residual.dtype = DType::kInt32;
+  });
+  expect({"out is residual", "stride"}, [](LinearParams& p) {
+    p.residual = p.out;
+    p.residual.stride[0] = 64;
+  });
+  expect({"out overlaps residual"}, [](LinearParams& p) {
+    p.residual = p.out;
+    p.residual.data =
+        p.out.As<char>() + static_cast<int64_t>(DTypeSize(p.out.dtype));
+  });
   if (LinearWorkspaceBytes(good) > 0) {
     expect({"workspace is null"},
            [](LinearParams& p) { p.workspace = nullptr; });
@@ -548,6 +713,13 @@ TEST(LinearKernelTest, IsChosenByTokensAlignmentAndMode) {
   EXPECT_EQ(select(17), LinearKernel::kMediumTile);
   EXPECT_EQ(select(64), LinearKernel::kMediumTile);
   EXPECT_EQ(select(65), LinearKernel::kLargeTile);
+  p.can_stream = true;
+  EXPECT_EQ(select(1), LinearKernel::kStream);
+  EXPECT_EQ(select(kLinearFewTokens), LinearKernel::kStream);
+  EXPECT_EQ(select(kLinearFewTokens + 1), LinearKernel::kMediumTile);
+  p.batch_invariant = true;
+  EXPECT_EQ(select(1), LinearKernel::kSmallTile);
+  p.can_stream = p.batch_invariant = false;
   p.has_cublas_lt = true;
   EXPECT_EQ(select(4), LinearKernel::kGemv);
   EXPECT_EQ(select(5), LinearKernel::kCublasLt);
