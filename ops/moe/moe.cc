@@ -62,7 +62,11 @@ Status ValidateMoeShapes(const MoeParams& p) {
   TENON_RETURN_IF_ERROR(CheckTensor(kOp, "topk_weights", p.topk_weights,
                                     {tokens, top_k}, DTypes({DType::kFloat32}),
                                     device));
-  return CheckOutput(kOp, "out", p.out, {tokens, hidden}, DTypes({p.x.dtype}),
+  const DTypeSet same = DTypes({p.x.dtype});
+  TENON_RETURN_IF_ERROR(
+      CheckOutput(kOp, "out", p.out, {tokens, hidden}, same, device));
+  if (!p.residual.present()) return Status();
+  return CheckTensor(kOp, "residual", p.residual, {tokens, hidden}, same,
                      device);
 }
 
@@ -131,6 +135,20 @@ Status ValidateRouter(const MoeParams& p, const Inputs& in) {
   return Status();
 }
 
+// `out` may be `other`, and nothing between that and being apart from it.
+Status CheckSameOrSeparate(const TensorView& out, const NamedView& other) {
+  if (out.data != other.view.data && MemoryOverlaps(out, other.view)) {
+    return InvalidArgumentError(kOp, ": out overlaps ", other.name,
+                                " without being ", other.name);
+  }
+  if (out.data == other.view.data && out.shape[0] > 1 &&
+      out.stride[0] != other.view.stride[0]) {
+    return InvalidArgumentError(kOp, ": out is ", other.name,
+                                " with another row stride");
+  }
+  return Status();
+}
+
 Status Validate(const MoeParams& p) {
   TENON_RETURN_IF_ERROR(ValidateMoeShapes(p));
   if (p.kernels != nullptr) {
@@ -138,13 +156,8 @@ Status Validate(const MoeParams& p) {
   }
   const Inputs in = InputsOf(p);
   if (p.router != nullptr) TENON_RETURN_IF_ERROR(ValidateRouter(p, in));
-  if (p.out.data != p.x.data && MemoryOverlaps(p.out, p.x)) {
-    return InvalidArgumentError(kOp, ": out overlaps x without being x");
-  }
-  if (p.out.data == p.x.data && p.x.shape[0] > 1 &&
-      p.out.stride[0] != p.x.stride[0]) {
-    return InvalidArgumentError(kOp, ": out is x with another row stride");
-  }
+  TENON_RETURN_IF_ERROR(CheckSameOrSeparate(p.out, {"x", p.x}));
+  TENON_RETURN_IF_ERROR(CheckSameOrSeparate(p.out, {"residual", p.residual}));
   TENON_RETURN_IF_ERROR(CheckSeparate(
       kOp, {"out", p.out},
       {{"topk_weights", p.topk_weights}, {"topk_ids", p.topk_ids}}));
@@ -155,6 +168,7 @@ Status Validate(const MoeParams& p) {
                                        {{"x", p.x},
                                         {"topk_weights", p.topk_weights},
                                         {"topk_ids", p.topk_ids},
+                                        {"residual", p.residual},
                                         {"out", p.out}}));
   const TensorView workspace = MakeTensor(
       p.workspace, DType::kUInt8, p.x.device, {static_cast<int64_t>(bytes)});
@@ -188,6 +202,7 @@ MoeParams Chunk(const MoeParams& p, int64_t first, int64_t count,
   chunk.topk_ids = Rows(p.topk_ids, first, count);
   chunk.topk_weights = Rows(p.topk_weights, first, count);
   chunk.out = Rows(p.out, first, count);
+  if (p.residual.present()) chunk.residual = Rows(p.residual, first, count);
   if (p.router != nullptr) {
     *router = *p.router;
     router->logits = Rows(p.router->logits, first, count);

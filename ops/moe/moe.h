@@ -50,10 +50,14 @@ struct MoeKernelTable;
 // again a scale per 128, without a rounding to x's dtype. The down projection
 // sums alike, then goes on as above. A NaN stays in its row.
 //
+// Residual: with `residual` [tokens, hidden], of out's dtype, out = residual +
+// what would have been in out: the sum in float32 of two rounded numbers,
+// rounded, as a separate addition would.
+//
 // Any number of tokens: more than kMoeChunkTokens are processed in chunks of
 // that size (smaller ones on the CPU), so the workspace is bounded.
 //
-// Aliasing: out may be x (in place), and overlaps nothing else. What the router
+// Aliasing: out may be x (in place) or residual, and overlaps nothing else. What the router
 // writes overlaps nothing. Does not
 // allocate or synchronise; can be captured in a CUDA graph. Needs `workspace`
 // of MoeWorkspaceBytes(params). Zero tokens is OK.
@@ -66,6 +70,7 @@ struct MoeParams {
   ExpertMatrices down;
   TensorView out;
   const MoeRouterParams* router = nullptr;  // optional
+  TensorView residual;                      // optional
   bool batch_invariant = false;
   // CUDA, optional: measured sizes of the kernels, in place of those built in
   // (moe_kernel_choice.h). No bit of a result depends on them.

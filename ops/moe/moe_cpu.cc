@@ -80,13 +80,18 @@ void ComputeWeighted(const MoeParams& p, const MoeScratch& scratch,
   }
 }
 
-// out[token] = sum of the token's weighted rows, in the order of its choices.
+// out[token] = sum of the token's weighted rows, in the order of its choices;
+// then the residual.
 void SumRows(const MoeParams& p, const MoeScratch& scratch, int64_t token) {
   constexpr int64_t kCols = 256;
   const int64_t hidden = p.x.shape[1];
   const int64_t top_k = p.topk_ids.shape[1];
   const int32_t* ids =
       p.topk_ids.As<const int32_t>() + token * p.topk_ids.stride[0];
+  const auto element = [&](const TensorView& matrix, int64_t col) {
+    return matrix.As<char>() + (token * matrix.stride[0] + col) *
+                                   static_cast<int64_t>(DTypeSize(p.x.dtype));
+  };
   float sums[kCols], row[kCols];
   for (int64_t col = 0; col < hidden; col += kCols) {
     const int64_t count = std::min(kCols, hidden - col);
@@ -98,10 +103,14 @@ void SumRows(const MoeParams& p, const MoeScratch& scratch, int64_t token) {
                         row);
       for (int64_t c = 0; c < count; ++c) sums[c] += row[c];
     }
-    CpuConvertFromFloat(
-        p.x.dtype, sums, count,
-        p.out.As<char>() + (token * p.out.stride[0] + col) *
-                               static_cast<int64_t>(DTypeSize(p.x.dtype)));
+    if (p.residual.present()) {
+      float rounded[kCols];  // of any dtype
+      CpuConvertFromFloat(p.x.dtype, sums, count, rounded);
+      CpuConvertToFloat(p.x.dtype, rounded, count, sums);
+      CpuConvertToFloat(p.x.dtype, element(p.residual, col), count, row);
+      for (int64_t c = 0; c < count; ++c) sums[c] += row[c];
+    }
+    CpuConvertFromFloat(p.x.dtype, sums, count, element(p.out, col));
   }
 }
 

@@ -113,7 +113,8 @@ Status LaunchGateUp(const GateUp& g, int32_t tile_rows, bool aligned,
 }
 
 // ---------------------------------------------------------------------------
-// out[token] = sum of weighted[token * top_k + j] over the valid choices j
+// out[token] = sum of weighted[token * top_k + j] over the valid choices j,
+// rounded; plus residual[token]
 // ---------------------------------------------------------------------------
 
 constexpr int kSumThreads = 128;
@@ -121,7 +122,7 @@ constexpr int kSumThreads = 128;
 template <class T, int kVec>
 __global__ void __launch_bounds__(kSumThreads)
     SumKernel(TensorView ids, int num_experts, const T* weighted,
-              TensorView out) {
+              TensorView residual, TensorView out) {
   cuda::WaitForPreviousKernels();
   const int64_t hidden = out.shape[1];
   const int64_t per_row = hidden / kVec;
@@ -133,6 +134,11 @@ __global__ void __launch_bounds__(kSumThreads)
   const int32_t* token_ids = ids.As<const int32_t>() + token * ids.stride[0];
   const T* row = weighted + token * top_k * hidden + col;
   float sums[kVec] = {};
+  Vec<T, kVec> to_add;
+  if (residual.present()) {
+    to_add = *reinterpret_cast<const Vec<T, kVec>*>(
+        residual.As<const T>() + token * residual.stride[0] + col);
+  }
 #pragma unroll 4
   for (int j = 0; j < top_k; ++j) {
     if (static_cast<unsigned>(token_ids[j]) >=
@@ -145,7 +151,13 @@ __global__ void __launch_bounds__(kSumThreads)
   }
   Vec<T, kVec> sum;
 #pragma unroll
-  for (int c = 0; c < kVec; ++c) sum.v[c] = cuda::FromFloat<T>(sums[c]);
+  for (int c = 0; c < kVec; ++c) {
+    sum.v[c] = cuda::FromFloat<T>(sums[c]);
+    if (residual.present()) {
+      sum.v[c] = cuda::FromFloat<T>(cuda::ToFloat(to_add.v[c]) +
+                                    cuda::ToFloat(sum.v[c]));
+    }
+  }
   *reinterpret_cast<Vec<T, kVec>*>(out.As<T>() + token * out.stride[0] + col) =
       sum;
 }
@@ -153,14 +165,16 @@ __global__ void __launch_bounds__(kSumThreads)
 template <class T>
 Status LaunchSum(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
   constexpr int kWide = 16 / sizeof(T);
-  const bool wide = cuda::RowsAreWholeChunks(p.out);
+  const bool wide =
+      cuda::RowsAreWholeChunks(p.out) &&
+      (!p.residual.present() || cuda::RowsAreAligned(p.residual, 16));
   const int64_t threads = NumElements(p.out) / (wide ? kWide : 1);
   const int64_t blocks = CeilDiv(threads, int64_t{kSumThreads});
   auto* const kernel = wide ? SumKernel<T, kWide> : SumKernel<T, 1>;
-  return cuda::LaunchDependent(kOp, stream, dim3(static_cast<unsigned>(blocks)),
-                               dim3(kSumThreads), 0, kernel, p.topk_ids,
-                               static_cast<int>(p.gate.num_experts),
-                               static_cast<const T*>(scratch.weighted), p.out);
+  return cuda::LaunchDependent(
+      kOp, stream, dim3(static_cast<unsigned>(blocks)), dim3(kSumThreads), 0,
+      kernel, p.topk_ids, static_cast<int>(p.gate.num_experts),
+      static_cast<const T*>(scratch.weighted), p.residual, p.out);
 }
 
 // ---------------------------------------------------------------------------

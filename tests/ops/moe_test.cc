@@ -131,6 +131,41 @@ TEST_P(MoeTest, Acceptance22_InPlaceIsOutOfPlace) {
   }
 }
 
+TEST_P(MoeTest, ResidualGivesTheBitsOfASeparateAddition) {
+  for (int64_t tokens : {1, 7, 60, 700}) {
+    for (int64_t hidden : {72, 60}) {
+      SCOPED_TRACE(StrCat(tokens, " tokens, ", hidden));
+      Problem problem;
+      problem.tokens = tokens;
+      problem.hidden = hidden;
+      problem.intermediate = 40;
+      problem.num_experts = 9;
+      problem.top_k = 4;
+      problem.padding = 8;
+      Call call(device(), dtype(), problem);
+      Run(call);
+      const testing::TestTensor residual(device(), dtype(), {tokens, hidden},
+                                         {hidden + 3, 1},
+                                         testing::Normal(tokens * hidden, 41));
+      std::vector<double> expected = residual.InitialValues();
+      const std::vector<double> terms = call.out().Values();
+      for (size_t i = 0; i < expected.size(); ++i) {
+        expected[i] =
+            testing::RoundTo(dtype(), static_cast<float>(expected[i]) +
+                                          static_cast<float>(terms[i]));
+      }
+      call.params().residual = residual.view();
+      Run(call);
+      EXPECT_EQ(call.out().Values(), expected);
+      EXPECT_EQ(residual.Bytes(), residual.InitialBytes());
+      call.params().out = residual.view();
+      Run(call);
+      EXPECT_EQ(residual.Values(), expected);
+      EXPECT_EQ(residual.NumStrayWrites(), 0);
+    }
+  }
+}
+
 // Equal tokens at different places give equal bits, so the edge is checked
 // against the first period of the same call, and that against the reference.
 TEST_P(MoeTest, Acceptance22_ChunkEdge) {

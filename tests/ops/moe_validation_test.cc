@@ -59,6 +59,19 @@ TEST_P(MoeValidationTest, RejectsBadArguments) {
     p.out.data = p.x.data;
     p.out.stride[0] = 40;
   });
+  expect({"residual", "[6, 31]", "[6, 32]"}, [](MoeParams& p) {
+    p.residual = p.out;
+    p.residual.shape[1] = 31;
+  });
+  expect({"residual", "int32"}, [](MoeParams& p) {
+    p.residual = p.out;
+    p.residual.dtype = DType::kInt32;
+  });
+  expect({"out overlaps residual"}, [](MoeParams& p) {
+    p.residual = p.out;
+    p.residual.data =
+        p.out.As<char>() + static_cast<int64_t>(DTypeSize(p.out.dtype));
+  });
   expect({"out overlaps topk_ids"},
          [](MoeParams& p) { p.out.data = p.topk_ids.data; });
   expect({"workspace is null"}, [](MoeParams& p) { p.workspace = nullptr; });
