@@ -52,16 +52,17 @@ double ChiSquareDeviation(const std::vector<int64_t>& counts,
 
 class SamplerStatisticsTest : public testing::SamplerTestBase {
  protected:
+  bool OnGpu() const { return device().type == DeviceType::kCuda; }
   // How often each token comes in `draws` draws.
   std::vector<int64_t> Count(const TestTensor& logits, SamplingParams sampling,
                              int64_t draws) {
     std::vector<int64_t> counts(static_cast<size_t>(logits.view().shape[1]));
-    constexpr int64_t kBatch = 1 << 15;
-    for (int64_t i = 0; i < draws; i += kBatch) {
+    const int64_t batch = OnGpu() ? 1 << 19 : 1 << 15;
+    for (int64_t i = 0; i < draws; i += batch) {
       const Drawn drawn =
-          DrawMany(logits.view(), sampling, std::min(kBatch, draws - i));
+          DrawMany(logits.view(), sampling, std::min(batch, draws - i));
       for (int64_t token : drawn.tokens) ++counts.at(token);
-      sampling.position += kBatch;
+      sampling.position += static_cast<uint64_t>(batch);
     }
     return counts;
   }
@@ -113,6 +114,32 @@ TEST_P(SamplerStatisticsTest, FilteredDrawsFollowTheKeptDistribution) {
   expect(0, 1.0f, 0.03f, FilterOrder::kSequential);
   expect(40, 0.7f, 0.02f, FilterOrder::kSequential);
   expect(40, 0.7f, 0.0f, FilterOrder::kJoint);
+}
+
+// Every filter, on a GPU 10^8 draws of each, on the CPU 10^6 of a chain of
+// four.
+TEST_P(SamplerStatisticsTest, ManyDrawsOfEveryFilterFollowItsDistribution) {
+  const TestTensor logits = Logits(Normal(60, 6, 0.0f, 1.5f));
+  for (int filter = 0; filter < 8; ++filter) {
+    SCOPED_TRACE(filter);
+    SamplingParams s;
+    s.seed = 20 + static_cast<uint64_t>(filter);
+    s.temperature = 0.9f;
+    if (filter == 1) s.top_k = 12;
+    if (filter == 2) s.top_p = 0.85f;
+    if (filter == 3) s.min_p = 0.06f;
+    if (filter == 4) s.typical_p = 0.8f;
+    if (filter == 5) s.top_n_sigma = 1.5f;
+    if (filter == 6) s.xtc_probability = 1.0f, s.xtc_threshold = 0.08f;
+    if (filter == 7) {
+      s.filter_order = FilterOrder::kLlamaCpp;
+      s.top_k = 30;
+      s.top_p = 0.95f;
+      s.min_p = 0.01f;
+    }
+    const int64_t draws = OnGpu() ? 100000000 : filter == 7 ? 1000000 : 50000;
+    ExpectFollows(logits, s, draws);
+  }
 }
 
 TEST_P(SamplerStatisticsTest, SeedsAndPositionsAreIndependent) {
