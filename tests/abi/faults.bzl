@@ -2,10 +2,14 @@
 
 _SYSTEM = ["posix_memalign", "mmap", "munmap", "open", "close", "fstat", "read"]
 
-# All of the runtime that core_cuda.cu, core_cuda.cuh and the ops call, but for
+# All of the runtime that ops/core and the ops call, but for
 # those that only tell about errors.
 _CUDA = [
     "cudaDeviceGetAttribute",
+    "cudaEventCreateWithFlags",
+    "cudaEventDestroy",
+    "cudaEventRecord",
+    "cudaEventSynchronize",
     "cudaFree",
     "cudaFreeHost",
     "cudaFuncSetAttribute",
@@ -13,14 +17,23 @@ _CUDA = [
     "cudaGetDeviceCount",
     "cudaGetDeviceProperties",
     "cudaGetDeviceProperties_v2",  # its name before CUDA 13
+    "cudaGraphDestroy",
+    "cudaGraphExecDestroy",
+    "cudaGraphGetNodes",
+    "cudaGraphInstantiate",
+    "cudaGraphLaunch",
+    "cudaGraphUpload",
     "cudaLaunchKernelExC",
     "cudaMalloc",
     "cudaMallocHost",
+    "cudaMemGetInfo",
     "cudaMemcpyAsync",
     "cudaMemsetAsync",
     "cudaSetDevice",
+    "cudaStreamBeginCapture",
     "cudaStreamCreateWithFlags",
     "cudaStreamDestroy",
+    "cudaStreamEndCapture",
     "cudaStreamSynchronize",
 ]
 

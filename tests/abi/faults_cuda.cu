@@ -77,6 +77,50 @@ TENON_WRAP(cudaErrorMemoryAllocation, 1, cudaStreamCreateWithFlags,
            (cudaStream_t * stream, unsigned int flags), (stream, flags))
 TENON_WRAP(cudaErrorLaunchFailure, 0, cudaStreamSynchronize,
            (cudaStream_t stream), (stream))
+TENON_WRAP(cudaErrorLaunchFailure, 0, cudaStreamBeginCapture,
+           (cudaStream_t stream, cudaStreamCaptureMode mode), (stream, mode))
+TENON_WRAP(cudaErrorUnknown, 0, cudaGraphGetNodes,
+           (cudaGraph_t graph, cudaGraphNode_t* nodes, size_t* count),
+           (graph, nodes, count))
+TENON_WRAP(cudaErrorMemoryAllocation, 1, cudaGraphInstantiate,
+           (cudaGraphExec_t * executable, cudaGraph_t graph,
+            unsigned long long flags),
+           (executable, graph, flags))
+TENON_WRAP(cudaErrorMemoryAllocation, 0, cudaGraphUpload,
+           (cudaGraphExec_t executable, cudaStream_t stream),
+           (executable, stream))
+TENON_WRAP(cudaErrorLaunchFailure, 0, cudaGraphLaunch,
+           (cudaGraphExec_t executable, cudaStream_t stream),
+           (executable, stream))
+TENON_WRAP(cudaErrorUnknown, 0, cudaMemGetInfo, (size_t * free, size_t* total),
+           (free, total))
+TENON_WRAP(cudaErrorMemoryAllocation, 1, cudaEventCreateWithFlags,
+           (cudaEvent_t * event, unsigned int flags), (event, flags))
+TENON_WRAP(cudaErrorLaunchFailure, 0, cudaEventRecord,
+           (cudaEvent_t event, cudaStream_t stream), (event, stream))
+TENON_WRAP(cudaErrorLaunchFailure, 0, cudaEventSynchronize, (cudaEvent_t event),
+           (event))
+TENON_WRAP_GIVE_BACK(cudaEventDestroy, (cudaEvent_t event), (event))
+TENON_WRAP_GIVE_BACK(cudaGraphDestroy, (cudaGraph_t graph), (graph))
+TENON_WRAP_GIVE_BACK(cudaGraphExecDestroy, (cudaGraphExec_t executable),
+                     (executable))
 TENON_WRAP_GIVE_BACK(cudaFree, (void* memory), (memory))
 TENON_WRAP_GIVE_BACK(cudaFreeHost, (void* memory), (memory))
 TENON_WRAP_GIVE_BACK(cudaStreamDestroy, (cudaStream_t stream), (stream))
+
+// A stream that is told to stop recording stops, also where that fails; the
+// graph is lost then.
+extern "C" cudaError_t CUDARTAPI
+__real_cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph);
+extern "C" cudaError_t CUDARTAPI
+__wrap_cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  const bool strikes = FaultStrikes(FaultKind::kCuda);
+  const cudaError_t result = __real_cudaStreamEndCapture(stream, graph);
+  if (strikes) {
+    if (*graph != nullptr) __real_cudaGraphDestroy(*graph);
+    *graph = nullptr;
+    return cudaErrorLaunchFailure;
+  }
+  if (*graph != nullptr) CountHeld(FaultKind::kCuda, 1);
+  return result;
+}
