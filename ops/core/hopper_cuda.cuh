@@ -21,6 +21,9 @@
 
 namespace tenon::cuda {
 
+// Whether kernels of sm_90a run on a device.
+bool IsHopper(Device device);
+
 // A map of a row-major tensor [planes, rows, cols] for TMA, whose boxes are
 // box_rows rows of 128 bytes of one plane, swizzled by 128 bytes; what lies
 // outside of the tensor reads as zeros. Strides are in elements. All addresses
@@ -29,6 +32,13 @@ Status MakeTensorMap(const char* op, DType dtype, const void* data,
                      int64_t planes, int64_t plane_stride, int64_t rows,
                      int64_t row_stride, int64_t cols, int box_rows,
                      CUtensorMap* map);
+
+// The same of any tensor of `rank` dimensions, up to 5, the innermost first and
+// contiguous; `strides` are the others'. The box is `box` elements, 128 bytes
+// in its first dimension.
+Status MakeTensorMap(const char* op, DType dtype, const void* data, int rank,
+                     const int64_t* shape, const int64_t* strides,
+                     const int* box, CUtensorMap* map);
 
 #if TENON_SM90A
 
@@ -61,6 +71,27 @@ __device__ __forceinline__ void ArriveAfterCopies(uint32_t barrier) {
   asm volatile(
       "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(barrier)
       : "memory");
+}
+// The address of the same place in the shared memory of block `rank` of the
+// cluster.
+__device__ __forceinline__ uint32_t ClusterAddress(uint32_t shared, int rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;\n"
+      : "=r"(address)
+      : "r"(shared), "r"(rank));
+  return address;
+}
+// Arrives at a barrier given by such an address.
+__device__ __forceinline__ void ArriveInCluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];\n" ::"r"(barrier)
+               : "memory");
+}
+// __syncthreads() of all blocks of the cluster.
+__device__ __forceinline__ void SyncCluster() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;\n" ::
+          : "memory");
 }
 // Waits for the end of the phase with this parity.
 __device__ __forceinline__ void Wait(uint32_t barrier, uint32_t parity) {
