@@ -179,8 +179,10 @@ class DecodeBench {
     options.max_context = what.context + kSteps + kMaxStepsInFlight;
     options.count_experts = true;
     options.cuda_graphs = what.graphs;
+    const double begin = bench::Seconds();
     const std::unique_ptr<Session> session = MakeSession(options);
     if (session == nullptr) return;
+    const double seconds_to_create = bench::Seconds() - begin;
     std::vector<StepRow> rows(what.batch);
     const std::vector<int32_t> same = RandomTokens(what.context);
     for (StepRow& row : rows) {
@@ -207,33 +209,37 @@ class DecodeBench {
                  experts / std::max<size_t>(stats.distinct_experts.size(), 1)},
                 median * 1e6);
     std::fprintf(stderr,
-                 "decode batch %d, %s: %.1f tokens/s; %lld graphs of %.1f MB\n",
+                 "decode batch %d, %s: %.1f tokens/s; session of %lld graphs "
+                 "(%.1f MB) created in %.2f s\n",
                  what.batch, what.Note().c_str(), what.batch / median,
                  static_cast<long long>(session->num_graphs()),
-                 static_cast<double>(session->graph_bytes()) * 1e-6);
+                 static_cast<double>(session->graph_bytes()) * 1e-6,
+                 seconds_to_create);
   }
 
+  // A row for each kind of op, the sum of them, and the step that they make up.
   void Profile(int32_t batch, int32_t context) {
-    const std::vector<bench::OpProfile> ops =
+    std::vector<bench::OpProfile> ops =
         bench::ProfileDecode(*model_, bench_->stream(), batch, context);
     const double step = ops.back().microseconds;
-    std::fprintf(stderr,
-                 "%s batch %d context %d   launches  a layer        us"
-                 "  us a layer  %% of step\n",
-                 DTypeName(dtype_), batch, context);
-    double sum = 0.0;
+    bench::OpProfile sum = {"sum", 0, 0.0};
     for (const bench::OpProfile& op : ops) {
-      const bool is_step = &op == &ops.back();
-      if (is_step) {
-        std::fprintf(stderr, "  %-24s %10s %8s %10.1f %11s %9.1f\n", "sum", "",
-                     "", sum, "", 100 * sum / step);
-      }
-      std::fprintf(stderr, "  %-24s %10lld %8.2f %10.1f %11.2f %9.1f\n",
-                   op.name.c_str(), static_cast<long long>(op.launches),
-                   static_cast<double>(op.launches) / config_.num_layers,
-                   op.microseconds, op.microseconds / config_.num_layers,
-                   100 * op.microseconds / step);
-      sum += op.microseconds;
+      if (&op == &ops.back()) break;
+      sum.launches += op.launches;
+      sum.microseconds += op.microseconds;
+    }
+    ops.insert(ops.end() - 1, sum);
+    for (const bench::OpProfile& op : ops) {
+      char note[160];
+      std::snprintf(note, sizeof(note),
+                    "context %d, %lld launches, a layer %.2f and %.2f us, "
+                    "%.1f %% of the step",
+                    context, static_cast<long long>(op.launches),
+                    static_cast<double>(op.launches) / config_.num_layers,
+                    op.microseconds / config_.num_layers,
+                    100.0 * op.microseconds / step);
+      bench_->Add({"decode/" + op.name, shape_, batch, dtype_, 0.0, 0.0, note},
+                  op.microseconds);
     }
   }
 
