@@ -107,7 +107,9 @@ AttentionPlan PlanAttention(const AttentionParams& p) {
   plan.kernel = SelectAttentionKernel(p);
   plan.max_kv_len = MaxKvLen(p);
   plan.num_rows = p.q.shape[0];
-  const int64_t slots = p.block_table.shape[0] * kMaxDecodeQueries;
+  const int64_t num_seqs = p.block_table.shape[0];
+  // A sequence alone is not worth another launch, even if it were short.
+  const int64_t slots = num_seqs > 1 ? num_seqs * kMaxDecodeQueries : 0;
   if (plan.kernel == AttentionKernel::kPrefill && slots < plan.num_rows &&
       !OnCpu(p)) {
     plan.queries_per_seq = kMaxDecodeQueries;

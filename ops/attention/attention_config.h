@@ -21,7 +21,9 @@ enum class AttentionKernel {
   kDecode,
   // Tiles of (query, head) rows on tensor cores for the sequences of more than
   // kMaxDecodeQueries queries, kDecode for the others of the same call. So the
-  // kernel of a query follows from the queries of its own sequence.
+  // kernel of a query follows from the queries of its own sequence. (The tiles
+  // serve a sequence that is alone whatever it has.) On Hopper with wgmma, see
+  // attention_hopper_prefill.h.
   kPrefill,
 };
 
@@ -79,7 +81,8 @@ struct AttentionPlan {
   int32_t max_parts = 0;  // of any context up to max_kv_len
   // The queries attended to part by part. Where queries_per_seq is 0 a row is a
   // token, else that many rows belong to each sequence, used or not (which
-  // saves the empty blocks of a long prefill's tokens).
+  // saves the empty blocks of a long prefill's tokens). No rows: kPrefill's
+  // tiles serve all.
   int32_t queries_per_seq = 0;
   int64_t num_rows = 0;
   // Rows whose partial results fit the workspace together. More are served in

@@ -29,6 +29,10 @@ Status LaunchGenericAttention(const AttentionArgs& args, int64_t rows,
 Status LaunchDecodeAttention(const AttentionArgs& args, int64_t rows,
                              Stream stream);
 Status LaunchPrefillAttention(const AttentionArgs& args, Stream stream);
+// Where CanUseHopperDecode; all rows at once.
+Status LaunchHopperDecodeAttention(const AttentionArgs& args, Stream stream);
+// The same, where CanUseHopperPrefill(), on a GPU of sm_90.
+Status LaunchHopperPrefill(const AttentionArgs& args, Stream stream);
 
 // Blocks over the query heads: x of the grids of rows.
 inline unsigned HeadBlocks(const AttentionParams& p) {

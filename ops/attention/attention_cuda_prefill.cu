@@ -1,5 +1,8 @@
 #include "ops/attention/attention_cuda.cuh"
 #include "ops/attention/attention_cuda_mma.cuh"
+#include "ops/attention/attention_cuda_rows.cuh"
+#include "ops/attention/attention_hopper_prefill.h"
+#include "ops/core/hopper_cuda.cuh"
 
 // Attention of sequences with many queries: a block takes 64 rows of one
 // sequence and KV head, a row being a (query, head of the group), through all
@@ -25,91 +28,21 @@ struct PrefillShape {
       kQueryBytes + 2 * 2 * kStageBytes + (kWiden ? 2 * kTileBytes : 0);
 };
 
-// The rows of one block: rows [first_row, first_row + kRows) of the
-// num_queries * group of a sequence. num_queries == 0: none.
-struct RowTile {
-  int64_t first_token = 0;  // of the sequence
-  int64_t num_queries = 0;
-  int32_t sequence = -1;  // -1: of none, the output is zero
-  int64_t first_row = 0;
-};
-
-// An upper bound of the tiles of all sequences before `sequence`, of the tokens
-// before it: sum of ceil(n * group / kRows). Each sequence adds its partial
-// tile at most.
-__host__ __device__ __forceinline__ int64_t TileStart(int64_t tokens,
-                                                      int64_t sequence,
-                                                      int64_t group) {
-  return (tokens * group + sequence * (kRows - 1)) / kRows;
-}
-
-__device__ __forceinline__ RowTile FindTile(const AttentionParams& p,
-                                            int64_t group, int64_t tile) {
-  const int64_t tokens = p.q.shape[0];
-  const int32_t num_seqs = static_cast<int32_t>(p.block_table.shape[0]);
-  const auto start = [&](int64_t sequence) {
-    const int64_t first = p.query_start.As<const int32_t>()[sequence];
-    return max(int64_t{0}, min(tokens, first));
-  };
-  // The last sequence whose tiles start at or before this one; sequence
-  // num_seqs is the tokens that belong to none.
-  int32_t low = 0;
-  int32_t high = num_seqs;
-  while (low < high) {
-    const int32_t middle = (low + high + 1) / 2;
-    if (TileStart(start(middle), middle, group) <= tile) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  RowTile rows;
-  rows.first_token = start(low);
-  rows.first_row = (tile - TileStart(rows.first_token, low, group)) * kRows;
-  if (low == num_seqs) {
-    rows.num_queries = tokens - rows.first_token;
-  } else {
-    rows.sequence = low;
-    rows.num_queries = start(low + 1) - rows.first_token;
-    // Those the decode kernel serves.
-    if (rows.num_queries <= kMaxDecodeQueries) rows.num_queries = 0;
-  }
-  if (rows.first_row >= rows.num_queries * group) rows.num_queries = 0;
-  return rows;
-}
-
-// Keys that row `row` of the sequence attends to; 0 for rows past the last.
-__device__ __forceinline__ int32_t RowLength(const AttentionArgs& args,
-                                             const RowTile& rows, int64_t group,
-                                             int64_t row) {
-  if (rows.sequence < 0 || row >= rows.num_queries * group) return 0;
-  return ContextLength(args, rows.sequence, row / group, rows.num_queries);
-}
-
-// The element offset of a row in q or out.
-__device__ __forceinline__ int64_t RowOffset(const TensorView& view,
-                                             const RowTile& rows, int64_t group,
-                                             int64_t kv_head, int64_t row) {
-  return (rows.first_token + row / group) * view.stride[0] +
-         (kv_head * group + row % group) * view.stride[1];
-}
-
 template <class T, int kDim>
 __device__ __forceinline__ void LoadQueries(const AttentionParams& p,
-                                            const RowTile& rows, int64_t group,
+                                            const RowTile& rows, uint32_t group,
                                             int64_t kv_head,
                                             unsigned char* to) {
   constexpr int kChunks = kDim * sizeof(T) / 16;
   for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
-    const int64_t row = rows.first_row + i / kChunks;
+    const int row = i / kChunks;
     uint4 v = make_uint4(0, 0, 0, 0);
-    if (row < rows.num_queries * group) {
+    if (row < rows.rows) {
       v = reinterpret_cast<const uint4*>(
           p.q.As<const T>() +
           RowOffset(p.q, rows, group, kv_head, row))[i % kChunks];
     }
-    *reinterpret_cast<uint4*>(to + TileOffset<kDim>(i / kChunks, i % kChunks)) =
-        v;
+    *reinterpret_cast<uint4*>(to + TileOffset<kDim>(row, i % kChunks)) = v;
   }
 }
 
@@ -159,7 +92,7 @@ __device__ __forceinline__ void LoadTile(
 // row leaves in 16-byte pieces.
 template <class T, int kDim>
 __device__ __forceinline__ void StoreRows(const AttentionParams& p,
-                                          const RowTile& rows, int64_t group,
+                                          const RowTile& rows, uint32_t group,
                                           int64_t kv_head,
                                           const RowState<kDim>& state,
                                           unsigned char* tile) {
@@ -178,11 +111,11 @@ __device__ __forceinline__ void StoreRows(const AttentionParams& p,
     }
   }
   __syncwarp();
-  const int64_t first = rows.first_row + threadIdx.x / 32 * 16;
+  const int first = static_cast<int>(threadIdx.x) / 32 * 16;
 #pragma unroll
   for (int i = lane; i < 16 * kChunks; i += 32) {
-    const int64_t row = first + i / kChunks;
-    if (row >= rows.num_queries * group) break;
+    const int row = first + i / kChunks;
+    if (row >= rows.rows) break;
     reinterpret_cast<uint4*>(p.out.As<T>() + RowOffset(p.out, rows, group,
                                                        kv_head,
                                                        row))[i % kChunks] =
@@ -200,16 +133,16 @@ __global__ void __launch_bounds__(kThreads)
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ KeyOffsets<kKeys> offsets[2];
   const AttentionParams& p = args.params;
-  const int64_t group = p.q.shape[1] / p.k_cache.shape[2];
+  const auto group = static_cast<uint32_t>(p.q.shape[1] / p.k_cache.shape[2]);
   const int64_t kv_head = blockIdx.y;
   // The last tiles of a sequence have the most keys: they go first.
-  const RowTile rows = FindTile(p, group, gridDim.x - 1 - blockIdx.x);
-  if (rows.num_queries == 0) return;
+  const RowTile rows =
+      FindRowTile<kRows>(args, group, gridDim.x - 1 - blockIdx.x);
+  if (rows.rows == 0) return;
 
   const int warp = threadIdx.x / 32;
-  const int64_t warp_row = rows.first_row + warp * 16;
-  const int64_t last_row =
-      min(rows.first_row + kRows, rows.num_queries * group) - 1;
+  const int warp_row = warp * 16;
+  const int last_row = rows.rows - 1;
   const int32_t num_keys = RowLength(args, rows, group, last_row);
   int32_t length[2];
 #pragma unroll
@@ -265,12 +198,8 @@ template <class T, class C, int kDim>
 Status LaunchPrefill(const AttentionArgs& args, Stream stream) {
   using Shape = PrefillShape<T, C, kDim>;
   const AttentionParams& p = args.params;
-  const int64_t kv_heads = p.k_cache.shape[2];
-  // One more "sequence" for the tokens that belong to none.
-  const int64_t tiles = TileStart(p.q.shape[0], p.block_table.shape[0] + 1,
-                                  p.q.shape[1] / kv_heads);
-  const dim3 grid(static_cast<unsigned>(tiles),
-                  static_cast<unsigned>(kv_heads));
+  const dim3 grid(static_cast<unsigned>(MaxRowTiles<kRows>(p)),
+                  static_cast<unsigned>(p.k_cache.shape[2]));
   return Launch("Attention", stream, grid, dim3(kThreads), Shape::kSharedBytes,
                 PrefillKernel<T, C, kDim>, args);
 }
@@ -297,7 +226,11 @@ Status LaunchPrefill(const AttentionArgs& args, Stream stream) {
 }  // namespace
 
 Status LaunchPrefillAttention(const AttentionArgs& args, Stream stream) {
-  return args.params.q.dtype == DType::kFloat16
+  const AttentionParams& p = args.params;
+  if (CanUseHopperPrefill(p) && IsHopper(p.q.device)) {
+    return LaunchHopperPrefill(args, stream);
+  }
+  return p.q.dtype == DType::kFloat16
              ? LaunchPrefill<__half>(args, stream)
              : LaunchPrefill<__nv_bfloat16>(args, stream);
 }

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 
+#include "ops/attention/attention_hopper_prefill.h"
+
 namespace tenon {
 namespace {
 
@@ -44,6 +46,36 @@ TEST(AttentionConfigTest, SelectsTheKernel) {
   EXPECT_EQ(SelectAttentionKernel(p), AttentionKernel::kDecode);
   p.q.dtype = p.out.dtype = p.k_cache.dtype = p.v_cache.dtype = DType::kFloat32;
   EXPECT_EQ(SelectAttentionKernel(p), AttentionKernel::kGeneric);
+}
+
+TEST(AttentionConfigTest, SelectsTilesForOneSequence) {
+  AttentionParams p = ShapeOnly(DeviceType::kCuda, 64, 1, 0);
+  EXPECT_EQ(PlanAttention(p).num_rows, 0);
+  p = ShapeOnly(DeviceType::kCuda, 64, 2, 0);
+  EXPECT_EQ(PlanAttention(p).num_rows, 2 * kMaxDecodeQueries);
+  EXPECT_EQ(PlanAttention(p).queries_per_seq, kMaxDecodeQueries);
+  p.max_query_len = 1;
+  EXPECT_EQ(PlanAttention(p).num_rows, 64);
+}
+
+TEST(AttentionConfigTest, SelectsTheHopperPrefill) {
+  const AttentionParams params = ShapeOnly(DeviceType::kCuda, 64, 1, 0);
+  EXPECT_TRUE(CanUseHopperPrefill(params));
+  const auto refuses = [&](auto&& change) {
+    AttentionParams p = params;
+    change(p);
+    return !CanUseHopperPrefill(p);
+  };
+  using P = AttentionParams;
+  EXPECT_TRUE(refuses([](P& p) { p.q.shape[2] = 256; }));
+  EXPECT_TRUE(refuses([](P& p) { p.q.dtype = DType::kFloat32; }));
+  EXPECT_TRUE(refuses([](P& p) { p.k_cache.dtype = DType::kFloat8E4M3; }));
+  EXPECT_TRUE(refuses([](P& p) { p.k_cache.shape[1] = 20; }));
+  EXPECT_TRUE(refuses([](P& p) { p.v_cache.stride[2] = 136; }));
+  EXPECT_TRUE(refuses([](P& p) { p.v_cache.stride[0] = 0; }));
+  EXPECT_TRUE(refuses([](P& p) { p.k_cache.shape[0] = 0; }));
+  EXPECT_FALSE(refuses([](P& p) { p.k_cache.shape[1] = 24; }));
+  EXPECT_FALSE(refuses([](P& p) { p.k_cache.stride[2] = 192; }));
 }
 
 TEST(AttentionConfigTest, PartsCoverEveryContext) {

@@ -38,6 +38,10 @@ struct Shape {
   int64_t uncovered_tokens = 0;  // after those of the sequences
   bool float8_cache = false;
   bool packed = false;  // q inside wider rows, and out in its place
+  // The layout of the caches: pages of [heads, slots] instead of [slots,
+  // heads]; elements between heads.
+  bool heads_outside = false;
+  int64_t head_padding = 0;
 };
 
 inline float ScaleOf(const Shape& shape) {
@@ -196,8 +200,14 @@ class Problem {
     }
     const std::vector<int64_t> cache_shape = {num_pages, shape_.page_size,
                                               shape_.num_kv_heads, dim};
-    k_ = TestTensor(device, dtype, cache_shape, k_poisoned);
-    v_ = TestTensor(device, dtype, cache_shape, v_poisoned);
+    const int64_t row = dim + shape_.head_padding;
+    const int64_t page = shape_.page_size * shape_.num_kv_heads * row;
+    const std::vector<int64_t> strides =
+        shape_.heads_outside
+            ? std::vector<int64_t>{page, row, shape_.page_size * row, 1}
+            : std::vector<int64_t>{page, shape_.num_kv_heads * row, row, 1};
+    k_ = TestTensor(device, dtype, cache_shape, strides, k_poisoned);
+    v_ = TestTensor(device, dtype, cache_shape, strides, v_poisoned);
   }
 
   Shape shape_;
