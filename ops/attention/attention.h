@@ -41,13 +41,18 @@ namespace tenon {
 // one rounding at the store. A long context is cut into parts that are combined
 // in order: the same call gives the same bits, and a query does not depend on
 // what the other sequences hold. How it is cut follows from its length, and on
-// CUDA from the number of queries in the call. With batch_invariant from its
-// length alone: then a query's result is the same whether it is computed alone
-// or in a chunk of several, in any company. On the CPU that always holds.
+// CUDA from the number of queries in the call; not so on Hopper, where a single
+// query of a sequence has the same bits in any company (float32 and odd strides
+// or page sizes aside). With batch_invariant it follows from the length alone:
+// then a query's result is the same whether it is computed alone or in a chunk
+// of several, in any company. On the CPU that always holds.
 // NaN in a query, or in a key or value that it attends to, makes it NaN.
 //
 // CUDA kernels (see attention_config.h) are at their best where q, out and the
-// caches can be accessed 16 bytes at a time; any other stride works.
+// caches can be accessed 16 bytes at a time and page_size is a power of two
+// from 8 on; any other stride and size works. Sequences without queries, and
+// those with a kv_len of 0, cost next to nothing, and so does a bound far above
+// the lengths: a captured graph may have rows to spare.
 //
 // Aliasing: out may be q, and overlaps nothing else. Does not allocate or
 // synchronise; can be captured in a CUDA graph (the grid depends on shapes
@@ -70,6 +75,12 @@ struct AttentionParams {
   int32_t max_kv_len = 0;
   int32_t max_query_len = 0;
   bool batch_invariant = false;
+  // A promise that changes no bit: the kernel ahead of this call in the stream
+  // does not write block_table, query_start and kv_len, nor the cache but for
+  // the call's own tokens. Then these are read while that kernel still runs
+  // (programmatic dependent launch), where kernels can. Kernels further ahead
+  // may have written anything.
+  bool early_reads = false;
   void* workspace = nullptr;
   size_t workspace_size = 0;
 };

@@ -1,6 +1,8 @@
 #include <algorithm>
 
 #include "ops/attention/attention_cuda.cuh"
+#include "ops/attention/attention_hopper_decode.h"
+#include "ops/core/hopper_cuda.cuh"
 
 namespace tenon {
 namespace cuda {
@@ -57,6 +59,10 @@ Status AttentionCuda(const AttentionParams& params, const AttentionPlan& plan,
   args.plan = plan;
   if (plan.kernel == AttentionKernel::kPrefill) {
     TENON_RETURN_IF_ERROR(cuda::LaunchPrefillAttention(args, stream));
+  }
+  if (plan.num_rows > 0 && CanUseHopperDecode(params, plan) &&
+      cuda::IsHopper(params.q.device)) {
+    return cuda::LaunchHopperDecodeAttention(args, stream);
   }
   for (int64_t row = 0; row < plan.num_rows; row += plan.rows_per_pass) {
     const int64_t rows = std::min(plan.rows_per_pass, plan.num_rows - row);
