@@ -462,9 +462,11 @@ TENON_HOST_DEVICE inline float LogprobOf(float x, float best,
   const double unit = __builtin_bit_cast(double, exponent);
   const double gap =
       strict::Sub(static_cast<double>(x), static_cast<double>(best));
-  return static_cast<float>(
+  const double logprob =
       strict::Sub(strict::Div(gap, temperature),
-                  strict::Log(strict::Mul(static_cast<double>(mass), unit))));
+                  strict::Log(strict::Mul(static_cast<double>(mass), unit)));
+  // -0, which the sign of zeros among the logits can make, is 0.
+  return strict::Add(static_cast<float>(logprob), 0.0f);
 }
 
 // The probability of a token of this Weight, `mass` in units of 2^-43 being the

@@ -55,6 +55,18 @@ __device__ uint64_t SegmentMass(const Place& place, int vocab, int first,
     }
   }
   uint64_t sum = 0;
+  // What these loads leave out, or have as -inf: no weight.
+  const auto slow = [&](int i) {
+    return cuda::IsSlow<float>(first + (i * 32 + lane) * Piece::kSize, vocab,
+                               place.aligned);
+  };
+  for (int i = 0; i < kLoads; ++i) {
+    if (!slow(i)) continue;
+    const int id = first + (i * 32 + lane) * Piece::kSize;
+    for (int e = 0; e < Piece::kSize && id + e < vocab; ++e) {
+      sum += place.Mass(id + e, residual);
+    }
+  }
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
 #pragma unroll

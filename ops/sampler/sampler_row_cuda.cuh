@@ -1,0 +1,179 @@
+#ifndef TENON_OPS_SAMPLER_SAMPLER_ROW_CUDA_CUH_
+#define TENON_OPS_SAMPLER_SAMPLER_ROW_CUDA_CUH_
+
+#include <cstring>
+
+#include "ops/core/core_cuda.cuh"
+#include "ops/sampler/row_plan.h"
+
+// How the CUDA kernels of the sampler read logits, edits and masks, and what
+// the summarising kernel leaves for the deciding one.
+
+namespace tenon::cuda {
+
+// What a call leaves in the workspace, rows after rows.
+struct SamplerScratch {
+  SubTile* tiles = nullptr;       // [rows, num_tiles]
+  SubTile* raw_tiles = nullptr;   // the same of the logits as they are
+  Moments* moments = nullptr;     // of rows with top-n-sigma
+  int32_t* first_edit = nullptr;  // [rows, num_tiles]
+};
+
+// What kernels are told of a call.
+struct SamplerCall {
+  SamplerParams p;
+  SamplerScratch scratch;
+  int num_tiles = 0;
+  bool aligned = false;  // rows begin at multiples of 16 bytes
+};
+
+template <class T>
+inline constexpr DType kDTypeOfLogits =
+    std::is_same_v<T, float>    ? DType::kFloat32
+    : std::is_same_v<T, __half> ? DType::kFloat16
+                                : DType::kBFloat16;
+
+// 16 bytes of logits, consecutive ids of one chunk, as stored: converting only
+// where it is used leaves loads in flight.
+template <class T>
+struct alignas(16) Piece {
+  static constexpr int kSize = 16 / static_cast<int>(sizeof(T));
+  T x[kSize];
+};
+
+// 16 bytes where `exists`, otherwise four words of `fill`: without a branch, so
+// that many loads are in flight. kStream: not to be read again soon.
+template <bool kStream>
+__device__ __forceinline__ uint4 Load16If(bool exists, const void* from,
+                                          uint32_t fill) {
+  uint4 words = {fill, fill, fill, fill};
+  if constexpr (kStream) {
+    asm("{\n"
+        ".reg .pred exists;\n"
+        "setp.ne.u32 exists, %5, 0;\n"
+        "@exists ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+        "}\n"
+        : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w)
+        : "l"(from), "r"(exists ? 1u : 0u));
+  } else {
+    asm("{\n"
+        ".reg .pred exists;\n"
+        "setp.ne.u32 exists, %5, 0;\n"
+        "@exists ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+        "}\n"
+        : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w)
+        : "l"(from), "r"(exists ? 1u : 0u));
+  }
+  return words;
+}
+
+// -inf in all of a word.
+__device__ __forceinline__ uint32_t LowestWord(DType dtype) {
+  return dtype == DType::kFloat32   ? 0xff800000u
+         : dtype == DType::kFloat16 ? 0xfc00fc00u
+                                    : 0xff80ff80u;
+}
+
+// Element by element, -inf past the end of the vocabulary: for rows that are
+// not aligned and the last piece of a vocabulary.
+template <class T>
+__device__ __noinline__ Piece<T> LoadPieceSlowly(const T* row, int first_id,
+                                                 int vocab) {
+  Piece<T> piece;
+#pragma unroll
+  for (int e = 0; e < Piece<T>::kSize; ++e) {
+    piece.x[e] =
+        first_id + e < vocab ? row[first_id + e] : FromFloat<T>(-INFINITY);
+  }
+  return piece;
+}
+
+// Whether 16 bytes at once would read past the end, or cannot be read.
+template <class T>
+__device__ __forceinline__ bool IsSlow(int first_id, int vocab, bool aligned) {
+  return first_id < vocab && (!aligned || first_id + Piece<T>::kSize > vocab);
+}
+
+// -inf past the end of the vocabulary.
+template <bool kStream, class T>
+__device__ __forceinline__ Piece<T> LoadPiece(const T* row, int first_id,
+                                              int vocab, bool aligned) {
+  const uint4 words =
+      Load16If<kStream>(aligned && first_id + Piece<T>::kSize <= vocab,
+                        row + first_id, LowestWord(kDTypeOfLogits<T>));
+  Piece<T> piece;
+  memcpy(&piece, &words, sizeof(piece));
+  return piece;
+}
+
+// The larger one, NaN where either is.
+__device__ __forceinline__ float MaxOrNan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+// Of two pairs at once.
+template <class T>
+__device__ __forceinline__ uint32_t MaxOrNan2(uint32_t a, uint32_t b) {
+  uint32_t result;
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  } else {
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  }
+  return result;
+}
+
+// What changes logits of a row before anything looks at them.
+struct RowEdits {
+  const uint8_t* mask = nullptr;  // a bit per id; null where none applies
+  const LogitEdit* edits = nullptr;
+  int end = 0;
+  bool only_allowed = false;
+
+  __device__ __forceinline__ bool any() const {
+    return mask != nullptr || end > 0 || only_allowed;
+  }
+  __device__ __forceinline__ bool Masked(int id) const {
+    return mask != nullptr && (mask[id / 8] >> (id % 8) & 1) == 0;
+  }
+};
+
+__device__ __forceinline__ RowEdits EditsOf(const SamplerParams& p, int64_t row,
+                                            const RowPlan& plan,
+                                            const EditRange& range) {
+  RowEdits edits;
+  if (plan.use_bitmask && p.bitmask.present()) {
+    edits.mask = reinterpret_cast<const uint8_t*>(
+        p.bitmask.As<const int32_t>() + row * p.bitmask.stride[0]);
+  }
+  if (p.edits != nullptr) {
+    edits.edits = p.edits + range.begin;
+    edits.end = static_cast<int>(range.end - range.begin);
+  }
+  edits.only_allowed = plan.only_allowed;
+  return edits;
+}
+
+// The first of the row's edits whose place in draw order is not before `order`.
+// A whole warp calls this together.
+__device__ __forceinline__ int FirstEditFrom(const RowEdits& edits, int order,
+                                             int vocab) {
+  const int lane = threadIdx.x % 32;
+  int begin = 0;
+  int end = edits.end;
+  while (end > begin) {
+    // Lane l looks at the last of the l-th of 32 parts.
+    const int step = CeilDiv(end - begin, 32);
+    const int at = begin + (lane + 1) * step - 1;
+    const bool before =
+        at < end && DrawOrder(edits.edits[at].id, vocab) < order;
+    begin += __popc(__ballot_sync(~0u, before)) * step;
+    end = min(begin + step - 1, end);
+  }
+  return begin;
+}
+
+}  // namespace tenon::cuda
+
+#endif  // TENON_OPS_SAMPLER_SAMPLER_ROW_CUDA_CUH_
