@@ -31,8 +31,6 @@ Status LaunchDecodeAttention(const AttentionArgs& args, int64_t rows,
 Status LaunchPrefillAttention(const AttentionArgs& args, Stream stream);
 // Where CanUseHopperDecode; all rows at once.
 Status LaunchHopperDecodeAttention(const AttentionArgs& args, Stream stream);
-// Where CanUseHopperDecode; all rows at once.
-Status LaunchHopperDecodeAttention(const AttentionArgs& args, Stream stream);
 // The same, where CanUseHopperPrefill(), on a GPU of sm_90.
 Status LaunchHopperPrefill(const AttentionArgs& args, Stream stream);
 
