@@ -168,6 +168,7 @@ Status DenseMlp(const StepContext& c, const LayerWeights& w) {
   const int64_t intermediate = w.mlp_gate.shape[0];
   const TensorView gate_up = Used(c, a.mlp_gate_up);
   TENON_RETURN_IF_ERROR(RunLinear(c, Used(c, a.normed), w.mlp_gate,
+  p.early_reads = true;  // QkNorm is ahead, and writes this step's tokens alone
                                   w.mlp_gate_scales,
                                   Columns(gate_up, 0, intermediate)));
   TENON_RETURN_IF_ERROR(
