@@ -17,7 +17,8 @@ enum class AttentionKernel {
   // that cannot be read 16 bytes at a time.
   kGeneric,
   // Split-KV on tensor cores: a block per (query, KV head, part of the
-  // context), its rows the query heads that share the KV head.
+  // context), its rows the query heads that share the KV head. On Hopper in one
+  // launch, see attention_hopper_decode.h.
   kDecode,
   // Tiles of (query, head) rows on tensor cores for the sequences of more than
   // kMaxDecodeQueries queries, kDecode for the others of the same call. So the
