@@ -5,6 +5,8 @@
 //   --batch N[,N]       decode batch sizes; default 1,8,32,64 and in fp8 128
 //                       (CPU: 1); 0: no decode steps
 //   --context N[,N]     tokens in the cache of each sequence; 1024
+//   --max-context N     of the session, whose graphs are for it; default: that
+//                       of each run, and no more
 //   --prefill N[,N]     tokens of the prefills; 512,2048,8192 (CPU: 512); 0:
 //                       none
 //   --routing R         uniform: unrelated tokens; repeated: the same ones in
