@@ -100,6 +100,8 @@ size_t SamplerBytes(const Shapes& s) {
   SamplerParams p;
   p.logits = Shaped(DType::kFloat32, s.device(),
                     {s.limits.max_logit_rows, s.config.vocab_size});
+  const LogitEdit edit;
+  if (s.limits.max_logit_edits > 0) p.edits = &edit;  // that there are some
   return SamplerWorkspaceBytes(p);
 }
 

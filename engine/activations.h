@@ -20,6 +20,9 @@ struct StepLimits {
   int32_t max_context = 0;        // tokens of one sequence
   int32_t page_size = 0;          // of the KV cache, in tokens
   int32_t max_pages_per_row = 0;  // columns of the block table
+  int32_t max_logit_edits = 0;    // of all rows together
+  int32_t bitmask_words = 0;      // of a row; 0: rows have no bitmask
+  int32_t max_top_logprobs = 0;   // of a row
 };
 
 // Every intermediate of a step, in one arena that is allocated when the session

@@ -24,6 +24,10 @@ Status ResolveOptions(const ModelConfig& config, SessionOptions* o) {
       CheckRange(kCreate, "page_size", o->page_size, 1, 65536));
   TENON_RETURN_IF_ERROR(
       CheckRange(kCreate, "num_threads", o->num_threads, 0, 4096));
+  TENON_RETURN_IF_ERROR(
+      CheckRange(kCreate, "max_logit_edits", o->max_logit_edits, 0, kMax << 6));
+  TENON_RETURN_IF_ERROR(CheckRange(kCreate, "max_top_logprobs",
+                                   o->max_top_logprobs, 0, kMaxTopLogprobs));
   if (o->max_logit_rows == 0) o->max_logit_rows = o->max_sequences;
   return CheckRange(kCreate, "max_logit_rows", o->max_logit_rows, 1, kMax);
 }
@@ -95,6 +99,7 @@ Status Session::Impl::CaptureGraphs() {
   for (const int32_t bucket : buckets.sizes()) {
     buffers.Begin(0, DecodeShape(bucket));
     buffers.FillPadding(0);
+    buffers.FinishSampledRows();
     TENON_RETURN_IF_ERROR(buffers.Upload(stream.get()));
     TENON_RETURN_IF_ERROR(EnqueueModel());
     TENON_RETURN_IF_ERROR(Synchronize(model->device, stream.get()));
@@ -147,7 +152,12 @@ StatusOr<std::unique_ptr<Session>> Session::Create(
   }
   impl->limits = {o.max_tokens,     o.max_sequences,
                   o.max_logit_rows, o.max_context,
-                  o.page_size,      impl->cache.max_pages_per_sequence()};
+                  o.page_size,      impl->cache.max_pages_per_sequence(),
+                  o.max_logit_edits};
+  if (o.logit_bitmasks) {
+    impl->limits.bitmask_words = (m.config.vocab_size + 31) / 32;
+  }
+  impl->limits.max_top_logprobs = o.max_top_logprobs;
   StatusOr<Activations> activations =
       Activations::Create(m.config, m.weights, impl->limits, o.count_experts,
                           impl->cublas_lt.get(), o.batch_invariant);

@@ -27,9 +27,12 @@ struct SessionOptions {
   DType kv_cache_dtype = DType::kInvalid;
   float kv_cache_k_scale = 1.0f;
   float kv_cache_v_scale = 1.0f;
-  int32_t max_logit_rows = 0;  // tokens whose logits a step computes (the last
-                               // of each sampled row; all with kAll); 0:
-                               // max_sequences
+  int32_t max_logit_rows = 0;   // tokens whose logits a step computes (the last
+                                // of each sampled row; all with kAll); 0:
+                                // max_sequences
+  int32_t max_logit_edits = 0;  // of all rows of a step, see StepRow::edits
+  bool logit_bitmasks = false;  // whether rows may have a bitmask
+  int32_t max_top_logprobs = 0;  // most that a row may ask for, at most 20
   // A sequence's tokens do not depend, bit for bit, on how its prompt was cut
   // into chunks, nor on what else ran in its steps. Costs some speed on CUDA;
   // nothing on the CPU.
@@ -59,8 +62,18 @@ struct StepRow {
   // whether waited for or not, drew for this sequence. Where it drew none, the
   // results of this row mean nothing.
   bool continues = false;
-  bool sample = true;       // false: a chunk with more of the prompt to come
-  SamplingParams sampling;  // `position` is set by the session
+  bool sample = true;  // false: a chunk with more of the prompt to come
+  // `position` and kUseBitmask are set by the session. Mirostat is not offered.
+  SamplingParams sampling;
+  // What changes the logits that its token is drawn from: penalties, biases,
+  // bans. LogitEdits (ops/sampler/logit_edits.h) makes them from the tokens of
+  // the sequence, `tokens` included. Parameters that act through edits need
+  // them, though there may be none. Read before the call returns.
+  const LogitEdit* edits = nullptr;
+  int32_t num_edits = 0;
+  // [ceil(vocab_size / 32)], see SamplerParams::bitmask; optional. Read before
+  // the call returns.
+  const uint32_t* bitmask = nullptr;
   // Copies float32 logits to the caller's memory: [vocab] of the last token
   // (kLast) or [num_tokens, vocab] (kAll).
   LogitsMode logits_mode = LogitsMode::kNone;
@@ -71,6 +84,11 @@ struct StepRowResult {
   int32_t token = -1;  // -1: not sampled, or no token could be (see status)
   float logprob = 0.0f;
   SampleStatus status = SampleStatus::kOk;
+  // The best tokens by LogprobKind::kUnfiltered, best first: as many as
+  // sampling.num_top_logprobs asks for and the row has.
+  int32_t num_top = 0;
+  int32_t top_tokens[kMaxTopLogprobs] = {};
+  float top_logprobs[kMaxTopLogprobs] = {};
 };
 
 struct StepStats {
@@ -112,7 +130,8 @@ class Session {
   // results[i] for rows[i]. All or nothing: every row is checked before any
   // work, and after an error each sequence is as it was.
   //   InvalidArgument  a token id outside the vocabulary, no tokens, a sequence
-  //                    twice, bad sampling parameters
+  //                    twice, bad sampling parameters, edits or a bitmask
+  //                    that are missing or that the session has no room for
   //   NotFound         a sequence that does not exist (any more)
   //   ResourceExhausted  more tokens, rows, logits, context or pages than the
   //                    session has

@@ -146,6 +146,15 @@ void Session::Impl::TakeResults(Flight* flight,
     if (at < 0) continue;
     (*results)[i] = {buffers.tokens(side)[at], buffers.logprobs(side)[at],
                      static_cast<SampleStatus>(buffers.statuses(side)[at])};
+    StepRowResult& result = (*results)[i];
+    const int32_t columns = limits.max_top_logprobs;
+    const int32_t* top_tokens = buffers.top_tokens(side) + at * columns;
+    const float* top_logprobs = buffers.top_logprobs(side) + at * columns;
+    for (int32_t j = 0; j < columns && top_tokens[j] >= 0; ++j) {
+      result.top_tokens[j] = top_tokens[j];
+      result.top_logprobs[j] = top_logprobs[j];
+      ++result.num_top;
+    }
   }
   if (stats == nullptr) return;
   stats->rows = static_cast<int32_t>(places.size());

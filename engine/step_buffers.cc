@@ -33,6 +33,9 @@ StatusOr<StepBuffers> StepBuffers::Create(Device device,
   b.tokens_ = Place(&layout, logit_rows, sizeof(int32_t));
   b.logprobs_ = Place(&layout, logit_rows, sizeof(float));
   b.statuses_ = Place(&layout, logit_rows, sizeof(int32_t));
+  const int64_t top = logit_rows * limits.max_top_logprobs;
+  b.top_tokens_ = Place(&layout, top, sizeof(int32_t));
+  b.top_logprobs_ = Place(&layout, top, sizeof(float));
   b.results_end_ = static_cast<int64_t>(layout.size());
   StepShape largest;
   largest.tokens = limits.max_tokens;
@@ -66,6 +69,10 @@ StepBuffers::InputArrays StepBuffers::LayOut(const StepShape& shape) const {
   a.sampling = Place(&layout, shape.logit_rows, sizeof(SamplingParams));
   a.block_table =
       Place(&layout, rows * limits_.max_pages_per_row, sizeof(int32_t));
+  a.edit_offsets = Place(&layout, shape.logit_rows + 1, sizeof(int32_t));
+  a.edits = Place(&layout, limits_.max_logit_edits, sizeof(LogitEdit));
+  a.bitmask = Place(&layout, int64_t{shape.logit_rows} * limits_.bitmask_words,
+                    sizeof(uint32_t));
   a.end = static_cast<int64_t>(layout.size());
   return a;
 }
@@ -74,6 +81,27 @@ void StepBuffers::Begin(int side, const StepShape& shape) {
   side_ = side;
   shape_ = shape;
   inputs_ = LayOut(shape);
+  rows_added_ = 0;
+  masked_rows_ = 0;
+  Host<int32_t>(inputs_.edit_offsets)[0] = 0;
+}
+
+void StepBuffers::AddSampledRow(const LogitEdit* edits, int32_t num_edits,
+                                const uint32_t* bitmask) {
+  int32_t* offsets = Host<int32_t>(inputs_.edit_offsets);
+  const int32_t row = rows_added_++;
+  offsets[row + 1] = offsets[row] + num_edits;
+  std::copy(edits, edits + num_edits,
+            Host<LogitEdit>(inputs_.edits) + offsets[row]);
+  if (bitmask == nullptr) return;
+  const int64_t words = limits_.bitmask_words;
+  std::copy(bitmask, bitmask + words,
+            Host<uint32_t>(inputs_.bitmask) + row * words);
+  masked_rows_ = rows_added_;
+}
+
+void StepBuffers::FinishSampledRows() {
+  while (rows_added_ < shape_.sampled_rows) AddSampledRow(nullptr, 0, nullptr);
 }
 
 void StepBuffers::FillPadding(int32_t first) {
@@ -90,9 +118,19 @@ void StepBuffers::FillPadding(int32_t first) {
 }
 
 Status StepBuffers::Upload(Stream stream) {
-  return CopyMemory(At<char>(memory_, results_end_), device_,
-                    Host<char>(results_end_), Device(),
-                    static_cast<size_t>(inputs_.end - results_end_), stream);
+  const auto copy = [&](int64_t begin, int64_t end) {
+    return CopyMemory(At<char>(memory_, begin), device_, Host<char>(begin),
+                      Device(), static_cast<size_t>(end - begin), stream);
+  };
+  const int64_t num_edits =
+      Host<int32_t>(inputs_.edit_offsets)[shape_.sampled_rows];
+  TENON_RETURN_IF_ERROR(copy(
+      results_end_,
+      inputs_.edits + num_edits * static_cast<int64_t>(sizeof(LogitEdit))));
+  if (masked_rows_ == 0) return Status();
+  const int64_t row_bytes =
+      limits_.bitmask_words * static_cast<int64_t>(sizeof(uint32_t));
+  return copy(inputs_.bitmask, inputs_.bitmask + masked_rows_ * row_bytes);
 }
 
 Status StepBuffers::Download(Stream stream) {
@@ -144,6 +182,22 @@ SamplerParams StepBuffers::Sampling(const Activations& activations) const {
   p.tokens = DeviceView(tokens_, DType::kInt32, {rows});
   p.logprobs = DeviceView(logprobs_, DType::kFloat32, {rows});
   p.statuses = DeviceView(statuses_, DType::kInt32, {rows});
+  if (limits_.max_logit_edits > 0) {
+    p.edits = DeviceView(inputs_.edits, DType::kUInt8, {1}).As<LogitEdit>();
+    p.num_edits = limits_.max_logit_edits;
+    p.edit_offsets =
+        DeviceView(inputs_.edit_offsets, DType::kInt32, {rows + 1});
+  }
+  if (limits_.bitmask_words > 0) {
+    p.bitmask = DeviceView(inputs_.bitmask, DType::kInt32,
+                           {rows, int64_t{limits_.bitmask_words}});
+  }
+  if (limits_.max_top_logprobs > 0) {
+    const int64_t columns = limits_.max_top_logprobs;
+    p.top_tokens = DeviceView(top_tokens_, DType::kInt32, {rows, columns});
+    p.top_logprobs =
+        DeviceView(top_logprobs_, DType::kFloat32, {rows, columns});
+  }
   p.workspace = activations.workspace;
   p.workspace_size = activations.workspace_size;
   return p;

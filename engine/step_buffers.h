@@ -50,6 +50,12 @@ class StepBuffers {
   SamplingParams* sampling() { return Host<SamplingParams>(inputs_.sampling); }
   int32_t* block_table() { return Host<int32_t>(inputs_.block_table); }
 
+  // The edits and the bitmask of a sampled row, row after row; null for none.
+  void AddSampledRow(const LogitEdit* edits, int32_t num_edits,
+                     const uint32_t* bitmask);
+  // What is left of the sampled rows has neither.
+  void FinishSampledRows();
+
   // Makes rows from `first` on padding, of a decode step: without experts,
   // without attention, written nowhere.
   void FillPadding(int32_t first);
@@ -64,6 +70,13 @@ class StepBuffers {
   }
   const int32_t* statuses(int side) const {
     return At<int32_t>(host_[side], statuses_);
+  }
+  // [rows, max_top_logprobs]
+  const int32_t* top_tokens(int side) const {
+    return At<int32_t>(host_[side], top_tokens_);
+  }
+  const float* top_logprobs(int side) const {
+    return At<float>(host_[side], top_logprobs_);
   }
 
   // In stream order.
@@ -88,6 +101,9 @@ class StepBuffers {
     int64_t logit_rows = 0;
     int64_t sampling = 0;
     int64_t block_table = 0;
+    int64_t edit_offsets = 0;
+    int64_t edits = 0;    // only as many as there are go to the device
+    int64_t bitmask = 0;  // goes to the device where a row has one
     int64_t end = 0;
   };
   InputArrays LayOut(const StepShape& shape) const;
@@ -110,9 +126,14 @@ class StepBuffers {
   int64_t tokens_ = 0;
   int64_t logprobs_ = 0;
   int64_t statuses_ = 0;
+  int64_t top_tokens_ = 0;
+  int64_t top_logprobs_ = 0;
   int64_t results_end_ = 0;
   StepShape shape_;
   InputArrays inputs_;
+  // Of the step that was begun last.
+  int32_t rows_added_ = 0;   // by AddSampledRow
+  int32_t masked_rows_ = 0;  // up to and including the last with a bitmask
 };
 
 }  // namespace tenon

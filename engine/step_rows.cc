@@ -30,8 +30,50 @@ Status CheckContinues(const StepRow& row, size_t i, const DrawnTokens& before) {
                               "for its sequence");
 }
 
+bool ActsThroughEdits(const SamplingParams& s) {
+  const bool repetition =
+      s.repetition_penalty != 0.0f && s.repetition_penalty != 1.0f;
+  return repetition || s.frequency_penalty != 0.0f ||
+         s.presence_penalty != 0.0f || s.dry_multiplier > 0.0f ||
+         (s.flags & kOnlyAllowed) != 0;
+}
+
+// What a row is sampled with, and whether the session has room for it.
+Status CheckSampling(const StepRow& row, size_t i,
+                     const SessionOptions& options) {
+  const SamplingParams& s = row.sampling;
+  const auto error = [&](const auto&... parts) {
+    return InvalidArgumentError(kStep, ": rows[", i, "].", parts...);
+  };
+  const Status sampling = ValidateSamplingParams(s);
+  if (!sampling.ok()) return error("sampling: ", sampling.message());
+  if (s.mirostat_tau > 0.0f) {
+    return error("sampling: mirostat_tau is ", s.mirostat_tau,
+                 ", but a session has no mirostat");
+  }
+  if (row.num_edits < 0 || (row.num_edits > 0 && row.edits == nullptr)) {
+    return error("num_edits is ", row.num_edits, ", edits are ",
+                 row.edits == nullptr ? "null" : "given");
+  }
+  if (ActsThroughEdits(s) && row.edits == nullptr) {
+    return error("sampling: penalties, DRY and kOnlyAllowed need edits");
+  }
+  if ((s.flags & kUseBitmask) != 0 && row.bitmask == nullptr) {
+    return error("bitmask is null, with kUseBitmask");
+  }
+  if (row.bitmask != nullptr && !options.logit_bitmasks) {
+    return error("bitmask is given, but the session has no logit_bitmasks");
+  }
+  if (s.num_top_logprobs > options.max_top_logprobs) {
+    return error("sampling: num_top_logprobs is ", s.num_top_logprobs,
+                 ", more than max_top_logprobs ", options.max_top_logprobs);
+  }
+  return Status();
+}
+
 // Does not look at the tokens, of which there may be too many.
-Status CheckRows(const std::vector<StepRow>& rows, const DrawnTokens& before) {
+Status CheckRows(const std::vector<StepRow>& rows,
+                 const SessionOptions& options, const DrawnTokens& before) {
   for (size_t i = 0; i < rows.size(); ++i) {
     const StepRow& row = rows[i];
     if (row.continues) {
@@ -43,12 +85,7 @@ Status CheckRows(const std::vector<StepRow>& rows, const DrawnTokens& before) {
       return InvalidArgumentError(kStep, ": rows[", i,
                                   "].logits is null, with a logits_mode");
     }
-    if (!row.sample) continue;
-    const Status sampling = ValidateSamplingParams(row.sampling);
-    if (!sampling.ok()) {
-      return InvalidArgumentError(kStep, ": rows[", i,
-                                  "].sampling: ", sampling.message());
-    }
+    if (row.sample) TENON_RETURN_IF_ERROR(CheckSampling(row, i, options));
   }
   return Status();
 }
@@ -57,7 +94,9 @@ Status CheckTotals(const std::vector<StepRow>& rows,
                    const SessionOptions& options) {
   int64_t tokens = 0;
   int64_t logit_rows = 0;
+  int64_t edits = 0;
   for (const StepRow& row : rows) {
+    if (row.sample) edits += row.num_edits;
     tokens += row.num_tokens;
     logit_rows += NumLogitRows(row);
   }
@@ -76,6 +115,11 @@ Status CheckTotals(const std::vector<StepRow>& rows,
                                   " tokens, more than max_logit_rows ",
                                   options.max_logit_rows);
   }
+  if (edits > options.max_logit_edits) {
+    return ResourceExhaustedError(kStep, ": ", edits,
+                                  " edits, more than max_logit_edits ",
+                                  options.max_logit_edits);
+  }
   return Status();
 }
 
@@ -85,6 +129,8 @@ void FillSampling(const StepRow& row, size_t i, int32_t logit_row,
   SamplingParams* sampling = &buffers->sampling()[logit_row];
   *sampling = row.sampling;
   sampling->position = static_cast<uint64_t>(buffers->kv_len()[i]);
+  if (row.bitmask != nullptr) sampling->flags |= kUseBitmask;
+  buffers->AddSampledRow(row.edits, row.num_edits, row.bitmask);
 }
 
 // Every row has its logits, wanted or not.
@@ -98,6 +144,7 @@ void FillDecodeLogits(const std::vector<StepRow>& rows, StepBuffers* buffers,
       FillSampling(rows[i], i, row, buffers);
     } else {
       buffers->sampling()[i] = CheapestSampling();
+      buffers->AddSampledRow(nullptr, 0, nullptr);
     }
   }
 }
@@ -144,7 +191,7 @@ int32_t NumLogitRows(const StepRow& row) {
 Status CheckStepRows(const std::vector<StepRow>& rows,
                      const SessionOptions& options, int64_t vocab_size,
                      const DrawnTokens& before) {
-  TENON_RETURN_IF_ERROR(CheckRows(rows, before));
+  TENON_RETURN_IF_ERROR(CheckRows(rows, options, before));
   TENON_RETURN_IF_ERROR(CheckTotals(rows, options));
   return CheckTokens(rows, vocab_size);
 }
@@ -193,6 +240,7 @@ void FillStep(const std::vector<StepRow>& rows, const KvCache& cache,
   } else {
     FillLogits(rows, buffers, places);
   }
+  buffers->FinishSampledRows();
 }
 
 }  // namespace tenon
