@@ -38,9 +38,9 @@ namespace tenon {
 namespace {
 
 struct Flags {
-  std::string layers, batch, context = "1024", prefill, routing = "uniform",
-                             graphs = "on", steps = "pipelined",
-                             profile = "off";
+  std::string layers, batch, context = "1024", max_context, prefill,
+                             routing = "uniform", graphs = "on",
+                             steps = "pipelined", profile = "off";
 };
 
 std::vector<int32_t> ParseList(const std::string& text) {
@@ -133,8 +133,10 @@ struct DecodeCase {
 class DecodeBench {
  public:
   // `dtype` is float8_e4m3 for a model as published in fp8.
-  DecodeBench(bench::Bench* bench, int32_t layers, DType dtype)
+  DecodeBench(bench::Bench* bench, int32_t layers, int32_t max_context,
+              DType dtype)
       : bench_(bench),
+        max_context_(max_context),
         dtype_(dtype),
         config_(Qwen3Moe30B(layers, dtype == DType::kFloat8E4M3)) {
     const DType rest = dtype == DType::kFloat8E4M3 ? DType::kBFloat16 : dtype;
@@ -178,7 +180,9 @@ class DecodeBench {
     SessionOptions options;
     options.max_sequences = what.batch;
     options.max_tokens = std::max(what.batch, std::min(what.context, 8192));
-    options.max_context = what.context + kSteps + kMaxStepsInFlight;
+    const int32_t context = what.context + kSteps + kMaxStepsInFlight;
+    options.max_context = std::max(context, max_context_);
+    options.num_pages = int64_t{what.batch} * (context / options.page_size + 1);
     options.count_experts = true;
     options.cuda_graphs = what.graphs;
     const double begin = bench::Seconds();
@@ -336,6 +340,7 @@ class DecodeBench {
   }
 
   bench::Bench* bench_;
+  int32_t max_context_;
   DType dtype_;
   ModelConfig config_;
   std::shared_ptr<const Model> model_;
@@ -378,15 +383,17 @@ int main(int argc, char** argv) {
   options.limit = true;
   options.flags = {
       {"--layers", &flags.layers},   {"--batch", &flags.batch},
-      {"--context", &flags.context}, {"--prefill", &flags.prefill},
-      {"--routing", &flags.routing}, {"--graphs", &flags.graphs},
-      {"--steps", &flags.steps},     {"--profile", &flags.profile}};
+      {"--context", &flags.context}, {"--max-context", &flags.max_context},
+      {"--prefill", &flags.prefill}, {"--routing", &flags.routing},
+      {"--graphs", &flags.graphs},   {"--steps", &flags.steps},
+      {"--profile", &flags.profile}};
   tenon::bench::Bench b(argc, argv, "decode_bench", options);
   int32_t layers = std::atoi(flags.layers.c_str());
   if (layers <= 0) layers = b.cuda() ? 48 : 4;
   if (flags.prefill.empty()) flags.prefill = b.cuda() ? "512,2048,8192" : "512";
   for (const tenon::DType dtype : b.DTypes({tenon::DType::kBFloat16})) {
-    tenon::DecodeBench bench(&b, layers, dtype);
+    tenon::DecodeBench bench(&b, layers, std::atoi(flags.max_context.c_str()),
+                             dtype);
     for (const int32_t tokens : tenon::ParseList(flags.prefill)) {
       if (tokens > 0) bench.Prefill(tokens);
     }
