@@ -22,6 +22,12 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+bool CanStream(const LinearParams& p) {
+  LinearProblem problem = MakeLinearProblem(p);
+  problem.can_stream = LinearStreams(p);
+  return SelectLinearKernel(problem) == LinearKernel::kStream;
+}
+
 // Whether the kernel that takes the call adds a residual itself.
 bool AddsResidual(const LinearParams& p) {
   return p.weight.dtype == DType::kFloat8E4M3 &&
@@ -49,13 +55,13 @@ Status Multiply(const LinearParams& p, Stream stream) {
 Status LinearCuda(const LinearParams& params, Stream stream) {
   const cuda::DeviceGuard guard(params.x.device);
   TENON_RETURN_IF_ERROR(guard.status());
-  LinearProblem problem = MakeLinearProblem(params);
-  problem.can_stream = LinearStreams(params);
-  if (SelectLinearKernel(problem) == LinearKernel::kStream) {
-    return LinearStream(params, stream);
-  }
+  if (CanStream(params)) return LinearStream(params, stream);
   LinearParams p = params;
-  TENON_RETURN_IF_ERROR(NormalizeLinearInput(&p, stream));
+  if (p.norm.present()) {
+    // Then as without a norm, with the same bits.
+    TENON_RETURN_IF_ERROR(NormalizeLinearInput(&p, stream));
+    if (CanStream(p)) return LinearStream(p, stream);
+  }
   const LinearCudaWorkspace workspace = CutLinearCudaWorkspace(p, nullptr);
   p.workspace = workspace.rest;
   if (!p.residual.present() || AddsResidual(p)) return Multiply(p, stream);

@@ -28,8 +28,7 @@ constexpr int kWarps = kTiles == 1 ? 16 : 8;
 
 // Thread blocks that a multiprocessor must have room for: small matrices then
 // run in one wave.
-template <int kTiles>
-constexpr int kResident = kTiles == 1 ? 2 : 3;
+constexpr int kResident = 3;
 
 // Used once, so that it needs no place in L1.
 __device__ __forceinline__ uint4 LoadOnce(const uint8_t* from) {
@@ -203,7 +202,7 @@ __device__ __forceinline__ void Store(const LinearParams& p, int64_t token,
 // uint8_t where that was done before. Rows of weight (and x) are aligned to 16
 // bytes and whole chunks of 16 elements.
 template <class T, int kTiles>
-__global__ void __launch_bounds__(32 * kWarps<kTiles>, kResident<kTiles>)
+__global__ void __launch_bounds__(32 * kWarps<kTiles>, kResident)
     Fp8GemvKernel(Args a) {
   constexpr int kThreads = 32 * kWarps<kTiles>;
   constexpr int kOuts = kTiles * 8 * kRows;
