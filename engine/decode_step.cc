@@ -117,6 +117,7 @@ Status RunAttention(const StepContext& c, int32_t layer,
   p.max_kv_len = c.inputs.max_kv_len;
   p.max_query_len = c.inputs.max_query_len;
   p.batch_invariant = c.batch_invariant;
+  p.early_reads = true;  // QkNorm is ahead, and writes this step's tokens alone
   p.workspace = c.activations.workspace;
   p.workspace_size = c.activations.workspace_size;
   return Attention(p, c.stream);
@@ -168,7 +169,6 @@ Status DenseMlp(const StepContext& c, const LayerWeights& w) {
   const int64_t intermediate = w.mlp_gate.shape[0];
   const TensorView gate_up = Used(c, a.mlp_gate_up);
   TENON_RETURN_IF_ERROR(RunLinear(c, Used(c, a.normed), w.mlp_gate,
-  p.early_reads = true;  // QkNorm is ahead, and writes this step's tokens alone
                                   w.mlp_gate_scales,
                                   Columns(gate_up, 0, intermediate)));
   TENON_RETURN_IF_ERROR(
