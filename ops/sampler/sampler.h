@@ -187,9 +187,9 @@ constexpr int32_t DrawOrder(int32_t id, int64_t vocab) {
 // Numerics: exponentials by the polynomial of strict_math.h, every sum in a
 // fixed order or of integers (row_plan.h), so that CPU and CUDA give the same
 // bits on any GPU. Filters and filtered draws weigh tokens in units of 2^-43 of
-// the best's probability, plain draws in units of at most 2^-41 of the sum, for
-// vocabularies in use 2^-55. `fast` lets CUDA use its own exponential: still
-// the same bits for the same GPU architecture, but not those of the CPU.
+// the best's probability, plain draws in units of at most 2^-61 of the sum.
+// `fast` lets CUDA use its own exponential: still the same bits for the same
+// GPU architecture, but not those of the CPU.
 //
 // The number of passes over the logits is bounded, whatever they are: one, and
 // for filters a few more over the parts that can matter.
