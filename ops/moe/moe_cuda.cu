@@ -203,26 +203,34 @@ Status LaunchFp8GateUp(const MoeTileSource& source, const MoeParams& p,
   return LaunchMoeFp8GateUp(kOp, g, tile_rows, aligned, stream);
 }
 
-// The sizes of the kernels, from tables.
-Status ChooseKernels(const MoeParams& p, MoeKernelConfig* config) {
-  const int device = p.x.device.index;
-  int major = 0, minor = 0, bus_bits = 0;
+struct Gpu {
+  int compute_capability = 0;
+  int memory_bus_bits = 0;
+};
+
+Status QueryGpu(Device device, Gpu* gpu) {
+  int major = 0, minor = 0;
   for (const auto& [attribute, value] :
        {std::pair(cudaDevAttrComputeCapabilityMajor, &major),
         std::pair(cudaDevAttrComputeCapabilityMinor, &minor),
-        std::pair(cudaDevAttrGlobalMemoryBusWidth, &bus_bits)}) {
-    TENON_RETURN_IF_ERROR(
-        cuda::ToStatus(cudaDeviceGetAttribute(value, attribute, device), kOp));
+        std::pair(cudaDevAttrGlobalMemoryBusWidth, &gpu->memory_bus_bits)}) {
+    TENON_RETURN_IF_ERROR(cuda::ToStatus(
+        cudaDeviceGetAttribute(value, attribute, device.index), kOp));
   }
+  gpu->compute_capability = major * 10 + minor;
+  return Status();
+}
+
+// The sizes of the kernels, from tables.
+MoeKernelConfig ChooseKernels(const MoeParams& p, const Gpu& gpu) {
   MoeKernelQuery query;
   query.weights = p.gate.dtype;
   query.hidden = p.x.shape[1];
   query.intermediate = p.gate.rows;
   query.slots_per_expert = static_cast<double>(NumElements(p.topk_ids)) /
                            static_cast<double>(p.gate.num_experts);
-  *config =
-      ChooseMoeKernel(MoeGpuOf(major * 10 + minor, bus_bits), p.kernels, query);
-  return Status();
+  return ChooseMoeKernel(MoeGpuOf(gpu.compute_capability, gpu.memory_bus_bits),
+                         p.kernels, query);
 }
 
 Status ComputeHopper(const MoeParams& p, const MoeScratch& scratch,
@@ -296,9 +304,10 @@ Status ComputePortable(const MoeParams& p, const MoeScratch& scratch,
 
 template <class T>
 Status Compute(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
-  MoeKernelConfig config;
-  TENON_RETURN_IF_ERROR(ChooseKernels(p, &config));
-  TENON_RETURN_IF_ERROR(CanUseMoeHopper(p)
+  Gpu gpu;
+  TENON_RETURN_IF_ERROR(QueryGpu(p.x.device, &gpu));
+  const MoeKernelConfig config = ChooseKernels(p, gpu);
+  TENON_RETURN_IF_ERROR(CanUseMoeHopper(p, gpu.compute_capability)
                             ? ComputeHopper(p, scratch, config, stream)
                             : ComputePortable<T>(p, scratch, config, stream));
   return LaunchSum<T>(p, scratch, stream);

@@ -47,11 +47,19 @@ Status LaunchShape(const MoeParams& p, const Params& k, Stream stream) {
   // No more tiles than this: each expert ends in one that is not full.
   const int64_t slots = NumElements(p.topk_ids);
   const int64_t tiles =
-      MoeMaxTiles(slots, k.num_experts, S::kTokens) * k.row_tiles;
-  const auto blocks =
-      static_cast<unsigned>(std::min<int64_t>(tiles, num_cores));
-  return cuda::LaunchDependent(kOp, stream, dim3(blocks), dim3(S::kThreads),
-                               S::kSharedBytes, ProjectionKernel<S>, k);
+      MoeMaxTiles(slots, k.num_experts, S::kTokens * S::kBlocks) * k.row_tiles;
+  const auto blocks = static_cast<unsigned>(
+      std::min<int64_t>(tiles, num_cores / S::kBlocks) * S::kBlocks);
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {S::kBlocks, 1, 1};
+  cudaLaunchConfig_t config = cuda::LaunchConfig(
+      stream, dim3(blocks), dim3(S::kThreads), S::kSharedBytes);
+  config.attrs = attributes;
+  config.numAttrs = S::kPaired ? 2 : 1;
+  return cuda::LaunchWithConfig(kOp, config, ProjectionKernel<S>, k);
 }
 
 // A tile of 8 tokens has one warpgroup, so that there are twice as many tiles.
@@ -68,6 +76,10 @@ Status WithShape(int32_t token_tile, const F& f) {
       }
     case 32:
       return f(Shape<T, kProjection, 32, 2>());
+    case kMoePairTokenTile:
+      return f(Shape < T, kProjection,
+               std::is_same_v<T, __nv_fp8_e4m3> ? 128 : kMoePairTokenTile, 2,
+               true > ());
     default:
       return f(Shape<T, kProjection, 128, 2>());
   }
@@ -87,13 +99,17 @@ Status WithTypeAndShape(const MoeParams& p, int32_t token_tile, const F& f) {
 
 }  // namespace
 
-bool CanUseMoeHopper(const MoeParams& p) {
-  if (p.x.dtype == DType::kFloat32) return false;
+bool CanUseMoeHopper(const MoeParams& p, int compute_capability) {
+  if (compute_capability != 90 || p.x.dtype == DType::kFloat32) return false;
   for (const ExpertMatrices* m : {&p.gate, &p.up, &p.down}) {
     if (!MoeMatricesAreAligned(*m)) return false;
     // Limits of TMA: positive sizes below 2^32, strides below 2^40 bytes.
     if (m->expert_stride < 0 || m->expert_stride >= int64_t{1} << 39 ||
         m->row_stride >= int64_t{1} << 39) {
+      return false;
+    }
+    // Bytes of a row are counted in 32 bits.
+    if (m->cols >= int64_t{1} << 29) {
       return false;
     }
   }
@@ -105,10 +121,7 @@ bool CanUseMoeHopper(const MoeParams& p) {
       return false;
     }
   }
-  int major = 0;
-  return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor,
-                                p.x.device.index) == cudaSuccess &&
-         major == 9;
+  return true;
 }
 
 Status LaunchMoeHopperGateUp(const MoeParams& p, const MoeScratch& scratch,
@@ -143,10 +156,10 @@ Status LaunchMoeHopperDown(const MoeParams& p, const MoeScratch& scratch,
     const int64_t slots = NumElements(p.topk_ids);
     TENON_RETURN_IF_ERROR(
         cuda::MakeTensorMap(kOp, p.down.dtype, scratch.hidden, 1, 0, slots,
-                            p.down.cols, p.down.cols, S::kTokens, &k.hidden));
+                            p.down.cols, p.down.cols, S::kTokenBox, &k.hidden));
     k.token_scales = scratch.hidden_scales;
-    k.topk_weights = p.topk_weights.As<const float>();
-    k.topk_weights_stride = p.topk_weights.stride[0];
+    k.routing = {p.topk_weights.As<const float>(), p.topk_weights.stride[0],
+                 k.top_k};
     k.out = scratch.weighted;
     k.out_row_bytes = p.down.rows * static_cast<int64_t>(DTypeSize(p.x.dtype));
     k.out_is_half = p.x.dtype == DType::kFloat16;

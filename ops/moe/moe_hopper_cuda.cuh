@@ -13,7 +13,7 @@ namespace tenon {
 
 // Whether the kernels can be used: a Hopper GPU, float16 or bfloat16 x, rows of
 // all matrices that TMA can read.
-bool CanUseMoeHopper(const MoeParams& params);
+bool CanUseMoeHopper(const MoeParams& params, int compute_capability);
 
 // hidden = silu(x * gate^T) * (x * up^T), rows by position in sorted_slots; in
 // fp8 with hidden_scales where the experts are fp8.

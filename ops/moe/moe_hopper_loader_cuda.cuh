@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "ops/core/hopper_cuda.cuh"
-#include "ops/moe/expert_matrices.h"
+#include "ops/moe/moe_gemm_cuda.cuh"
 
 // What a block of the experts' kernels on Hopper is made of, its tiles, and the
 // warpgroup that loads them. See moe_hopper_kernel_cuda.cuh.
@@ -23,10 +23,9 @@ struct Params {
   ExpertScales weight_scales[2];
   const int32_t* expert_offsets;
   const int32_t* sorted_slots;
-  const float* topk_weights;  // down
-  int64_t topk_weights_stride;
-  void* out;          // gate and up: hidden; down: weighted
-  float* out_scales;  // fp8, gate and up: those of hidden
+  MoeRoutingWeights routing;  // down
+  void* out;                  // gate and up: hidden; down: weighted
+  float* out_scales;          // fp8, gate and up: those of hidden
   int64_t out_row_bytes;
   int32_t num_experts;
   int32_t top_k;
@@ -37,8 +36,11 @@ struct Params {
   bool out_is_half;  // fp8, down: round to float16, not bfloat16
 };
 
-// kTokens: most tokens of a tile. kGroups: warpgroups that multiply.
-template <class T_, Projection kProjection_, int kTokens_, int kGroups_>
+// kTokens: most tokens of a tile. kGroups: warpgroups that multiply. kPaired:
+// two blocks, a cluster, have tiles with the same weights, of which each loads
+// half for both, and share the tokens.
+template <class T_, Projection kProjection_, int kTokens_, int kGroups_,
+          bool kPaired_ = false>
 struct Shape {
   using T = T_;
   static constexpr Projection kProjection = kProjection_;
@@ -50,6 +52,8 @@ struct Shape {
   // otherwise weights are.
   static constexpr bool kWide = kTokens == 128;
   static_assert(!kWide || kGroups == 2, "64 tokens to a warpgroup");
+  static constexpr bool kPaired = kPaired_;
+  static constexpr int kBlocks = kPaired ? 2 : 1;
 
   static constexpr int kThreads = 128 * (1 + kGroups);
   // Rows of out that a tile makes.
@@ -57,11 +61,14 @@ struct Shape {
   static constexpr int kPerStep = 128 / sizeof(T);  // elements of depth
   // With few tokens 128 experts take one trip to memory; with many, registers
   // are dearer.
-  static constexpr int kExpertsPerLane = kWide ? 1 : 4;
+  static constexpr int kExpertsPerLane = kTokens > 32 ? 1 : 4;
 
   // Of a thread, with two warpgroups that multiply; 64 Ki in all.
-  static constexpr int kLoadRegisters = kGateUp ? 56 : 40;
-  static constexpr int kMultiplyRegisters = kGateUp ? 224 : 232;
+  static constexpr int kLoadRegisters = kPaired && kGateUp && !kWide ? 72
+                                        : kGateUp || kPaired         ? 56
+                                                                     : 40;
+  static constexpr int kMultiplyRegisters =
+      (64 * 1024 / 128 - kLoadRegisters) / 2 / 8 * 8;
 
   // Shared memory. A stage has blocks of 64 rows of weights, two for each
   // warpgroup, then the tokens' rows; 128 bytes each.
@@ -70,16 +77,19 @@ struct Shape {
   static constexpr int kTokenBytes = kTokens * 128;
   static constexpr int kStageBytes = kWeightBytes + kTokenBytes;
   static constexpr int kScaleBytes = kFp8 ? kTokens * 4 : 0;  // of a stage
-  // Results on their way out, of a warpgroup. Narrow: two buffers of the tokens
-  // by 64 rows. Wide: for each warp 16 tokens by 128 bytes, 16 bytes apart.
-  static constexpr int kOutBytes = kWide ? 4 * 16 * 144 : 2 * kTokens * 128;
-  // Narrow: slot and weight of each token, for each warpgroup; the largest
-  // magnitudes of each token, three by turns.
-  static constexpr int kSlotBytes = kWide || kGateUp ? 0 : kTokens * 8;
+  // Results on their way out, of a warpgroup. Narrow: buffers of kOutTokens
+  // tokens by 64 rows. Wide: for each warp 16 tokens by 128 bytes, 16 bytes
+  // apart.
+  static constexpr int kOutTokens = kPaired ? 48 : kTokens;
+  static constexpr int kOutBytes = kWide ? 4 * 16 * 144 : 2 * kOutTokens * 128;
+  // Tiles on their way to the warpgroups that multiply, two by turns: the tile;
+  // for down also slot and weight of each token.
+  static constexpr int kTileBytes = 16 + (kGateUp ? 0 : kTokens * 8);
+  // Narrow: the largest magnitudes of each token, three by turns.
   static constexpr int kMaxBytes =
       !kWide && kFp8 && kGateUp ? 3 * kTokens * 4 : 0;
   static constexpr int kFixedBytes =
-      kGroups * (kOutBytes + kSlotBytes) + kMaxBytes;
+      kGroups * kOutBytes + 2 * (kTileBytes + 16) + kMaxBytes;
   static constexpr int kSharedLimit = 227 * 1024;
   static constexpr int kMostStages =
       (kSharedLimit - kFixedBytes) / (kStageBytes + kScaleBytes + 16);
@@ -87,52 +97,52 @@ struct Shape {
 
   static constexpr int kOutAt = kStages * kStageBytes;
   static constexpr int kScalesAt = kOutAt + kGroups * kOutBytes;
-  static constexpr int kSlotsAt = kScalesAt + kStages * kScaleBytes;
-  static constexpr int kMaxAt = kSlotsAt + kGroups * kSlotBytes;
+  static constexpr int kTilesAt = kScalesAt + kStages * kScaleBytes;
+  static constexpr int kMaxAt = kTilesAt + 2 * kTileBytes;
   static constexpr int kBarriersAt = kMaxAt + kMaxBytes;
-  static constexpr int kSharedBytes = kBarriersAt + kStages * 16;
+  static constexpr int kSharedBytes = kBarriersAt + (kStages + 2) * 16;
   static_assert(kStages >= 3 && kSharedBytes <= kSharedLimit, "room");
 
-  // Warps of the loading warpgroup that fetch tokens; warp 0 fetches weights.
+  // Tokens of a box of TMA.
+  static constexpr int kTokenBox = kPaired && !kWide ? 16 : kTokens;
+  // Warps of the loading warpgroup that fetch tokens, after warp 0, which
+  // fetches weights. The last warp of the four tells which tiles there are.
   static constexpr int kTokenThreads = kGateUp ? 96 : 32;
   // Arrivals at a full stage: weights, and tokens by TMA or by copies of each
   // thread.
   static constexpr int kFullArrivals =
       kGateUp ? 1 + kTokenThreads : (kFp8 ? 2 + kTokenThreads : 2);
   // At an empty one: every thread that read scales there; or, where only wgmma
-  // reads, one for each warp.
-  static constexpr int kEmptyArrivals = kGroups * (kFp8 ? 128 : 4);
+  // reads, one for each warp; of a pair, one for each warp of both blocks.
+  static constexpr int kEmptyArrivals = kGroups * (kPaired ? 2 * 4
+                                                   : kFp8  ? 128
+                                                           : 4);
 };
-
-// silu(gate) * up, with the fast exponential: within a few units in the last
-// place of float32.
-__device__ __forceinline__ float SwiGlu(float gate, float up) {
-  return __fdividef(gate, 1.0f + __expf(-gate)) * up;
-}
 
 #if TENON_SM90A
 
 struct Tile {
-  int expert;
-  int begin;  // position in sorted_slots of the first token
-  int count;  // of tokens
-  int row;    // first row of weights
+  int expert;  // below 0: there is no tile, nor one after it
+  int begin;   // position in sorted_slots of the first token
+  int count;   // of tokens; of one block of a pair it may be 0
+  int row;     // first row of weights
 };
 
 // Finds the tiles of a block one after the other. They are numbered by expert,
 // then tokens, then rows. All lanes of a warp take part; each has kPerLane
 // experts at a time.
-template <int kPerLane>
+template <class S>
 class TileFinder {
  public:
-  __device__ __forceinline__ TileFinder(const Params& p, int tokens, int rows)
-      : p_(p), tokens_(tokens), rows_(rows) {
+  __device__ __forceinline__ explicit TileFinder(const Params& p)
+      : p_(p), index_(blockIdx.x / S::kBlocks) {
     LoadExperts();
   }
 
-  // Tile `index`, which may not be less than in the call before. False where
-  // there is none.
-  __device__ __forceinline__ bool Find(int index, Tile* tile) {
+  // The block's next tile. False where there is none.
+  __device__ __forceinline__ bool Next(Tile* tile) {
+    const int index = index_;
+    index_ += gridDim.x / S::kBlocks;
     int total = __shfl_sync(~0u, last_, 31);
     while (index - tiles_before_ >= total) {
       if (first_expert_ + 32 * kPerLane >= p_.num_experts) return false;
@@ -163,15 +173,35 @@ class TileFinder {
     }
     const int token_tile = rest / p_.row_tiles;
     tile->expert = expert;
-    tile->begin = begin + token_tile * tokens_;
-    tile->count = min(end - tile->begin, tokens_);
-    tile->row = (rest - token_tile * p_.row_tiles) * rows_;
+    tile->row = (rest - token_tile * p_.row_tiles) * S::kTileRows;
+    if constexpr (S::kPaired) {
+      // Narrow: all pairs of the expert have about as many tokens. Wide: 128,
+      // but the last. A pair's blocks have about as many each, in steps of what
+      // is computed.
+      constexpr int kStep = S::kWide ? 64 : 8;
+      int tokens = 2 * S::kTokens;
+      if (!S::kWide) {
+        const int pairs = cuda::CeilDiv(end - begin, 2 * S::kTokens);
+        tokens = cuda::CeilDiv(end - begin, 2 * kStep * pairs) * 2 * kStep;
+      }
+      begin += token_tile * tokens;
+      end = min(end, begin + tokens);
+      const int share = cuda::CeilDiv(end - begin, 2 * kStep) * kStep;
+      const int first = begin + static_cast<int>(blockIdx.x % 2) * share;
+      tile->begin = min(first, end - 1);
+      tile->count = max(min(end - first, share), 0);
+    } else {
+      tile->begin = begin + token_tile * S::kTokens;
+      tile->count = min(end - tile->begin, S::kTokens);
+    }
     return true;
   }
 
  private:
+  static constexpr int kPerLane = S::kExpertsPerLane;
+
   __device__ __forceinline__ int NumTiles(int tokens) const {
-    return cuda::CeilDiv(tokens, tokens_) * p_.row_tiles;
+    return cuda::CeilDiv(tokens, S::kTokens * S::kBlocks) * p_.row_tiles;
   }
 
   __device__ __forceinline__ void LoadExperts() {
@@ -190,8 +220,7 @@ class TileFinder {
   }
 
   const Params& p_;
-  const int tokens_;
-  const int rows_;
+  int index_;  // of the next tile
   int first_expert_ = 0;
   int tiles_before_ = 0;
   int offsets_[kPerLane + 1];
@@ -235,8 +264,21 @@ class Ring {
   __device__ __forceinline__ uint32_t Out(int group) const {
     return shared_ + S::kOutAt + group * S::kOutBytes;
   }
-  __device__ __forceinline__ uint32_t Slots(int group) const {
-    return shared_ + S::kSlotsAt + group * S::kSlotBytes;
+  // Of tiles on their way: the tile, then slots, then their weights.
+  __device__ __forceinline__ uint32_t TileFull(int turn) const {
+    return Full(S::kStages + turn);
+  }
+  __device__ __forceinline__ uint32_t TileEmpty(int turn) const {
+    return Empty(S::kStages + turn);
+  }
+  __device__ __forceinline__ uint32_t TileAt(int turn) const {
+    return shared_ + S::kTilesAt + turn * S::kTileBytes;
+  }
+  __device__ __forceinline__ uint32_t SlotAt(int turn, int token) const {
+    return TileAt(turn) + 16 + token * 4;
+  }
+  __device__ __forceinline__ uint32_t WeightAt(int turn, int token) const {
+    return SlotAt(turn, S::kTokens + token);
   }
   __device__ __forceinline__ uint32_t Maxima() const {
     return shared_ + S::kMaxAt;
@@ -253,38 +295,39 @@ class Loader : private Ring<S> {
   __device__ __forceinline__ Loader(const Params& p, uint32_t shared)
       : Ring<S>(shared), p_(p), lane_(threadIdx.x % 32) {}
 
+  // By warp 0.
   __device__ __forceinline__ void LoadWeights() {
-    TileFinder<S::kExpertsPerLane> finder(p_, kTokens, S::kTileRows);
+    TileFinder<S> finder(p_);
     Stage<kStages> stage;
+    Stage<2> turn;
     Tile tile;
-    for (int i = blockIdx.x; finder.Find(i, &tile); i += gridDim.x) {
+    while (finder.Next(&tile)) {
+      if (S::kGateUp) TellTile(tile, &turn);
       for (int step = 0; step < p_.depth_steps; ++step) {
         cuda::Wait(Empty(stage.index), stage.parity ^ 1);
-        if (lane_ == 0) {
-          const uint32_t full = Full(stage.index);
-          cuda::ArriveExpectBytes(full, S::kWeightBytes);
-#pragma unroll
-          for (int b = 0; b < 2 * S::kGroups; ++b) {
-            // Of gate and up a warpgroup has one block each; or, wide, both
-            // have all.
-            const int q = S::kWide ? b / 2 : b % 2;
-            const int row = S::kGateUp ? (S::kWide ? b % 2 : b / 2) : b;
-            cuda::LoadBox(Weights(stage.index) + b * S::kBlockBytes,
-                          &p_.weights[q], tile.expert, tile.row + row * 64,
-                          step * kPerStep, full);
-          }
-        }
+        if (lane_ == 0) LoadWeights(tile, step, stage.index);
         stage.Next();
       }
     }
+    if (S::kGateUp) TellTile({-1, 0, 0, 0}, &turn);
+  }
+
+  // Down: by one warp. Whoever multiplies waits neither for slots nor for their
+  // weights.
+  __device__ __forceinline__ void TellTiles() {
+    TileFinder<S> finder(p_);
+    Stage<2> turn;
+    Tile tile;
+    while (finder.Next(&tile)) TellTile(tile, &turn);
+    TellTile({-1, 0, 0, 0}, &turn);
   }
 
   // By the kTokenThreads threads after warp 0.
   __device__ __forceinline__ void LoadTokens() {
-    TileFinder<S::kExpertsPerLane> finder(p_, kTokens, S::kTileRows);
+    TileFinder<S> finder(p_);
     Stage<kStages> stage;
     Tile tile;
-    for (int i = blockIdx.x; finder.Find(i, &tile); i += gridDim.x) {
+    while (finder.Next(&tile)) {
       if constexpr (S::kGateUp) {
         GatherTokens(tile, &stage);
       } else {
@@ -303,6 +346,65 @@ class Loader : private Ring<S> {
   static constexpr int kTokens = S::kTokens;
   static constexpr int kPerStep = S::kPerStep;
 
+  // Tells the warpgroups that multiply their next tile.
+  __device__ __forceinline__ void TellTile(const Tile& tile,
+                                           Stage<2>* turn) const {
+    int slots[kRounds];
+    float weights[kRounds];
+    if constexpr (!S::kGateUp) {
+#pragma unroll
+      for (int r = 0; r < kRounds; ++r) {
+        const int token = r * 32 + lane_;
+        slots[r] =
+            token < tile.count ? p_.sorted_slots[tile.begin + token] : -1;
+      }
+#pragma unroll
+      for (int r = 0; r < kRounds; ++r) {
+        weights[r] = slots[r] < 0 ? 0.0f : p_.routing[slots[r]];
+      }
+    }
+    cuda::Wait(this->TileEmpty(turn->index), turn->parity ^ 1);
+    if (lane_ == 0) {
+      cuda::StoreShared(
+          this->TileAt(turn->index),
+          make_int4(tile.expert, tile.begin, tile.count, tile.row));
+    }
+    if constexpr (!S::kGateUp) {
+#pragma unroll
+      for (int r = 0; r < kRounds; ++r) {
+        const int token = r * 32 + lane_;
+        if (token >= kTokens) break;
+        cuda::StoreShared(this->SlotAt(turn->index, token), slots[r]);
+        cuda::StoreShared(this->WeightAt(turn->index, token), weights[r]);
+      }
+    }
+    cuda::Arrive(this->TileFull(turn->index));
+    turn->Next();
+  }
+  static constexpr int kRounds = cuda::CeilDiv(kTokens, 32);
+
+  // One step of the depth, by one thread.
+  __device__ __forceinline__ void LoadWeights(const Tile& tile, int step,
+                                              int stage) const {
+    const uint32_t full = Full(stage);
+    cuda::ArriveExpectBytes(full, S::kWeightBytes);
+#pragma unroll
+    for (int b = 0; b < 2 * S::kGroups; ++b) {
+      // Of gate and up a warpgroup has one block each; or, wide, both have all.
+      const int q = S::kWide ? b / 2 : b % 2;
+      const int row =
+          tile.row + (S::kGateUp ? (S::kWide ? b % 2 : b / 2) : b) * 64;
+      const uint32_t to = Weights(stage) + b * S::kBlockBytes;
+      const CUtensorMap* const map = &p_.weights[q];
+      if constexpr (!S::kPaired) {
+        cuda::LoadBox(to, map, tile.expert, row, step * kPerStep, full);
+      } else if (b % 2 == blockIdx.x % 2) {
+        cuda::LoadBoxToCluster(to, map, tile.expert, row, step * kPerStep, full,
+                               0b11);
+      }
+    }
+  }
+
   // Rows of x, swizzled as TMA would have them. Rows of a tile that have no
   // token get any: columns of a product do not depend on one another.
   __device__ __forceinline__ void GatherTokens(const Tile& tile,
@@ -314,11 +416,11 @@ class Loader : private Ring<S> {
     const int chunk = thread % 8;
     const int first_row = thread / 8;
     const int rounds = cuda::CeilDiv(
-        (S::kWide ? tile.count : kTokens) - first_row, kRowsAtOnce);
+        (kTokens > 32 ? tile.count : kTokens) - first_row, kRowsAtOnce);
     uint32_t from[kRounds];  // of the row, in bytes
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
-      const int row = min(first_row + r * kRowsAtOnce, tile.count - 1);
+      const int row = max(min(first_row + r * kRowsAtOnce, tile.count - 1), 0);
       const int token = p_.sorted_slots[tile.begin + row] / p_.top_k;
       from[r] = static_cast<uint32_t>(token) * p_.x_row_bytes;
     }
@@ -354,10 +456,14 @@ class Loader : private Ring<S> {
     for (int step = 0; step < p_.depth_steps; ++step) {
       cuda::Wait(Empty(stage->index), stage->parity ^ 1);
       const uint32_t full = Full(stage->index);
-      if (lane_ == 0) {
-        cuda::ArriveExpectBytes(full, S::kTokenBytes);
-        cuda::LoadBox(Tokens(stage->index), &p_.hidden, 0, tile.begin,
-                      step * kPerStep, full);
+      constexpr int kBoxBytes = S::kTokenBox * 128;
+      const int boxes =
+          S::kPaired ? cuda::CeilDiv(tile.count, S::kTokenBox) : 1;
+      if (lane_ == 0) cuda::ArriveExpectBytes(full, boxes * kBoxBytes);
+      __syncwarp();
+      if (lane_ < boxes) {
+        cuda::LoadBox(Tokens(stage->index) + lane_ * kBoxBytes, &p_.hidden, 0,
+                      tile.begin + lane_ * S::kTokenBox, step * kPerStep, full);
       }
       if constexpr (S::kFp8) {
         CopyScales(scales, step, stage->index);
@@ -378,7 +484,7 @@ class Loader : private Ring<S> {
       for (int r = 0; r < kScaleRounds; ++r) {
         const int row =
             static_cast<int>(threadIdx.x) - 32 + r * S::kTokenThreads;
-        const int position = tile.begin + min(row, tile.count - 1);
+        const int position = tile.begin + max(min(row, tile.count - 1), 0);
         const int at =
             S::kGateUp ? p_.sorted_slots[position] / p_.top_k : position;
         scales[r] = static_cast<uint32_t>(at) * p_.depth_steps;

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "ops/moe/moe_hopper_loader_cuda.cuh"
+#include "ops/moe/moe_hopper_multiplier_cuda.cuh"
 #include "ops/quantize/quantize_cuda.cuh"
 
 // The warpgroups that multiply, for many tokens. Each of the two has 64 tokens,
@@ -16,36 +16,41 @@ namespace tenon::moe_hopper {
 #if TENON_SM90A
 
 template <class S>
-class WideMultiplier : private Ring<S> {
+class WideMultiplier : private MultiplierBase<S> {
  public:
   __device__ __forceinline__ WideMultiplier(const Params& p, uint32_t shared)
-      : Ring<S>(shared),
-        p_(p),
-        lane_(threadIdx.x % 32),
-        group_(static_cast<int>(threadIdx.x) / 128 - 1),
+      : MultiplierBase<S>(p, shared),
         warp_(static_cast<int>(threadIdx.x) / 32 % 4) {}
 
   __device__ __forceinline__ void Multiply() {
-    TileFinder<S::kExpertsPerLane> finder(p_, S::kTokens, S::kTileRows);
     Stage<kStages> stage;
     Tile tile;
-    for (int i = blockIdx.x; finder.Find(i, &tile); i += gridDim.x) {
+    while (NextTile(&tile)) {
       if (group_ * 64 < tile.count) {
         MultiplyTile(tile, &stage);
       } else {
         SkipTile(&stage);
       }
+      EndTile();
     }
   }
 
  private:
   using T = typename S::T;
-  using Ring<S>::Full;
-  using Ring<S>::Empty;
-  using Ring<S>::Weights;
-  using Ring<S>::Tokens;
-  using Ring<S>::Scales;
-  using Ring<S>::Out;
+  using MultiplierBase<S>::Full;
+  using MultiplierBase<S>::Weights;
+  using MultiplierBase<S>::Tokens;
+  using MultiplierBase<S>::Scales;
+  using MultiplierBase<S>::Out;
+  using MultiplierBase<S>::NextTile;
+  using MultiplierBase<S>::EndTile;
+  using MultiplierBase<S>::SkipTile;
+  using MultiplierBase<S>::SlotOf;
+  using MultiplierBase<S>::Release;
+  using MultiplierBase<S>::BlockScales;
+  using MultiplierBase<S>::p_;
+  using MultiplierBase<S>::lane_;
+  using MultiplierBase<S>::group_;
   static constexpr int kStages = S::kStages;
   static constexpr int kCols = 128;  // rows of weights in one product
   static constexpr int kOutStride = 144;
@@ -65,16 +70,6 @@ class WideMultiplier : private Ring<S> {
 
   __device__ __forceinline__ void MultiplyTile(const Tile& tile,
                                                Stage<kStages>* stage) {
-    // Lane t of the first 16 has the warp's token t; on its way during the
-    // products.
-    int slot = -1;
-    float weight = 0.0f;
-    if (!S::kGateUp && lane_ < 16 && FirstToken() + lane_ < tile.count) {
-      slot = p_.sorted_slots[tile.begin + FirstToken() + lane_];
-      const int token = slot / p_.top_k;
-      weight = p_.topk_weights[token * p_.topk_weights_stride +
-                               (slot - token * p_.top_k)];
-    }
     Accumulators acc;
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
@@ -89,20 +84,7 @@ class WideMultiplier : private Ring<S> {
     if constexpr (S::kGateUp) {
       FinishGateUp(tile, acc);
     } else {
-      FinishDown(tile, slot, weight, acc);
-    }
-  }
-
-  // The thread is done with a stage; see Shape::kEmptyArrivals.
-  __device__ __forceinline__ void Release(int stage) const {
-    if (S::kFp8 || lane_ == 0) cuda::Arrive(Empty(stage));
-  }
-
-  __device__ __forceinline__ void SkipTile(Stage<kStages>* stage) const {
-    for (int step = 0; step < p_.depth_steps; ++step) {
-      cuda::Wait(Full(stage->index), stage->parity);
-      Release(stage->index);
-      stage->Next();
+      FinishDown(tile, acc);
     }
   }
 
@@ -152,11 +134,7 @@ class WideMultiplier : private Ring<S> {
     const float* scales[2];
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
-      const ExpertScales& s = p_.weight_scales[q];
-      scales[q] = s.block_rows == 1
-                      ? nullptr  // applied at the end
-                      : s.data + tile.expert * s.expert_stride +
-                            ScaleRow(tile, q) / s.block_rows * s.row_stride;
+      scales[q] = BlockScales(tile.expert, FirstRow(tile, q), q);
     }
 #pragma unroll 1
     for (int step = 0; step < p_.depth_steps; ++step) {
@@ -197,11 +175,6 @@ class WideMultiplier : private Ring<S> {
   // First row of weights of product q.
   static __device__ __forceinline__ int FirstRow(const Tile& tile, int q) {
     return tile.row + (S::kGateUp ? 0 : q * kCols);
-  }
-
-  // The same, but one that exists: a tile may end after the last row.
-  __device__ __forceinline__ int ScaleRow(const Tile& tile, int q) const {
-    return min(FirstRow(tile, q), p_.rows - 1);
   }
 
   // Weights with a scale for each row.
@@ -325,11 +298,19 @@ class WideMultiplier : private Ring<S> {
     });
   }
 
-  __device__ __forceinline__ void FinishDown(const Tile& tile, int slot,
-                                             float weight,
+  __device__ __forceinline__ void FinishDown(const Tile& tile,
                                              const Accumulators& acc) const {
-    const float weights[2] = {__shfl_sync(~0u, weight, lane_ / 4),
-                              __shfl_sync(~0u, weight, 8 + lane_ / 4)};
+    const float weights[2] = {this->template WeightOf<float>(TokenOf(0)),
+                              this->template WeightOf<float>(TokenOf(1))};
+    // A lane writes to the rows of four tokens of its warp.
+    char* rows[4];
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const int slot = SlotOf(FirstToken() + r * 4 + lane_ / 8);
+      rows[r] = slot < 0 ? nullptr
+                         : static_cast<char*>(p_.out) +
+                               slot * p_.out_row_bytes + tile.row * 2;
+    }
 #pragma unroll
     for (int c = 0; c < 2 * kCols; c += 64) {
       const float* const v = &acc[c / kCols][c % kCols / 2];
@@ -345,17 +326,13 @@ class WideMultiplier : private Ring<S> {
           packed[i] = cuda::Pack<T>(v0, v1);
         }
       }
-      char* const to = static_cast<char*>(p_.out) + (tile.row + c) * 2;
       Write16Bit(packed, p_.rows - tile.row - c, [&](int token) -> char* {
-        const int to_slot = __shfl_sync(~0u, slot, token);
-        return to_slot < 0 ? nullptr : to + to_slot * p_.out_row_bytes;
+        char* const row = rows[token / 4];
+        return row == nullptr ? nullptr : row + c * 2;
       });
     }
   }
 
-  const Params& p_;
-  const int lane_;
-  const int group_;
   const int warp_;
 };
 

@@ -13,6 +13,10 @@
 
 namespace tenon {
 
+// A token_tile: pairs of thread blocks have the same weights, which they load
+// together, and up to this many tokens each (fp8: 128).
+inline constexpr int32_t kMoePairTokenTile = 144;
+
 // One projection by wgmma. A tile is up to token_tile tokens of one expert
 // times the rows of row_warpgroups warpgroups, each with 64 rows of gate and
 // the same of up, or 128 rows of down.
@@ -43,7 +47,7 @@ struct MoeKernelConfig {
 
 // The sizes that kernels are compiled for.
 inline constexpr MoeWgmmaTile kMoeWgmmaTiles[] = {
-    {8, 1, 1}, {32, 2, 1}, {128, 2, 1}};
+    {8, 1, 1}, {32, 2, 1}, {128, 2, 1}, {kMoePairTokenTile, 2, 1}};
 inline constexpr int32_t kMoeMmaTileRows[] = {16, 64, 128};
 
 // The tallest ones exist for 16-bit weights alone.

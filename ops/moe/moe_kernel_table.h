@@ -56,7 +56,8 @@ inline constexpr char kMoeKernelsH100Source[] =
     "tools/tune, 2026-11-22: qwen3-30b-a3b-tp1 bfloat16, qwen3-30b-a3b-tp4 "
     "bfloat16, qwen3-235b-a22b-tp4 bfloat16, glm-4.6-tp4 bfloat16, qwen3-30"
     "b-a3b-tp1 float8_e4m3, qwen3-30b-a3b-tp4 float8_e4m3, qwen3-235b-a22b-"
-    "tp4 float8_e4m3, glm-4.6-tp4 float8_e4m3";
+    "tp4 float8_e4m3, glm-4.6-tp4 float8_e4m3; tiles of 144 tokens: the mea"
+    "surements in docs/kernels/moe.md (H100)";
 inline constexpr MoeKernelRow kMoeKernelsH100Float16[] = {
     {2048, 192, 0.0625,
      {{8, 1, 1}, {8, 1, 1}, 16}},
@@ -73,7 +74,7 @@ inline constexpr MoeKernelRow kMoeKernelsH100Float16[] = {
     {2048, 192, 192,
      {{128, 2, 1}, {128, 2, 1}, 64}},
     {2048, 192, MoeKernelRow::kAnyLoad,
-     {{128, 2, 1}, {128, 2, 1}, 128}},
+     {{144, 2, 1}, {128, 2, 1}, 128}},
     {2048, 768, 4,
      {{8, 1, 1}, {8, 1, 1}, 16}},
     {2048, 768, 12,
@@ -83,7 +84,7 @@ inline constexpr MoeKernelRow kMoeKernelsH100Float16[] = {
     {2048, 768, 192,
      {{128, 2, 1}, {128, 2, 1}, 64}},
     {2048, 768, MoeKernelRow::kAnyLoad,
-     {{128, 2, 1}, {128, 2, 1}, 128}},
+     {{144, 2, 1}, {144, 2, 1}, 128}},
     {4096, 384, 0.0625,
      {{8, 1, 1}, {8, 1, 1}, 16}},
     {4096, 384, 0.25,
@@ -97,7 +98,7 @@ inline constexpr MoeKernelRow kMoeKernelsH100Float16[] = {
     {4096, 384, 192,
      {{128, 2, 1}, {128, 2, 1}, 64}},
     {4096, 384, MoeKernelRow::kAnyLoad,
-     {{128, 2, 1}, {128, 2, 1}, 128}},
+     {{144, 2, 1}, {128, 2, 1}, 128}},
     {5120, 384, 0.05,
      {{8, 1, 1}, {8, 1, 1}, 16}},
     {5120, 384, 0.2,
@@ -111,7 +112,7 @@ inline constexpr MoeKernelRow kMoeKernelsH100Float16[] = {
     {5120, 384, 192,
      {{128, 2, 1}, {128, 2, 1}, 64}},
     {5120, 384, MoeKernelRow::kAnyLoad,
-     {{128, 2, 1}, {128, 2, 1}, 128}},
+     {{144, 2, 1}, {128, 2, 1}, 128}},
 };
 inline constexpr MoeKernelRow kMoeKernelsH100Float8[] = {
     {2048, 192, 0.0625,
@@ -136,8 +137,10 @@ inline constexpr MoeKernelRow kMoeKernelsH100Float8[] = {
      {{32, 2, 1}, {32, 2, 1}, 64}},
     {2048, 768, 32,
      {{128, 2, 1}, {32, 2, 1}, 64}},
-    {2048, 768, MoeKernelRow::kAnyLoad,
+    {2048, 768, 192,
      {{128, 2, 1}, {128, 2, 1}, 64}},
+    {2048, 768, MoeKernelRow::kAnyLoad,
+     {{128, 2, 1}, {144, 2, 1}, 64}},
     {4096, 384, 0.25,
      {{8, 1, 1}, {32, 2, 1}, 16}},
     {4096, 384, 0.5,
@@ -174,7 +177,7 @@ inline constexpr MoeKernelRow kMoeKernelsH100Float8[] = {
 inline constexpr MoeKernelTable kMoeKernelsH100 = {
     {},
     {kMoeKernelsH100Float16, 27},
-    {kMoeKernelsH100Float8, 28}};
+    {kMoeKernelsH100Float8, 29}};
 
 inline constexpr char kMoeKernelsH200Device[] =
     "NVIDIA H200";
@@ -182,7 +185,8 @@ inline constexpr char kMoeKernelsH200Source[] =
     "tools/tune, 2026-11-22: qwen3-30b-a3b-tp1 bfloat16, qwen3-30b-a3b-tp4 "
     "bfloat16, qwen3-235b-a22b-tp4 bfloat16, glm-4.6-tp4 bfloat16, qwen3-30"
     "b-a3b-tp1 float8_e4m3, qwen3-30b-a3b-tp4 float8_e4m3, qwen3-235b-a22b-"
-    "tp4 float8_e4m3, glm-4.6-tp4 float8_e4m3";
+    "tp4 float8_e4m3, glm-4.6-tp4 float8_e4m3; tiles of 144 tokens: the mea"
+    "surements in docs/kernels/moe.md (H100)";
 inline constexpr MoeKernelRow kMoeKernelsH200Float16[] = {
     {2048, 192, 0.0625,
      {{8, 1, 1}, {8, 1, 1}, 16}},
@@ -201,7 +205,7 @@ inline constexpr MoeKernelRow kMoeKernelsH200Float16[] = {
     {2048, 192, 192,
      {{128, 2, 1}, {128, 2, 1}, 64}},
     {2048, 192, MoeKernelRow::kAnyLoad,
-     {{128, 2, 1}, {128, 2, 1}, 128}},
+     {{144, 2, 1}, {128, 2, 1}, 128}},
     {2048, 768, 4,
      {{8, 1, 1}, {8, 1, 1}, 16}},
     {2048, 768, 12,
@@ -211,7 +215,7 @@ inline constexpr MoeKernelRow kMoeKernelsH200Float16[] = {
     {2048, 768, 192,
      {{128, 2, 1}, {128, 2, 1}, 64}},
     {2048, 768, MoeKernelRow::kAnyLoad,
-     {{128, 2, 1}, {128, 2, 1}, 128}},
+     {{144, 2, 1}, {144, 2, 1}, 128}},
     {4096, 384, 0.0625,
      {{8, 1, 1}, {8, 1, 1}, 16}},
     {4096, 384, 0.25,
@@ -225,7 +229,7 @@ inline constexpr MoeKernelRow kMoeKernelsH200Float16[] = {
     {4096, 384, 192,
      {{128, 2, 1}, {128, 2, 1}, 64}},
     {4096, 384, MoeKernelRow::kAnyLoad,
-     {{128, 2, 1}, {128, 2, 1}, 128}},
+     {{144, 2, 1}, {128, 2, 1}, 128}},
     {5120, 384, 0.05,
      {{8, 1, 1}, {8, 1, 1}, 16}},
     {5120, 384, 0.2,
@@ -239,7 +243,7 @@ inline constexpr MoeKernelRow kMoeKernelsH200Float16[] = {
     {5120, 384, 192,
      {{128, 2, 1}, {128, 2, 1}, 64}},
     {5120, 384, MoeKernelRow::kAnyLoad,
-     {{128, 2, 1}, {128, 2, 1}, 128}},
+     {{144, 2, 1}, {128, 2, 1}, 128}},
 };
 inline constexpr MoeKernelRow kMoeKernelsH200Float8[] = {
     {2048, 192, 0.0625,
