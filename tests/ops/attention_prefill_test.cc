@@ -21,8 +21,8 @@ using AttentionPrefillTest = attention_test::AttentionTest;
 // Around the ends of tiles of 64 and 128 keys, and of tiles of rows.
 TEST_P(AttentionPrefillTest, MatchesReferenceAtTheEdgesOfTiles) {
   std::vector<Sequence> sequences;
-  for (int32_t length : {63, 64, 65, 127, 128, 129, 255, 256, 257, 400}) {
-    for (int32_t queries : {9, 15, 16, 17, 33, 64, 128, 144}) {
+  for (int32_t length : {63, 64, 65, 127, 128, 129, 257}) {
+    for (int32_t queries : {9, 16, 17, 64, 128}) {
       if (queries <= length) sequences.push_back({queries, length});
     }
   }
@@ -31,8 +31,8 @@ TEST_P(AttentionPrefillTest, MatchesReferenceAtTheEdgesOfTiles) {
       if (!OnCuda() && (head_dim == 128) == (page_size == 64)) continue;
       SCOPED_TRACE(StrCat(head_dim, " pages of ", page_size));
       Shape shape;
-      shape.num_heads = OnCuda() ? 16 : 2;
-      shape.num_kv_heads = OnCuda() ? 2 : 1;
+      shape.num_heads = OnCuda() ? 8 : 2;
+      shape.num_kv_heads = 1;
       shape.head_dim = head_dim;
       shape.page_size = page_size;
       shape.sequences = sequences;
