@@ -68,7 +68,7 @@ TEST_P(AttentionDecodeTest, ServesEveryPageSize) {
 }
 
 TEST_P(AttentionDecodeTest, VerifiesSeveralQueries) {
-  for (int32_t queries = 2; queries <= 8; ++queries) {
+  for (int32_t queries : {2, 3, 5, 8}) {
     for (bool batch_invariant : {false, true}) {
       for (bool float8_cache : {false, true}) {
         if (!OnCuda() && batch_invariant) continue;
@@ -85,7 +85,7 @@ TEST_P(AttentionDecodeTest, VerifiesSeveralQueries) {
         Problem problem(device(), dtype(), shape);
         problem.params().max_query_len = queries;
         problem.params().batch_invariant = batch_invariant;
-        ASSERT_NO_FATAL_FAILURE(Check(problem, OnCuda() ? 1 : 3));
+        ASSERT_NO_FATAL_FAILURE(Check(problem, 3));
       }
     }
   }
@@ -125,9 +125,11 @@ TEST_P(AttentionDecodeTest, SingleQueryHasTheSameBitsInAnyCompany) {
     shape.head_dim = 128;
     shape.float8_cache = float8_cache;
     const int64_t width = 16 * 128;
-    const int count = OnCuda() ? 70 : 9;
+    constexpr int kCount =
+        36;  // for which Hopper has other clusters than for 1
+    const int count = OnCuda() ? kCount : 9;
     for (int i = 0; i < count; ++i) {
-      shape.sequences.push_back({1, 1 + i * (OnCuda() ? 53 : 177) % 3000});
+      shape.sequences.push_back({1, 1 + i * 177 % 1500});
     }
     Problem batch(device(), dtype(), shape);
     batch.params().max_query_len = 1;
