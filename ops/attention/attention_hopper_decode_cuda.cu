@@ -326,7 +326,15 @@ Status LaunchType(const AttentionArgs& args, const HopperDecodePlan& plan,
 }  // namespace
 
 Status LaunchHopperDecodeAttention(const AttentionArgs& args, Stream stream) {
-  const HopperDecodePlan plan = PlanHopperDecode(args.params, args.plan);
+  HopperDecodePlan plan = PlanHopperDecode(args.params, args.plan);
+  // A GPU can have clusters of 8; whether a part of one has room for 16 blocks
+  // side by side is not known.
+  int processors = 0;
+  TENON_RETURN_IF_ERROR(ToStatus(
+      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount,
+                             args.params.q.device.index),
+      "Attention"));
+  if (processors < 100) plan.cluster_blocks = std::min(plan.cluster_blocks, 8);
   return args.params.q.dtype == DType::kFloat16
              ? LaunchType<__half>(args, plan, stream)
              : LaunchType<__nv_bfloat16>(args, plan, stream);

@@ -125,9 +125,7 @@ TEST_P(AttentionDecodeTest, SingleQueryHasTheSameBitsInAnyCompany) {
     shape.head_dim = 128;
     shape.float8_cache = float8_cache;
     const int64_t width = 16 * 128;
-    constexpr int kCount =
-        36;  // for which Hopper has other clusters than for 1
-    const int count = OnCuda() ? kCount : 9;
+    const int count = OnCuda() ? 36 : 9;
     for (int i = 0; i < count; ++i) {
       shape.sequences.push_back({1, 1 + i * 177 % 1500});
     }
