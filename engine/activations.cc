@@ -61,7 +61,11 @@ size_t LinearBytes(const Shapes& s, int64_t tokens, const TensorView& weight,
   p.out = Shaped(out_dtype, s.device(), {tokens, weight.shape[0]});
   p.cublas_lt = s.cublas_lt;
   p.batch_invariant = s.batch_invariant;
-  return LinearWorkspaceBytes(p);
+  const size_t bytes = LinearWorkspaceBytes(p);
+  // For few tokens DecodeStep lets a product add the residual.
+  p.x.shape[0] = p.out.shape[0] = std::min(tokens, kLinearFewTokens);
+  p.residual = p.out;
+  return std::max(bytes, LinearWorkspaceBytes(p));
 }
 
 size_t AttentionBytes(const Shapes& s) {

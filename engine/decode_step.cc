@@ -23,19 +23,69 @@ TensorView Used(const StepContext& c, const TensorView& tensor) {
   return Rows(tensor, 0, c.tokens());
 }
 
+TensorView Normed(const StepContext& c) {
+  return Used(c, c.activations.normed);
+}
+TensorView Residual(const StepContext& c) {
+  return Used(c, c.activations.residual);
+}
+TensorView BlockOut(const StepContext& c) {
+  return Used(c, c.activations.block_out);
+}
+
+// What a block takes over from the ops in front of it and behind it.
+struct Neighbours {
+  // Weight of the norm of the residual that its first product begins with,
+  // leaving it in `normed`. Not present: `normed` is ready.
+  TensorView norm;
+  // Its output is added to the residual rather than left in block_out.
+  bool adds_residual = false;
+};
+
 // `scales` of a float8_e4m3 weight; otherwise not present.
-Status RunLinear(const StepContext& c, const TensorView& x,
-                 const TensorView& weight, const TensorView& scales,
-                 const TensorView& out) {
+LinearParams MakeLinear(const StepContext& c, const TensorView& x,
+                        const TensorView& weight, const TensorView& scales,
+                        const TensorView& out) {
   LinearParams p;
   p.x = x;
   p.weight = weight;
   p.weight_scales = scales;
   p.out = out;
+  p.weights_are_constant = true;
   p.cublas_lt = c.cublas_lt;
   p.batch_invariant = c.batch_invariant;
   p.workspace = c.activations.workspace;
   p.workspace_size = c.activations.workspace_size;
+  return p;
+}
+
+Status RunLinear(const StepContext& c, const TensorView& x,
+                 const TensorView& weight, const TensorView& scales,
+                 const TensorView& out) {
+  return Linear(MakeLinear(c, x, weight, scales, out), c.stream);
+}
+
+// The first product of a block.
+Status RunFirstLinear(const StepContext& c, const Neighbours& n,
+                      const TensorView& weight, const TensorView& scales,
+                      const TensorView& out) {
+  LinearParams p = MakeLinear(c, Normed(c), weight, scales, out);
+  if (n.norm.present()) {
+    p.x = Residual(c);
+    p.norm.weight = n.norm;
+    p.norm.out = Normed(c);
+    p.norm.epsilon = c.config.rms_norm_eps;
+    p.norm.rounding = kNormRounding;
+  }
+  return Linear(p, c.stream);
+}
+
+// The last product of a block.
+Status RunLastLinear(const StepContext& c, const Neighbours& n,
+                     const TensorView& x, const TensorView& weight,
+                     const TensorView& scales) {
+  LinearParams p = MakeLinear(c, x, weight, scales, BlockOut(c));
+  if (n.adds_residual) p.residual = p.out = Residual(c);
   return Linear(p, c.stream);
 }
 
@@ -46,25 +96,26 @@ Status RunNorm(const StepContext& c, const TensorView& x,
   p.x = x;
   p.residual = residual;
   p.weight = weight;
-  p.out = Used(c, c.activations.normed);
+  p.out = Normed(c);
   p.epsilon = c.config.rms_norm_eps;
   p.rounding = kNormRounding;
   return RmsNorm(p, c.stream);
 }
 
 // qkv = normed * [q; k; v]^T, in one product where the weights lie together.
-Status QkvProjection(const StepContext& c, const LayerWeights& w) {
+Status QkvProjection(const StepContext& c, const LayerWeights& w,
+                     const Neighbours& n) {
   if (!c.Runs(StepOp::kQkv)) return Status();
-  const TensorView normed = Used(c, c.activations.normed);
   const TensorView qkv = Used(c, c.activations.qkv);
-  if (w.qkv.present()) return RunLinear(c, normed, w.qkv, w.qkv_scales, qkv);
+  if (w.qkv.present()) return RunFirstLinear(c, n, w.qkv, w.qkv_scales, qkv);
   const int64_t k = w.q.shape[0];
   const int64_t v = k + w.k.shape[0];
   TENON_RETURN_IF_ERROR(
-      RunLinear(c, normed, w.q, w.q_scales, Columns(qkv, 0, w.q.shape[0])));
+      RunFirstLinear(c, n, w.q, w.q_scales, Columns(qkv, 0, w.q.shape[0])));
   TENON_RETURN_IF_ERROR(
-      RunLinear(c, normed, w.k, w.k_scales, Columns(qkv, k, w.k.shape[0])));
-  return RunLinear(c, normed, w.v, w.v_scales, Columns(qkv, v, w.v.shape[0]));
+      RunLinear(c, Normed(c), w.k, w.k_scales, Columns(qkv, k, w.k.shape[0])));
+  return RunLinear(c, Normed(c), w.v, w.v_scales,
+                   Columns(qkv, v, w.v.shape[0]));
 }
 
 // Norm, rotary embedding and cache write of the packed rows.
@@ -123,20 +174,24 @@ Status RunAttention(const StepContext& c, int32_t layer,
   return Attention(p, c.stream);
 }
 
-Status OutputProjection(const StepContext& c, const LayerWeights& w) {
+Status OutputProjection(const StepContext& c, const LayerWeights& w,
+                        const Neighbours& n) {
   if (!c.Runs(StepOp::kOutput)) return Status();
-  return RunLinear(c, Columns(Used(c, c.activations.qkv), 0, w.q.shape[0]), w.o,
-                   w.o_scales, Used(c, c.activations.block_out));
+  return RunLastLinear(c, n,
+                       Columns(Used(c, c.activations.qkv), 0, w.q.shape[0]),
+                       w.o, w.o_scales);
 }
 
 // float32 logits: rounding them would reorder close experts.
-Status RouterProjection(const StepContext& c, const LayerWeights& w) {
+Status RouterProjection(const StepContext& c, const LayerWeights& w,
+                        const Neighbours& n) {
   if (!c.Runs(StepOp::kRouter)) return Status();
-  return RunLinear(c, Used(c, c.activations.normed), w.router, TensorView(),
-                   Used(c, c.activations.router_logits));
+  return RunFirstLinear(c, n, w.router, TensorView(),
+                        Used(c, c.activations.router_logits));
 }
 
-Status Experts(const StepContext& c, int32_t layer, const LayerWeights& w) {
+Status Experts(const StepContext& c, int32_t layer, const LayerWeights& w,
+               const Neighbours& n) {
   if (!c.Runs(StepOp::kMoe)) return Status();
   const Activations& a = c.activations;
   MoeRouterParams r;
@@ -148,14 +203,15 @@ Status Experts(const StepContext& c, int32_t layer, const LayerWeights& w) {
   r.renormalize = c.config.norm_topk_prob;
 
   MoeParams p;
-  p.x = Used(c, a.normed);
+  p.x = Normed(c);
   p.topk_weights = r.topk_weights;
   p.topk_ids = r.topk_ids;
   p.router = &r;
   p.gate = w.gate;
   p.up = w.up;
   p.down = w.down;
-  p.out = Used(c, a.block_out);
+  p.out = BlockOut(c);
+  if (n.adds_residual) p.residual = p.out = Residual(c);
   p.batch_invariant = c.batch_invariant;
   p.kernels = c.moe_kernels;
   p.workspace = a.workspace;
@@ -163,23 +219,48 @@ Status Experts(const StepContext& c, int32_t layer, const LayerWeights& w) {
   return Moe(p, c.stream);
 }
 
-Status DenseMlp(const StepContext& c, const LayerWeights& w) {
+Status DenseMlp(const StepContext& c, const LayerWeights& w,
+                const Neighbours& n) {
   if (!c.Runs(StepOp::kDenseMlp)) return Status();
   const Activations& a = c.activations;
   const int64_t intermediate = w.mlp_gate.shape[0];
   const TensorView gate_up = Used(c, a.mlp_gate_up);
-  TENON_RETURN_IF_ERROR(RunLinear(c, Used(c, a.normed), w.mlp_gate,
-                                  w.mlp_gate_scales,
-                                  Columns(gate_up, 0, intermediate)));
+  TENON_RETURN_IF_ERROR(RunFirstLinear(c, n, w.mlp_gate, w.mlp_gate_scales,
+                                       Columns(gate_up, 0, intermediate)));
   TENON_RETURN_IF_ERROR(
-      RunLinear(c, Used(c, a.normed), w.mlp_up, w.mlp_up_scales,
+      RunLinear(c, Normed(c), w.mlp_up, w.mlp_up_scales,
                 Columns(gate_up, intermediate, intermediate)));
   MoeSwiGluParams p;
   p.x = gate_up;
   p.out = Used(c, a.mlp_hidden);
   TENON_RETURN_IF_ERROR(MoeSwiGlu(p, c.stream));
-  return RunLinear(c, p.out, w.mlp_down, w.mlp_down_scales,
-                   Used(c, a.block_out));
+  return RunLastLinear(c, n, p.out, w.mlp_down, w.mlp_down_scales);
+}
+
+Status RunAttentionBlock(const StepContext& c, int32_t layer,
+                         const Neighbours& n) {
+  const LayerWeights& w = c.weights.layers[layer];
+  TENON_RETURN_IF_ERROR(QkvProjection(c, w, n));
+  TENON_RETURN_IF_ERROR(PrepareAttention(c, layer, w));
+  TENON_RETURN_IF_ERROR(RunAttention(c, layer, w));
+  return OutputProjection(c, w, n);
+}
+
+Status RunMlpBlock(const StepContext& c, int32_t layer, const Neighbours& n) {
+  const LayerWeights& w = c.weights.layers[layer];
+  if (!c.config.IsMoeLayer(layer)) return DenseMlp(c, w, n);
+  TENON_RETURN_IF_ERROR(RouterProjection(c, w, n));
+  return Experts(c, layer, w, n);
+}
+
+// The layers of DecodeStep for few tokens, and the norm behind them.
+Status FusedLayers(const StepContext& c) {
+  for (int32_t layer = 0; layer < c.config.num_layers; ++layer) {
+    const LayerWeights& w = c.weights.layers[layer];
+    TENON_RETURN_IF_ERROR(RunAttentionBlock(c, layer, {w.input_norm, true}));
+    TENON_RETURN_IF_ERROR(RunMlpBlock(c, layer, {w.post_attention_norm, true}));
+  }
+  return FirstNorm(c, c.weights.final_norm);
 }
 
 }  // namespace
@@ -195,33 +276,25 @@ Status EmbedTokens(const StepContext& c) {
 }
 
 Status FirstNorm(const StepContext& c, const TensorView& weight) {
-  return RunNorm(c, Used(c, c.activations.residual), TensorView(), weight);
+  return RunNorm(c, Residual(c), TensorView(), weight);
 }
 
 Status AddNorm(const StepContext& c, const TensorView& weight) {
-  return RunNorm(c, Used(c, c.activations.block_out),
-                 Used(c, c.activations.residual), weight);
+  return RunNorm(c, BlockOut(c), Residual(c), weight);
 }
 
 Status AttentionBlock(const StepContext& c, int32_t layer) {
-  const LayerWeights& w = c.weights.layers[layer];
-  TENON_RETURN_IF_ERROR(QkvProjection(c, w));
-  TENON_RETURN_IF_ERROR(PrepareAttention(c, layer, w));
-  TENON_RETURN_IF_ERROR(RunAttention(c, layer, w));
-  return OutputProjection(c, w);
+  return RunAttentionBlock(c, layer, Neighbours());
 }
 
 Status MlpBlock(const StepContext& c, int32_t layer) {
-  const LayerWeights& w = c.weights.layers[layer];
-  if (!c.config.IsMoeLayer(layer)) return DenseMlp(c, w);
-  TENON_RETURN_IF_ERROR(RouterProjection(c, w));
-  return Experts(c, layer, w);
+  return RunMlpBlock(c, layer, Neighbours());
 }
 
 Status ComputeLogits(const StepContext& c) {
   const int64_t rows = c.inputs.logit_rows.shape[0];
   if (rows == 0 || !c.Runs(StepOp::kLmHead)) return Status();
-  TensorView hidden = Used(c, c.activations.normed);
+  TensorView hidden = Normed(c);
   if (!c.inputs.all_logits) {
     // A gather of rows is what Embedding does.
     EmbeddingParams p;
@@ -236,6 +309,10 @@ Status ComputeLogits(const StepContext& c) {
 
 Status DecodeStep(const StepContext& c) {
   TENON_RETURN_IF_ERROR(EmbedTokens(c));
+  if (c.fuse && c.tokens() <= kFusedStepTokens) {
+    TENON_RETURN_IF_ERROR(FusedLayers(c));
+    return ComputeLogits(c);
+  }
   for (int32_t layer = 0; layer < c.config.num_layers; ++layer) {
     const LayerWeights& w = c.weights.layers[layer];
     TENON_RETURN_IF_ERROR(layer == 0 ? FirstNorm(c, w.input_norm)

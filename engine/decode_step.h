@@ -50,6 +50,9 @@ enum class StepOp : uint32_t {
 };
 constexpr uint32_t Bit(StepOp op) { return 1u << static_cast<uint32_t>(op); }
 
+// With more tokens norms are faster on their own (docs/kernels/linear.md).
+inline constexpr int64_t kFusedStepTokens = 8;
+
 // Everything a step works with; nothing here is owned.
 struct StepContext {
   const ModelConfig& config;
@@ -62,6 +65,9 @@ struct StepContext {
   Stream stream;
   const MoeKernelTable* moe_kernels = nullptr;  // optional
   uint32_t ops = ~0u;  // Bit() of those that run; the others do nothing
+  // DecodeStep: up to kFusedStepTokens tokens, norms and sums of the residual
+  // stream are part of the ops next to them. Changes no bit.
+  bool fuse = true;
 
   bool Runs(StepOp op) const { return (ops & Bit(op)) != 0; }
   int64_t tokens() const { return inputs.token_ids.shape[0]; }

@@ -29,23 +29,23 @@ struct Rank {
   Activations activations;
 };
 
-// The inputs of one prefill of kTokens tokens, the same on every rank.
+// The inputs of one prefill, the same on every rank.
 struct Inputs {
   std::vector<int32_t> token_ids, positions, block_table, query_start, kv_len,
       logit_rows;
   std::vector<int64_t> slot_mapping;
   StepInputs views;
 
-  explicit Inputs(int32_t vocab) {
-    for (int32_t i = 0; i < kTokens; ++i) {
+  explicit Inputs(int32_t vocab, int32_t tokens = kTokens) {
+    for (int32_t i = 0; i < tokens; ++i) {
       token_ids.push_back((i * 37 + 11) % vocab);
       positions.push_back(i);
       slot_mapping.push_back(i);
       logit_rows.push_back(i);
     }
     block_table = {0, 1};
-    query_start = {0, kTokens};
-    kv_len = {kTokens};
+    query_start = {0, tokens};
+    kv_len = {tokens};
     const auto view = [](const auto& values, DType dtype) {
       return MakeTensor(values.data(), dtype, Device(),
                         {static_cast<int64_t>(values.size())});
@@ -58,7 +58,7 @@ struct Inputs {
     views.logit_rows = view(logit_rows, DType::kInt32);
     views.block_table =
         MakeTensor(block_table.data(), DType::kInt32, Device(), {1, kMaxPages});
-    views.max_kv_len = views.max_query_len = kTokens;
+    views.max_kv_len = views.max_query_len = tokens;
   }
 };
 
@@ -162,6 +162,26 @@ class TensorParallelStepTest : public ::testing::TestWithParam<const char*> {
   }
 };
 
+// DecodeStep of one rank for so few tokens that it may fuse.
+std::vector<double> RunStep(const Rank& rank, bool fuse) {
+  const ModelConfig& config = rank.model->config;
+  const Inputs inputs(config.vocab_size, kFusedStepTokens);
+  StepContext c = {rank.model->config,
+                   rank.model->weights,
+                   rank.cache,
+                   rank.activations,
+                   inputs.views,
+                   nullptr,
+                   false,
+                   Stream()};
+  c.fuse = fuse;
+  const int64_t count = kFusedStepTokens * config.vocab_size;
+  float* const logits = rank.activations.logits.As<float>();
+  std::fill_n(logits, count, 0.0f);
+  ExpectOk(DecodeStep(c));
+  return {logits, logits + count};
+}
+
 // Median over tokens of the error of their logits.
 double MedianRowError(const std::vector<double>& actual,
                       const std::vector<double>& expected) {
@@ -238,6 +258,15 @@ TEST(Fp8TensorParallelStepTest, RanksThatBeginWithinBlocksDoToo) {
       EXPECT_LT(MedianRowError(RunFp8(config, world_size), whole), 4e-2);
     }
   }
+}
+
+TEST_P(TensorParallelStepTest, FusedNeighboursChangeNoBit) {
+  StatusOr<std::shared_ptr<const Model>> model =
+      Model::Load(StrCat("tests/golden/", GetParam()), Device(), LoadOptions());
+  ASSERT_TRUE(model.ok()) << model.status().message();
+  const Rank rank = MakeRank(*std::move(model));
+  const std::vector<double> expected = RunStep(rank, false);
+  EXPECT_EQ(RunStep(rank, true), expected);
 }
 
 TEST_P(TensorParallelStepTest, RanksAddUpToTheWhole) {
