@@ -57,9 +57,12 @@ TEST_P(SamplerPeerBugsTest,
     for (const SamplingParams& s :
          {Filters(0, 1.0f, 0.0f), Filters(2, 1.0f, 0.0f),
           Filters(0, 0.9999f, 0.0f)}) {
-      for (int64_t token : TokensAt(logits, s, bits)) {
+      const std::vector<int64_t> tokens = TokensAt(logits, s, bits);
+      for (int64_t token : tokens) {
         EXPECT_TRUE(token == first || token == last) << token;
       }
+      EXPECT_EQ(tokens[0], first);
+      EXPECT_EQ(tokens[3], last);  // all ones
     }
   }
 }
