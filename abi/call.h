@@ -64,6 +64,12 @@ template <>
 inline constexpr size_t kFirstSize<tenon_moe_args> = offsetof(tenon_moe_args,
                                                               gate_scales);
 template <>
+inline constexpr size_t kFirstSize<tenon_step_row> = offsetof(tenon_step_row,
+                                                              edits);
+template <>
+inline constexpr size_t kFirstSize<tenon_sampler_args> =
+    offsetof(tenon_sampler_args, vocab_size);
+template <>
 inline constexpr size_t kFirstSize<tenon_model_load_args> =
     offsetof(tenon_model_load_args, weights);
 

@@ -81,8 +81,9 @@ class Manifest:
 
     def read_header(self, text):
         text = clean(text)
-        for name, value in re.findall(r"^#define (TENON_\w+) +(\d+)u?\s*$", text, re.M):
-            self.constants.append({"name": name, "value": int(value)})
+        number = r"^#define (TENON_\w+) +(0x[0-9a-f]+|\d+)u?\s*$"
+        for name, value in re.findall(number, text, re.M):
+            self.constants.append({"name": name, "value": int(value, 0)})
         text = re.sub(r"^\s*#.*$", "", text, flags=re.M)
         text = text.replace('extern "C" {', "")
         while match := self.DECLARATION.match(text):

@@ -15,11 +15,25 @@ Status ReadOptions(const tenon_session_options* from, const ModelConfig& config,
                    SessionOptions* options) {
   tenon_session_options o = {};
   if (from != nullptr) TENON_RETURN_IF_ERROR(ReadStruct("options", from, &o));
-  TENON_RETURN_IF_ERROR(
-      CheckFlags("options.flags", o.flags,
-                 TENON_SESSION_BATCH_INVARIANT | TENON_SESSION_COUNT_EXPERTS));
+  TENON_RETURN_IF_ERROR(CheckFlags(
+      "options.flags", o.flags,
+      TENON_SESSION_BATCH_INVARIANT | TENON_SESSION_COUNT_EXPERTS |
+          TENON_SESSION_NO_CUDA_GRAPHS | TENON_SESSION_LOGIT_BITMASKS));
+  TENON_RETURN_IF_ERROR(CheckReserved("options.reserved", o.reserved));
   options->batch_invariant = (o.flags & TENON_SESSION_BATCH_INVARIANT) != 0;
   options->count_experts = (o.flags & TENON_SESSION_COUNT_EXPERTS) != 0;
+  options->cuda_graphs = (o.flags & TENON_SESSION_NO_CUDA_GRAPHS) == 0;
+  options->logit_bitmasks = (o.flags & TENON_SESSION_LOGIT_BITMASKS) != 0;
+  options->max_logit_edits = o.max_logit_edits;
+  options->max_top_logprobs = o.max_top_logprobs;
+  if (o.kv_cache_dtype == TENON_KV_CACHE_FLOAT8_E4M3) {
+    options->kv_cache_dtype = DType::kFloat8E4M3;
+  } else if (o.kv_cache_dtype != TENON_KV_CACHE_MODEL_DTYPE) {
+    return InvalidArgumentError("options.kv_cache_dtype is ", o.kv_cache_dtype,
+                                ", expected 0 or 1");
+  }
+  options->kv_cache_k_scale = ZeroMeansOne(o.kv_cache_k_scale);
+  options->kv_cache_v_scale = ZeroMeansOne(o.kv_cache_v_scale);
   if (o.max_sequences != 0) options->max_sequences = o.max_sequences;
   if (o.max_tokens != 0) options->max_tokens = o.max_tokens;
   options->max_context =
@@ -77,6 +91,8 @@ Status QuerySession(tenon_session handle, tenon_session_info* to) {
   tenon_session_info info = {};
   if (options.batch_invariant) info.flags |= TENON_SESSION_BATCH_INVARIANT;
   if (options.count_experts) info.flags |= TENON_SESSION_COUNT_EXPERTS;
+  if (!options.cuda_graphs) info.flags |= TENON_SESSION_NO_CUDA_GRAPHS;
+  if (options.logit_bitmasks) info.flags |= TENON_SESSION_LOGIT_BITMASKS;
   info.max_sequences = options.max_sequences;
   info.max_tokens = options.max_tokens;
   info.max_context = options.max_context;
@@ -88,6 +104,13 @@ Status QuerySession(tenon_session handle, tenon_session_info* to) {
   info.num_steps = s->num_steps;
   info.num_tokens = s->num_tokens;
   info.kv_cache_bytes = s->session->kv_cache_bytes();
+  info.kv_cache_dtype = options.kv_cache_dtype == DType::kFloat8E4M3
+                            ? TENON_KV_CACHE_FLOAT8_E4M3
+                            : TENON_KV_CACHE_MODEL_DTYPE;
+  info.max_logit_edits = options.max_logit_edits;
+  info.max_top_logprobs = options.max_top_logprobs;
+  info.num_cuda_graphs = static_cast<int32_t>(s->session->num_graphs());
+  info.cuda_graph_bytes = s->session->graph_bytes();
   return WriteStruct("info", info, to);
 }
 

@@ -1,5 +1,7 @@
+#include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <limits>
 
 #include "abi/call.h"
 #include "abi/session.h"
@@ -46,6 +48,24 @@ Status ReadLogitsMode(int32_t code, LogitsMode* mode) {
   }
 }
 
+// What a row has since ABI 1.3. Values are checked by the session.
+Status ReadEdits(const tenon_step_row& row, StepRow* to) {
+  TENON_RETURN_IF_ERROR(CheckReserved(".reserved1", row.reserved1));
+  if (reinterpret_cast<uintptr_t>(row.edits) % alignof(LogitEdit) != 0) {
+    return InvalidArgumentError(".edits is not aligned to ", alignof(LogitEdit),
+                                " bytes");
+  }
+  if (row.sampling->num_top_logprobs > 0) {
+    TENON_RETURN_IF_ERROR(CheckPresent(".top_tokens", row.top_tokens));
+    TENON_RETURN_IF_ERROR(CheckPresent(".top_logprobs", row.top_logprobs));
+  }
+  // One layout; see sampler.cc.
+  to->edits = reinterpret_cast<const LogitEdit*>(row.edits);
+  to->num_edits = row.num_edits;
+  to->bitmask = row.bitmask;
+  return Status();
+}
+
 // Errors begin with what follows the row's name.
 Status ReadRow(const void* from, uint32_t struct_size, SessionObject* s,
                StepRow* to) {
@@ -69,6 +89,7 @@ Status ReadRow(const void* from, uint32_t struct_size, SessionObject* s,
   to->logits = row.logits;
   to->sample = row.sampling != nullptr;
   if (to->sample) {
+    TENON_RETURN_IF_ERROR(ReadEdits(row, to));
     // One layout; see sampler.cc. Values are checked by the session.
     static_assert(sizeof(to->sampling) == sizeof(*row.sampling));
     std::memcpy(static_cast<void*>(&to->sampling), row.sampling,
@@ -103,7 +124,18 @@ void WriteDistinctExperts(const SessionObject& s, int32_t* to) {
   }
 }
 
+void WriteTop(const StepRowResult& result, int32_t count, int32_t* tokens,
+              float* logprobs) {
+  for (int32_t i = 0; i < count; ++i) {
+    const bool is_there = i < result.num_top;
+    tokens[i] = is_there ? result.top_tokens[i] : -1;
+    logprobs[i] = is_there ? result.top_logprobs[i]
+                           : std::numeric_limits<float>::quiet_NaN();
+  }
+}
+
 void WriteResults(const SessionObject& s, const tenon_step_args& args) {
+  const char* rows = reinterpret_cast<const char*>(args.rows);
   for (size_t i = 0; i < s.results.size(); ++i) {
     const StepRowResult& result = s.results[i];
     args.tokens[i] = result.token;
@@ -111,6 +143,15 @@ void WriteResults(const SessionObject& s, const tenon_step_args& args) {
     if (args.statuses != nullptr) {
       args.statuses[i] = static_cast<int32_t>(result.status);
     }
+    const int32_t num_top =
+        s.rows[i].sample ? s.rows[i].sampling.num_top_logprobs : 0;
+    if (num_top == 0) continue;
+    tenon_step_row row;  // its size has been checked
+    uint32_t row_size;
+    std::memcpy(&row_size, rows, sizeof(row_size));
+    std::memcpy(&row, rows + i * row_size,
+                std::min<size_t>(row_size, sizeof(row)));
+    WriteTop(result, num_top, row.top_tokens, row.top_logprobs);
   }
   if (args.distinct_experts != nullptr) {
     WriteDistinctExperts(s, args.distinct_experts);

@@ -21,9 +21,9 @@
  * reads as zero, and zero means the behaviour before the field existed. A
  * struct longer than the library knows is accepted as long as the part that it
  * does not know is zero, else the call is TENON_UNIMPLEMENTED: a new feature is
- * never ignored silently. Fields named reserved must be zero. The one exception
- * is tenon_sampling_params, of fixed size, because arrays of it live on
- * devices.
+ * never ignored silently. Fields named reserved must be zero. The exceptions
+ * are tenon_sampling_params and tenon_logit_edit, of fixed size, because arrays
+ * of them live on devices.
  *
  * Codes, constants and functions are never renumbered, changed or removed while
  * the major ABI version, which is the SONAME, stays. tenon_abi_version() tells
@@ -650,8 +650,26 @@ TENON_THREAD(any)
 TENON_API int32_t tenon_moe(tenon_context context, const tenon_moe_args* args,
                             void* stream, tenon_error* error);
 
-#define TENON_FILTER_SEQUENTIAL 0 /* top-k, top-p of what it kept, min-p */
-#define TENON_FILTER_JOINT 1      /* each on the original distribution */
+/* In which order filters see the distribution. Edits and masks come before all
+ * of them, then top-n-sigma; mirostat is the last.
+ *   SEQUENTIAL  temperature, top-k, top-p, min-p, typical-p, XTC, each on what
+ *               the one before it kept
+ *   JOINT       temperature; top-k, top-p and min-p all on the same; typical-p,
+ *               XTC
+ *   LLAMA_CPP   top-k, typical-p, top-p, min-p, XTC, temperature (since ABI
+ *               1.3) */
+#define TENON_FILTER_SEQUENTIAL 0
+#define TENON_FILTER_JOINT 1
+#define TENON_FILTER_LLAMA_CPP 2
+
+/* Bits of tenon_sampling_params.flags (since ABI 1.3): the row of
+ * tenon_sampler_args.bitmask applies; only ids whose edit has TENON_EDIT_ALLOW
+ * can be drawn. */
+#define TENON_SAMPLING_USE_BITMASK 1u
+#define TENON_SAMPLING_ONLY_ALLOWED 2u
+
+/* Since ABI 1.3. */
+#define TENON_MAX_TOP_LOGPROBS 20
 
 /* How one row is sampled. All zero is greedy. Of fixed size, without
  * struct_size: ops read arrays of it in device memory. */
@@ -667,7 +685,26 @@ typedef struct tenon_sampling_params {
   uint64_t seed;     /* of the request */
   uint64_t position; /* of the token in its sequence: one draw for each.
                         tenon_session_step sets it itself. */
-  uint32_t reserved[22];
+  /* Since ABI 1.3. */
+  float typical_p;       /* 0 or >= 1: off */
+  float top_n_sigma;     /* 0: off */
+  float xtc_probability; /* that XTC drops tokens at all; 0: off */
+  float xtc_threshold;   /* of probability; above 0.5 XTC is off */
+  float mirostat_tau;    /* target surprise in bits; 0: off */
+  float mirostat_eta;    /* learning rate */
+  /* Of the tokens that the row's edits count. */
+  float repetition_penalty; /* 0 or 1: off */
+  float frequency_penalty;
+  float presence_penalty;
+  /* DRY: for who makes a row's edits; tenon_sampler looks past them. */
+  float dry_multiplier;       /* 0: off */
+  float dry_base;             /* 0: 1.75 */
+  int32_t dry_allowed_length; /* 0: 2 */
+  int32_t dry_range;          /* last tokens to search; 0: all */
+  uint32_t flags;             /* TENON_SAMPLING_* */
+  int32_t num_top_logprobs;   /* best tokens to list, at most
+                                 TENON_MAX_TOP_LOGPROBS */
+  uint32_t reserved[7];
 } tenon_sampling_params;
 
 /* Writes {temperature 1, top_p 1, the rest 0}: the model's own distribution. At
@@ -682,28 +719,95 @@ TENON_API int32_t tenon_sampling_params_validate(
     const tenon_sampling_params* params, tenon_error* error);
 
 #define TENON_SAMPLE_OK 0
-#define TENON_SAMPLE_NO_SUPPORT 1 /* every logit is -inf; token -1 */
-#define TENON_SAMPLE_NON_FINITE 2 /* some logit is NaN; token -1 */
+#define TENON_SAMPLE_NO_SUPPORT 1 /* all is -inf or masked; token -1 */
+#define TENON_SAMPLE_NON_FINITE 2 /* a NaN that is not masked; token -1 */
+
+/* Bits of tenon_logit_edit.state (since ABI 1.3), above the count of the id in
+ * the output. */
+#define TENON_EDIT_IN_PROMPT 0x20000000u /* for repetition_penalty */
+#define TENON_EDIT_ALLOW 0x40000000u     /* see TENON_SAMPLING_ONLY_ALLOWED */
+#define TENON_EDIT_BAN 0x80000000u       /* as if the logit were -inf */
+
+/* What to do with one logit of a row (since ABI 1.3): bad words, allowed ids,
+ * minimum tokens, biases, penalties, DRY. In this order: masks, + bias,
+ * repetition, frequency and presence penalty, + offset. Of fixed size. */
+typedef struct tenon_logit_edit {
+  int32_t id;     /* outside the vocabulary: passed over */
+  uint32_t state; /* TENON_EDIT_*, and how often the id is in the output */
+  float bias;     /* added before the penalties */
+  float offset;   /* added after them (DRY) */
+} tenon_logit_edit;
+
+/* Puts the edits of one row, host memory, in the order that tenon_sampler needs
+ * (since ABI 1.3). TENON_INVALID_ARGUMENT for an id that is there twice.
+ * Allocates nothing. */
+TENON_THREAD(any)
+TENON_API int32_t tenon_logit_edits_sort(tenon_logit_edit* edits, int64_t count,
+                                         int64_t vocab_size,
+                                         tenon_error* error);
+
+/* Which distribution a logprob is of (since ABI 1.3). */
+#define TENON_LOGPROB_UNFILTERED 0 /* edits, masks, temperature applied */
+#define TENON_LOGPROB_RAW 1        /* the logits as they are */
+#define TENON_LOGPROB_PROCESSED 2  /* what the token was drawn from */
+
+/* What a draw is for (since ABI 1.3): streams of one seed are independent. */
+#define TENON_STREAM_TARGET 0
+#define TENON_STREAM_DRAFT 1 /* of a draft model */
+
+/* Bits of tenon_sampler_args.flags (since ABI 1.3). FAST: CUDA may use its own
+ * exponential, whose bits are those of the GPU's architecture. */
+#define TENON_SAMPLER_FAST 1u
 
 /* Draws one token for each row by inversion of the kept distribution's
- * cumulative sum in order of token id, with one Philox uniform keyed by (seed,
- * position): a token depends on logits, parameters, seed and position alone.
- * Ties go by (logit descending, id ascending). logprobs: log-softmax of logits
- * / temperature (greedy: as for 1) over the whole vocabulary, before filters.
- * Logits are not modified. Parameters are device data and not checked here; see
- * tenon_sampling_params_validate. vocab_size is 1 to 2^20.
- * Numerics: float32 exponentials, sums in fixed orders. */
+ * cumulative sum in a fixed order with one Philox uniform keyed by (seed,
+ * position): a token depends on logits, parameters, edits, mask, seed and
+ * position alone, and is the same on CPU and CUDA. Ties go by (logit
+ * descending, id ascending); at least one token is kept. Logits are not
+ * modified. Parameters, edits and masks are device data and not checked here
+ * (see tenon_sampling_params_validate); bad ones give some token of the
+ * vocabulary. vocab_size is 1 to 2^20.
+ * Numerics: float32 exponentials, sums in fixed orders or of integers. */
 typedef struct tenon_sampler_args {
   uint32_t struct_size;
-  uint32_t reserved;
-  const DLTensor* logits; /* [rows, vocab_size] float */
+  uint32_t flags;         /* TENON_SAMPLER_*; 0 before ABI 1.3 */
+  const DLTensor* logits; /* [rows, columns] float */
   const DLTensor* params; /* [rows, 128] uint8, compact, aligned to 8 bytes: an
                              array of tenon_sampling_params */
   const DLTensor* tokens; /* [rows] int32, out */
-  const DLTensor* logprobs; /* [rows] float32, out, optional */
+  const DLTensor* logprobs; /* [rows] float32, out, optional: of the tokens,
+                               TENON_LOGPROB_UNFILTERED */
   const DLTensor* statuses; /* [rows] int32 TENON_SAMPLE_*, out */
   void* workspace;
   uint64_t workspace_size; /* bytes */
+  /* Since ABI 1.3; all tensors are optional. */
+  int64_t vocab_size;           /* columns past it are padding; 0: there is none
+                                 */
+  const DLTensor* edits;        /* [room, 16] uint8, compact, aligned to 16
+                                   bytes: tenon_logit_edit, those of a row in the
+                                   order of tenon_logit_edits_sort */
+  const DLTensor* edit_offsets; /* [rows + 1] int32: the edits of row i are
+                                   edit_offsets[i] to edit_offsets[i + 1] - 1;
+                                   with edits */
+  const DLTensor* bitmask;      /* [rows, at least ceil(vocab_size / 32)] int32:
+                                   bit id % 32 of word id / 32 is 1 where the id
+                                   may be drawn (XGrammar's layout); of rows with
+                                   TENON_SAMPLING_USE_BITMASK */
+  const DLTensor* mirostat_mu;  /* [rows] float32, in and out; begins with 2 *
+                                   mirostat_tau; without it mirostat is off */
+  const DLTensor* random_bits;  /* [rows] int64 in place of random numbers, for
+                                   tests */
+  const DLTensor* raw_logprobs; /* [rows] float32, out */
+  const DLTensor* processed_logprobs; /* [rows] float32, out */
+  const DLTensor* top_tokens;         /* [rows, n] int32, out; n at most
+                                         TENON_MAX_TOP_LOGPROBS: the min(n,
+                                         num_top_logprobs) best, best first, then
+                                         -1 */
+  const DLTensor* top_logprobs;  /* [rows, n] float32, out; with top_tokens */
+  const DLTensor* probabilities; /* [rows, vocab_size] float32, out: what
+                                    the token was drawn from */
+  int32_t top_logprobs_kind;     /* TENON_LOGPROB_* */
+  int32_t random_stream;         /* TENON_STREAM_* */
 } tenon_sampler_args;
 
 TENON_THREAD(any)
@@ -715,6 +819,39 @@ TENON_THREAD(any)
 TENON_API int32_t tenon_sampler(tenon_context context,
                                 const tenon_sampler_args* args, void* stream,
                                 tenon_error* error);
+
+/* Accepts or rejects the drafts of speculative decoding (since ABI 1.3): the
+ * tokens that come out have exactly the target model's distribution. Either by
+ * target_tokens, what tenon_sampler drew at each place: drafts are accepted
+ * while they are equal, and the tokens are those of the same seed without
+ * drafts. Or by target_probabilities, what tenon_sampler wrote at each place:
+ * draft d with probability q is accepted where u * q < p(d), else the token is
+ * drawn from max(0, p - q) (Leviathan et al. 2023); without
+ * draft_probabilities q is 1.
+ * At most 64 drafts; drafts outside the vocabulary are rejected. */
+typedef struct tenon_speculative_args {
+  uint32_t struct_size;
+  uint32_t reserved;
+  const DLTensor* draft_tokens;  /* [sequences, drafts] int32 */
+  const DLTensor* num_drafts;    /* [sequences] int32, optional: all */
+  const DLTensor* target_tokens; /* [sequences, drafts + 1] int32; or NULL with
+                                    the next two */
+  const DLTensor* target_probabilities; /* [sequences * (drafts + 1),
+                                           vocab_size] float32 */
+  const DLTensor* params; /* [sequences, 128] uint8, as of tenon_sampler; seed
+                             and position, that of the first draft, count */
+  const DLTensor* draft_probabilities; /* [sequences * drafts, vocab_size]
+                                          float32, optional */
+  const DLTensor* tokens;       /* [sequences, drafts + 1] int32, out: accepted
+                                   drafts, one more token, -1 */
+  const DLTensor* num_accepted; /* [sequences] int32, out */
+  const DLTensor* statuses;     /* [sequences] int32 TENON_SAMPLE_*, out */
+} tenon_speculative_args;
+
+TENON_THREAD(any)
+TENON_API int32_t tenon_speculative(tenon_context context,
+                                    const tenon_speculative_args* args,
+                                    void* stream, tenon_error* error);
 
 /* ------------------------------------------------------------------ Engine */
 
@@ -820,6 +957,16 @@ bit for bit, on how its prompt was cut into chunks nor on what else ran in \
 its steps; costs some speed on CUDA */
 #define TENON_SESSION_COUNT_EXPERTS \
   2u /* for tenon_step_args.distinct_experts */
+#define TENON_SESSION_NO_CUDA_GRAPHS                                    \
+  4u /* since ABI 1.3: decode steps are not captured, which saves their \
+memory; no token depends on it */
+
+#define TENON_SESSION_LOGIT_BITMASKS 8u /* rows may have one; since ABI 1.3 */
+
+/* Since ABI 1.3. FLOAT8_E4M3 halves the memory of the KV cache and what
+ * attention reads of it. */
+#define TENON_KV_CACHE_MODEL_DTYPE 0
+#define TENON_KV_CACHE_FLOAT8_E4M3 1
 
 typedef struct tenon_session_options {
   uint32_t struct_size;
@@ -837,7 +984,15 @@ typedef struct tenon_session_options {
   int64_t kv_cache_bytes; /* instead of num_pages: as many pages as fit; 0: by
                              num_pages */
   /* Since ABI 1.3. */
-  const char* moe_kernels_json; /* optional; see tenon_context_set_moe_kernels */
+  const char* moe_kernels_json; /* optional: what
+                                   tenon_context_set_moe_kernels takes */
+  int32_t kv_cache_dtype;       /* TENON_KV_CACHE_* */
+  float kv_cache_k_scale; /* float8_e4m3fn: value = stored * scale; 0: 1 */
+  float kv_cache_v_scale;
+  int32_t max_logit_edits;  /* of all rows of a step; 0: rows have none */
+  int32_t max_top_logprobs; /* that a row may ask for, at most
+                               TENON_MAX_TOP_LOGPROBS */
+  uint32_t reserved;
 } tenon_session_options;
 
 typedef struct tenon_session_info {
@@ -855,6 +1010,12 @@ typedef struct tenon_session_info {
   uint64_t num_tokens; /* processed by them */
   /* Since ABI 1.1. */
   int64_t kv_cache_bytes; /* of all pages */
+  /* Since ABI 1.3. */
+  int32_t kv_cache_dtype;
+  int32_t max_logit_edits;
+  int32_t max_top_logprobs;
+  int32_t num_cuda_graphs;  /* captured */
+  int64_t cuda_graph_bytes; /* of device memory that they took */
 } tenon_session_info;
 
 /* Runs a model: owns the paged KV cache, the activations and a stream. All
@@ -921,6 +1082,18 @@ typedef struct tenon_step_row {
                           vocab_size] with TENON_LOGITS_ALL */
   int32_t logits_mode; /* TENON_LOGITS_* */
   uint32_t reserved;
+  /* Since ABI 1.3; all optional, and read before the call returns. */
+  const tenon_logit_edit* edits; /* [num_edits], aligned to 16 bytes, in the
+                                    order of tenon_logit_edits_sort; penalties
+                                    need them. See max_logit_edits. */
+  const uint32_t* bitmask;       /* [ceil(vocab_size / 32)], see
+                                    tenon_sampler_args; needs
+                                    TENON_SESSION_LOGIT_BITMASKS */
+  int32_t* top_tokens;           /* [sampling->num_top_logprobs], out: the best,
+                                    best first, then -1; see max_top_logprobs */
+  float* top_logprobs;           /* the same, out; NaN behind the last */
+  int32_t num_edits;
+  uint32_t reserved1;
 } tenon_step_row;
 
 /* All pointers are host memory. */

@@ -81,6 +81,8 @@ Struct Make() {
   X(sampling_params_validate)          \
   X(sampler_workspace_size)            \
   X(sampler)                           \
+  X(logit_edits_sort)                  \
+  X(speculative)                       \
   X(model_load)                        \
   X(model_create_random)               \
   X(model_query)                       \
@@ -249,6 +251,7 @@ TENON_HPP_OP(moe_swiglu, nullptr)
 TENON_HPP_OP(moe_sum_reduce, nullptr)
 TENON_HPP_OP(moe, &Functions::moe_workspace_size)
 TENON_HPP_OP(sampler, &Functions::sampler_workspace_size)
+TENON_HPP_OP(speculative, nullptr)
 #undef TENON_HPP_OP
 
 template <class Args>

@@ -20,9 +20,19 @@ const (
 	SwigluInterleaved        = C.TENON_SWIGLU_INTERLEAVED
 	FilterSequential         = C.TENON_FILTER_SEQUENTIAL
 	FilterJoint              = C.TENON_FILTER_JOINT
+	FilterLlamaCpp           = C.TENON_FILTER_LLAMA_CPP
+	SamplingUseBitmask       = C.TENON_SAMPLING_USE_BITMASK
+	SamplingOnlyAllowed      = C.TENON_SAMPLING_ONLY_ALLOWED
+	MaxTopLogprobs           = C.TENON_MAX_TOP_LOGPROBS
 	SampleOK                 = C.TENON_SAMPLE_OK
 	SampleNoSupport          = C.TENON_SAMPLE_NO_SUPPORT
 	SampleNonFinite          = C.TENON_SAMPLE_NON_FINITE
+	LogprobUnfiltered        = C.TENON_LOGPROB_UNFILTERED
+	LogprobRaw               = C.TENON_LOGPROB_RAW
+	LogprobProcessed         = C.TENON_LOGPROB_PROCESSED
+	StreamTarget             = C.TENON_STREAM_TARGET
+	StreamDraft              = C.TENON_STREAM_DRAFT
+	SamplerFast              = C.TENON_SAMPLER_FAST
 )
 
 // Embedding has the arguments of [Context.Embedding].
@@ -521,21 +531,49 @@ func (c *Context) MoE(args *MoE, workspace *Workspace) error {
 
 // Sampler has the arguments of [Context.Sampler].
 type Sampler struct {
-	Logits   *Tensor
-	Params   *Tensor
-	Tokens   *Tensor
-	Logprobs *Tensor
-	Statuses *Tensor
+	Flags             uint32
+	Logits            *Tensor
+	Params            *Tensor
+	Tokens            *Tensor
+	Logprobs          *Tensor
+	Statuses          *Tensor
+	VocabSize         int64
+	Edits             *Tensor
+	EditOffsets       *Tensor
+	Bitmask           *Tensor
+	MirostatMu        *Tensor
+	RandomBits        *Tensor
+	RawLogprobs       *Tensor
+	ProcessedLogprobs *Tensor
+	TopTokens         *Tensor
+	TopLogprobs       *Tensor
+	Probabilities     *Tensor
+	TopLogprobsKind   int32
+	RandomStream      int32
 }
 
 func (a *Sampler) raw() C.tenon_sampler_args {
 	return C.tenon_sampler_args{
-		struct_size: C.sizeof_tenon_sampler_args,
-		logits:      a.Logits.pointer(),
-		params:      a.Params.pointer(),
-		tokens:      a.Tokens.pointer(),
-		logprobs:    a.Logprobs.pointer(),
-		statuses:    a.Statuses.pointer(),
+		struct_size:        C.sizeof_tenon_sampler_args,
+		flags:              C.uint32_t(a.Flags),
+		logits:             a.Logits.pointer(),
+		params:             a.Params.pointer(),
+		tokens:             a.Tokens.pointer(),
+		logprobs:           a.Logprobs.pointer(),
+		statuses:           a.Statuses.pointer(),
+		vocab_size:         C.int64_t(a.VocabSize),
+		edits:              a.Edits.pointer(),
+		edit_offsets:       a.EditOffsets.pointer(),
+		bitmask:            a.Bitmask.pointer(),
+		mirostat_mu:        a.MirostatMu.pointer(),
+		random_bits:        a.RandomBits.pointer(),
+		raw_logprobs:       a.RawLogprobs.pointer(),
+		processed_logprobs: a.ProcessedLogprobs.pointer(),
+		top_tokens:         a.TopTokens.pointer(),
+		top_logprobs:       a.TopLogprobs.pointer(),
+		probabilities:      a.Probabilities.pointer(),
+		top_logprobs_kind:  C.int32_t(a.TopLogprobsKind),
+		random_stream:      C.int32_t(a.RandomStream),
 	}
 }
 
@@ -556,5 +594,41 @@ func (c *Context) Sampler(args *Sampler, workspace *Workspace) error {
 	raw.workspace_size = workspace.size
 	return check(func(e *C.tenon_error) C.int32_t {
 		return C.tenon_sampler(c.handle, &raw, c.stream, e)
+	})
+}
+
+// Speculative has the arguments of [Context.Speculative].
+type Speculative struct {
+	DraftTokens         *Tensor
+	NumDrafts           *Tensor
+	TargetTokens        *Tensor
+	TargetProbabilities *Tensor
+	Params              *Tensor
+	DraftProbabilities  *Tensor
+	Tokens              *Tensor
+	NumAccepted         *Tensor
+	Statuses            *Tensor
+}
+
+func (a *Speculative) raw() C.tenon_speculative_args {
+	return C.tenon_speculative_args{
+		struct_size:          C.sizeof_tenon_speculative_args,
+		draft_tokens:         a.DraftTokens.pointer(),
+		num_drafts:           a.NumDrafts.pointer(),
+		target_tokens:        a.TargetTokens.pointer(),
+		target_probabilities: a.TargetProbabilities.pointer(),
+		params:               a.Params.pointer(),
+		draft_probabilities:  a.DraftProbabilities.pointer(),
+		tokens:               a.Tokens.pointer(),
+		num_accepted:         a.NumAccepted.pointer(),
+		statuses:             a.Statuses.pointer(),
+	}
+}
+
+// Speculative calls tenon_speculative.
+func (c *Context) Speculative(args *Speculative) error {
+	raw := args.raw()
+	return check(func(e *C.tenon_error) C.int32_t {
+		return C.tenon_speculative(c.handle, &raw, c.stream, e)
 	})
 }

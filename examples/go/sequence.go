@@ -67,6 +67,18 @@ type SamplingParams struct {
 	FilterOrder int32
 	Seed        uint64
 	Position    uint64 // of the token in its sequence; Step sets it itself
+
+	TypicalP          float32
+	TopNSigma         float32
+	XTCProbability    float32
+	XTCThreshold      float32
+	MirostatTau       float32
+	MirostatEta       float32
+	RepetitionPenalty float32
+	FrequencyPenalty  float32
+	PresencePenalty   float32
+	Flags             uint32
+	NumTopLogprobs    int32
 }
 
 // NewSamplingParams are those of the model's own distribution.
@@ -174,6 +186,18 @@ func (p *SamplingParams) raw() C.tenon_sampling_params {
 		filter_order: C.int32_t(p.FilterOrder),
 		seed:         C.uint64_t(p.Seed),
 		position:     C.uint64_t(p.Position),
+
+		typical_p:          C.float(p.TypicalP),
+		top_n_sigma:        C.float(p.TopNSigma),
+		xtc_probability:    C.float(p.XTCProbability),
+		xtc_threshold:      C.float(p.XTCThreshold),
+		mirostat_tau:       C.float(p.MirostatTau),
+		mirostat_eta:       C.float(p.MirostatEta),
+		repetition_penalty: C.float(p.RepetitionPenalty),
+		frequency_penalty:  C.float(p.FrequencyPenalty),
+		presence_penalty:   C.float(p.PresencePenalty),
+		flags:              C.uint32_t(p.Flags),
+		num_top_logprobs:   C.int32_t(p.NumTopLogprobs),
 	}
 }
 

@@ -100,16 +100,33 @@ SWIGLU_BLOCKED = 0
 SWIGLU_INTERLEAVED = 1
 FILTER_SEQUENTIAL = 0
 FILTER_JOINT = 1
+FILTER_LLAMA_CPP = 2
+SAMPLING_USE_BITMASK = 1
+SAMPLING_ONLY_ALLOWED = 2
+MAX_TOP_LOGPROBS = 20
 WEIGHTS_STORED = 0
 WEIGHTS_FP8 = 1
 SAMPLE_OK = 0
 SAMPLE_NO_SUPPORT = 1
 SAMPLE_NON_FINITE = 2
+EDIT_IN_PROMPT = 0x20000000
+EDIT_ALLOW = 0x40000000
+EDIT_BAN = 0x80000000
+LOGPROB_UNFILTERED = 0
+LOGPROB_RAW = 1
+LOGPROB_PROCESSED = 2
+STREAM_TARGET = 0
+STREAM_DRAFT = 1
+SAMPLER_FAST = 1
 DTYPE_FLOAT32 = 1
 DTYPE_FLOAT16 = 2
 DTYPE_BFLOAT16 = 3
 SESSION_BATCH_INVARIANT = 1
 SESSION_COUNT_EXPERTS = 2
+SESSION_NO_CUDA_GRAPHS = 4
+SESSION_LOGIT_BITMASKS = 8
+KV_CACHE_MODEL_DTYPE = 0
+KV_CACHE_FLOAT8_E4M3 = 1
 LOGITS_NONE = 0
 LOGITS_LAST = 1
 LOGITS_ALL = 2
@@ -155,13 +172,13 @@ if TYPE_CHECKING:
     _f32 = float
     _ptr = Union[int, None]
     _char128 = _char512 = bytes
-    _i32x8 = _u32x22 = SequenceOf[int]
+    _i32x8 = _u32x7 = SequenceOf[int]
 else:
     _i32, _u32, _i64, _u64 = c_int32, ctypes.c_uint32, c_int64, c_uint64
     _u8, _u16 = ctypes.c_uint8, ctypes.c_uint16
     _f32, _ptr = ctypes.c_float, c_void_p
     _char128, _char512 = c_char * 128, c_char * 512
-    _i32x8, _u32x22 = c_int32 * 8, ctypes.c_uint32 * 22
+    _i32x8, _u32x7 = c_int32 * 8, ctypes.c_uint32 * 7
 
 
 class _Struct(ctypes.Structure):
@@ -247,7 +264,22 @@ class SamplingParams(_Struct):
     reserved0: _u32
     seed: _u64
     position: _u64
-    reserved: _u32x22
+    typical_p: _f32
+    top_n_sigma: _f32
+    xtc_probability: _f32
+    xtc_threshold: _f32
+    mirostat_tau: _f32
+    mirostat_eta: _f32
+    repetition_penalty: _f32
+    frequency_penalty: _f32
+    presence_penalty: _f32
+    dry_multiplier: _f32
+    dry_base: _f32
+    dry_allowed_length: _i32
+    dry_range: _i32
+    flags: _u32
+    num_top_logprobs: _i32
+    reserved: _u32x7
 
     def __init__(self, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, **fields: Any):
         super().__init__(temperature, top_k, top_p, **fields)
@@ -266,6 +298,32 @@ class SamplingParams(_Struct):
         torch.frombuffer(..., dtype=torch.uint8).view(-1, 128).to("cuda") or
         numpy.frombuffer(..., numpy.uint8).reshape(-1, 128)."""
         return bytearray(b"".join(bytes(row) for row in rows))
+
+
+@_struct
+class LogitEdit(_Struct):
+    """What the sampler does with one logit of a row; see tenon.h."""
+
+    id: _i32
+    state: _u32
+    bias: _f32
+    offset: _f32
+
+    @staticmethod
+    def pack(
+        rows: Iterable[Iterable["LogitEdit"]], vocab_size: int
+    ) -> tuple[bytearray, list[int]]:
+        """The sampler's `edits`, 16 bytes each, and `edit_offsets`, for any order
+        of the edits of a row."""
+        packed, offsets = bytearray(), [0]
+        for row in rows:
+            row = list(row)
+            array = (LogitEdit * len(row))(*row)
+            count, size = c_int64(len(row)), c_int64(vocab_size)
+            _check(_library.tenon_logit_edits_sort, ctypes.byref(array), count, size)
+            packed += bytes(array)
+            offsets.append(offsets[-1] + len(row))
+        return packed, offsets
 
 
 @_struct
@@ -307,6 +365,11 @@ class SessionInfo(_Struct):
     num_steps: _u64
     num_tokens: _u64
     kv_cache_bytes: _i64
+    kv_cache_dtype: _i32
+    max_logit_edits: _i32
+    max_top_logprobs: _i32
+    num_cuda_graphs: _i32
+    cuda_graph_bytes: _i64
 
 
 def _fields(name: str, fields: str) -> Any:
@@ -381,8 +444,15 @@ MoeArgs = _fields(
 )
 SamplerArgs = _fields(
     "SamplerArgs",
-    "u32 struct_size reserved; ptr logits params tokens logprobs statuses workspace; "
-    "u64 workspace_size",
+    "u32 struct_size flags; ptr logits params tokens logprobs statuses workspace; "
+    "u64 workspace_size; i64 vocab_size; ptr edits edit_offsets bitmask mirostat_mu "
+    "random_bits raw_logprobs processed_logprobs top_tokens top_logprobs "
+    "probabilities; i32 top_logprobs_kind random_stream",
+)
+SpeculativeArgs = _fields(
+    "SpeculativeArgs",
+    "u32 struct_size reserved; ptr draft_tokens num_drafts target_tokens "
+    "target_probabilities params draft_probabilities tokens num_accepted statuses",
 )
 ModelLoadArgs = _fields(
     "ModelLoadArgs",
@@ -398,12 +468,14 @@ SessionOptions = _fields(
     "SessionOptions",
     "u32 struct_size flags; i32 max_sequences max_tokens max_context page_size; i64 "
     "num_pages; i32 max_logit_rows num_threads; i64 kv_cache_bytes; text "
-    "moe_kernels_json",
+    "moe_kernels_json; i32 kv_cache_dtype; f32 kv_cache_k_scale kv_cache_v_scale; i32 "
+    "max_logit_edits max_top_logprobs; u32 reserved",
 )
 _StepRow = _fields(
     "_StepRow",
     "u32 struct_size; i32 num_tokens; u64 sequence; ptr tokens sampling logits; i32 "
-    "logits_mode; u32 reserved",
+    "logits_mode; u32 reserved; ptr edits bitmask top_tokens top_logprobs; i32 "
+    "num_edits; u32 reserved1",
 )
 _StepArgs = _fields(
     "_StepArgs",
@@ -1060,6 +1132,7 @@ _ops = {
         "moe_sum_reduce": MoeSumReduceArgs,
         "moe": MoeArgs,
         "sampler": SamplerArgs,
+        "speculative": SpeculativeArgs,
     }.items()
 }
 
@@ -1782,12 +1855,19 @@ class Samples(NamedTuple):
     logprobs: Any  #: [rows] float32, or None
 
 
-def _sampler(logits, params, tokens, statuses, logprobs, stream) -> tuple[_Call, Samples]:
+def _packed_params(params: Any, keep: list) -> Any:
+    """The tensor of these parameters, which may be one."""
+    if hasattr(params, "shape"):
+        return params
+    params = list(params)
+    memory = SamplingParams.pack(params)
+    tensor = Tensor.from_buffer(memory or bytearray(1), "uint8", (len(params), 128))
+    keep.append(tensor)
+    return tensor
+
+
+def _sampler(logits, params, tokens, statuses, logprobs, more, stream) -> tuple[_Call, Samples]:
     rows = (logits.shape[0],)
-    if not hasattr(params, "shape"):
-        params = list(params)
-        memory = SamplingParams.pack(params)
-        params = Tensor.from_buffer(memory or bytearray(1), "uint8", (len(params), 128))
     if tokens is None:
         tokens = _empty(logits, rows, "int32", stream)
     if statuses is None:
@@ -1797,11 +1877,21 @@ def _sampler(logits, params, tokens, statuses, logprobs, stream) -> tuple[_Call,
     elif logprobs is False:
         logprobs = None
     call = _ops["sampler"].call()
-    call.set("params", params)
-    call._keep.append(params)
+    call.args.vocab_size = more.get("vocab_size", 0)
+    call.args.top_logprobs_kind = more.get("top_logprobs_kind", LOGPROB_UNFILTERED)
+    call.args.random_stream = more.get("random_stream", STREAM_TARGET)
+    call.args.flags = SAMPLER_FAST if more.get("fast", False) else 0
+    call.set("params", _packed_params(params, call._keep))
     call.set("tokens", tokens, True)
     call.set("logprobs", logprobs, True)
     call.set("statuses", statuses, True)
+    for field in ("edits", "edit_offsets", "bitmask", "random_bits"):
+        call.set(field, more.get(field))
+    for field in (
+        "mirostat_mu", "raw_logprobs", "processed_logprobs", "top_tokens",
+        "top_logprobs", "probabilities",
+    ):  # fmt: skip
+        call.set(field, more.get(field), True)
     call.set("logits", logits)
     return call, Samples(tokens, statuses, logprobs)
 
@@ -1816,25 +1906,85 @@ def sampler(
     workspace: TensorLike | None = None,
     context: Context | None = None,
     stream: Stream = None,
+    **more: Any,
 ) -> Samples:
     """Draws one token for each row of logits [rows, vocab_size].
 
     params [rows, 128] uint8 where the logits are (SamplingParams.pack), or for
     logits on the CPU simply SamplingParams, one for each row. logprobs=True
-    allocates them. A token depends on logits, parameters, seed and position
-    alone.
+    allocates them. A token depends on logits, parameters, edits, mask, seed and
+    position alone.
+
+    More, as tenon_sampler_args has it: vocab_size without padding; edits [room,
+    16] uint8 and edit_offsets [rows + 1] int32 (LogitEdit.pack); bitmask [rows,
+    words] int32; mirostat_mu [rows] float32, in and out; top_tokens and
+    top_logprobs [rows, n], raw_logprobs, processed_logprobs [rows], probabilities
+    [rows, vocab_size], all out; top_logprobs_kind; random_stream; fast;
+    random_bits.
     """
-    call, samples = _sampler(logits, params, tokens, statuses, logprobs, stream)
+    unknown = set(more) - _SAMPLER_FIELDS
+    if unknown:
+        raise TypeError(f"sampler() has no argument {unknown.pop()}")
+    call, samples = _sampler(logits, params, tokens, statuses, logprobs, more, stream)
     call.set_workspace(context, workspace, logits, stream)
     call.run(context, stream)
     return samples
+
+
+_SAMPLER_FIELDS = {
+    "vocab_size", "edits", "edit_offsets", "bitmask", "mirostat_mu", "random_bits",
+    "raw_logprobs", "processed_logprobs", "top_tokens", "top_logprobs", "probabilities",
+    "top_logprobs_kind", "random_stream", "fast",
+}  # fmt: skip
 
 
 def sampler_workspace_size(
     logits: TensorLike, params: TensorLike, *, context: Context | None = None
 ) -> int:
     """Bytes of `workspace` for a sampler of these shapes."""
-    return _sampler(logits, params, None, None, None, None)[0].workspace_size(context)
+    return _sampler(logits, params, None, None, None, {}, None)[0].workspace_size(context)
+
+
+class Accepted(NamedTuple):
+    """What became of drafts."""
+
+    tokens: Any  #: [sequences, drafts + 1] int32: accepted ones, one more, -1
+    num_accepted: Any  #: [sequences] int32
+    statuses: Any  #: [sequences] int32, SAMPLE_*
+
+
+def speculative(
+    draft_tokens: TensorLike,
+    *,
+    target_tokens: TensorLike | None = None,
+    target_probabilities: TensorLike | None = None,
+    params: TensorLike | Iterable[SamplingParams] | None = None,
+    draft_probabilities: TensorLike | None = None,
+    num_drafts: TensorLike | None = None,
+    context: Context | None = None,
+    stream: Stream = None,
+) -> Accepted:
+    """Accepts or rejects drafts [sequences, drafts] by target_tokens [sequences,
+    drafts + 1], or by target_probabilities [sequences * (drafts + 1), vocab_size]
+    with params, one for each sequence."""
+    sequences, drafts = draft_tokens.shape
+    result = Accepted(
+        _empty(draft_tokens, (sequences, drafts + 1), "int32", stream),
+        _empty(draft_tokens, (sequences,), "int32", stream),
+        _empty(draft_tokens, (sequences,), "int32", stream),
+    )
+    call = _ops["speculative"].call()
+    call.set("num_drafts", num_drafts)
+    call.set("target_tokens", target_tokens)
+    call.set("target_probabilities", target_probabilities)
+    call.set("params", None if params is None else _packed_params(params, call._keep))
+    call.set("draft_probabilities", draft_probabilities)
+    call.set("tokens", result.tokens, True)
+    call.set("num_accepted", result.num_accepted, True)
+    call.set("statuses", result.statuses, True)
+    call.set("draft_tokens", draft_tokens)
+    call.run(context, stream)
+    return result
 
 
 # -------------------------------------------------------------------- Engine
@@ -2012,11 +2162,20 @@ class Session(_Object):
         batch_invariant: bool = False,
         count_experts: bool = False,
         moe_kernels: str | None = None,
+        kv_cache_dtype: int = KV_CACHE_MODEL_DTYPE,
+        kv_cache_k_scale: float = 1.0,
+        kv_cache_v_scale: float = 1.0,
+        cuda_graphs: bool = True,
     ):
         """0 is the default of tenon_session_options; moe_kernels as in Context. All
         memory is allocated here."""
         options = SessionOptions(
-            flags=SESSION_BATCH_INVARIANT * batch_invariant + SESSION_COUNT_EXPERTS * count_experts,
+            flags=SESSION_BATCH_INVARIANT * batch_invariant
+            + SESSION_COUNT_EXPERTS * count_experts
+            + SESSION_NO_CUDA_GRAPHS * (not cuda_graphs),
+            kv_cache_dtype=kv_cache_dtype,
+            kv_cache_k_scale=kv_cache_k_scale,
+            kv_cache_v_scale=kv_cache_v_scale,
             max_sequences=max_sequences,
             max_tokens=max_tokens,
             max_context=max_context,

@@ -89,8 +89,8 @@ fn tokens_are_sampled_from_logits() {
         logits: Some(&logits),
         params: Some(&params),
         tokens: Some(&token_tensor),
-        logprobs: None,
         statuses: Some(&status_tensor),
+        ..Default::default()
     };
     let size = context.sampler_workspace_size(&args).unwrap();
     context.sampler(&args, &mut Workspace::new(size)).unwrap();

@@ -196,6 +196,7 @@ fn sampler(context: &Context, fields: &Fields) -> Outcome {
         tokens: fields.write("tokens"),
         logprobs: fields.write("logprobs"),
         statuses: fields.write("statuses"),
+        ..Default::default()
     };
     Ok(context
         .sampler_workspace_size(&args)

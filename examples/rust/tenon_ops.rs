@@ -500,21 +500,49 @@ impl Context {
 /// Arguments of [`Context::sampler`].
 #[derive(Clone, Copy, Default)]
 pub struct Sampler<'a> {
+    pub flags: u32,
     pub logits: Option<&'a Tensor<'a>>,
     pub params: Option<&'a Tensor<'a>>,
     pub tokens: Option<&'a TensorMut<'a>>,
     pub logprobs: Option<&'a TensorMut<'a>>,
     pub statuses: Option<&'a TensorMut<'a>>,
+    pub vocab_size: i64,
+    pub edits: Option<&'a Tensor<'a>>,
+    pub edit_offsets: Option<&'a Tensor<'a>>,
+    pub bitmask: Option<&'a Tensor<'a>>,
+    pub mirostat_mu: Option<&'a TensorMut<'a>>,
+    pub random_bits: Option<&'a Tensor<'a>>,
+    pub raw_logprobs: Option<&'a TensorMut<'a>>,
+    pub processed_logprobs: Option<&'a TensorMut<'a>>,
+    pub top_tokens: Option<&'a TensorMut<'a>>,
+    pub top_logprobs: Option<&'a TensorMut<'a>>,
+    pub probabilities: Option<&'a TensorMut<'a>>,
+    pub top_logprobs_kind: i32,
+    pub random_stream: i32,
 }
 
 impl Sampler<'_> {
     fn raw(&self) -> sys::tenon_sampler_args {
         sys::tenon_sampler_args {
+            flags: self.flags,
             logits: Tensor::pointer(self.logits),
             params: Tensor::pointer(self.params),
             tokens: TensorMut::pointer(self.tokens),
             logprobs: TensorMut::pointer(self.logprobs),
             statuses: TensorMut::pointer(self.statuses),
+            vocab_size: self.vocab_size,
+            edits: Tensor::pointer(self.edits),
+            edit_offsets: Tensor::pointer(self.edit_offsets),
+            bitmask: Tensor::pointer(self.bitmask),
+            mirostat_mu: TensorMut::pointer(self.mirostat_mu),
+            random_bits: Tensor::pointer(self.random_bits),
+            raw_logprobs: TensorMut::pointer(self.raw_logprobs),
+            processed_logprobs: TensorMut::pointer(self.processed_logprobs),
+            top_tokens: TensorMut::pointer(self.top_tokens),
+            top_logprobs: TensorMut::pointer(self.top_logprobs),
+            probabilities: TensorMut::pointer(self.probabilities),
+            top_logprobs_kind: self.top_logprobs_kind,
+            random_stream: self.random_stream,
             ..Default::default()
         }
     }
@@ -531,5 +559,42 @@ impl Context {
         raw.workspace = workspace.data();
         raw.workspace_size = workspace.size();
         self.launch(self.library.api.tenon_sampler, &raw)
+    }
+}
+
+/// Arguments of [`Context::speculative`].
+#[derive(Clone, Copy, Default)]
+pub struct Speculative<'a> {
+    pub draft_tokens: Option<&'a Tensor<'a>>,
+    pub num_drafts: Option<&'a Tensor<'a>>,
+    pub target_tokens: Option<&'a Tensor<'a>>,
+    pub target_probabilities: Option<&'a Tensor<'a>>,
+    pub params: Option<&'a Tensor<'a>>,
+    pub draft_probabilities: Option<&'a Tensor<'a>>,
+    pub tokens: Option<&'a TensorMut<'a>>,
+    pub num_accepted: Option<&'a TensorMut<'a>>,
+    pub statuses: Option<&'a TensorMut<'a>>,
+}
+
+impl Speculative<'_> {
+    fn raw(&self) -> sys::tenon_speculative_args {
+        sys::tenon_speculative_args {
+            draft_tokens: Tensor::pointer(self.draft_tokens),
+            num_drafts: Tensor::pointer(self.num_drafts),
+            target_tokens: Tensor::pointer(self.target_tokens),
+            target_probabilities: Tensor::pointer(self.target_probabilities),
+            params: Tensor::pointer(self.params),
+            draft_probabilities: Tensor::pointer(self.draft_probabilities),
+            tokens: TensorMut::pointer(self.tokens),
+            num_accepted: TensorMut::pointer(self.num_accepted),
+            statuses: TensorMut::pointer(self.statuses),
+            ..Default::default()
+        }
+    }
+}
+
+impl Context {
+    pub fn speculative(&self, args: &Speculative) -> Result<()> {
+        self.launch(self.library.api.tenon_speculative, &args.raw())
     }
 }

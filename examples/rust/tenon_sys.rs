@@ -53,9 +53,22 @@ pub const TENON_SWIGLU_BLOCKED: i32 = 0;
 pub const TENON_SWIGLU_INTERLEAVED: i32 = 1;
 pub const TENON_FILTER_SEQUENTIAL: i32 = 0;
 pub const TENON_FILTER_JOINT: i32 = 1;
+pub const TENON_FILTER_LLAMA_CPP: i32 = 2;
+pub const TENON_SAMPLING_USE_BITMASK: u32 = 1;
+pub const TENON_SAMPLING_ONLY_ALLOWED: u32 = 2;
+pub const TENON_MAX_TOP_LOGPROBS: i32 = 20;
 pub const TENON_SAMPLE_OK: i32 = 0;
 pub const TENON_SAMPLE_NO_SUPPORT: i32 = 1;
 pub const TENON_SAMPLE_NON_FINITE: i32 = 2;
+pub const TENON_EDIT_IN_PROMPT: u32 = 536870912;
+pub const TENON_EDIT_ALLOW: u32 = 1073741824;
+pub const TENON_EDIT_BAN: u32 = 2147483648;
+pub const TENON_LOGPROB_UNFILTERED: i32 = 0;
+pub const TENON_LOGPROB_RAW: i32 = 1;
+pub const TENON_LOGPROB_PROCESSED: i32 = 2;
+pub const TENON_STREAM_TARGET: i32 = 0;
+pub const TENON_STREAM_DRAFT: i32 = 1;
+pub const TENON_SAMPLER_FAST: u32 = 1;
 pub const TENON_DTYPE_FLOAT32: i32 = 1;
 pub const TENON_DTYPE_FLOAT16: i32 = 2;
 pub const TENON_DTYPE_BFLOAT16: i32 = 3;
@@ -63,6 +76,10 @@ pub const TENON_WEIGHTS_STORED: i32 = 0;
 pub const TENON_WEIGHTS_FP8: i32 = 1;
 pub const TENON_SESSION_BATCH_INVARIANT: u32 = 1;
 pub const TENON_SESSION_COUNT_EXPERTS: u32 = 2;
+pub const TENON_SESSION_NO_CUDA_GRAPHS: u32 = 4;
+pub const TENON_SESSION_LOGIT_BITMASKS: u32 = 8;
+pub const TENON_KV_CACHE_MODEL_DTYPE: i32 = 0;
+pub const TENON_KV_CACHE_FLOAT8_E4M3: i32 = 1;
 pub const TENON_LOGITS_NONE: i32 = 0;
 pub const TENON_LOGITS_LAST: i32 = 1;
 pub const TENON_LOGITS_ALL: i32 = 2;
@@ -568,7 +585,22 @@ pub struct tenon_sampling_params {
     pub reserved0: u32,
     pub seed: u64,
     pub position: u64,
-    pub reserved: [u32; 22],
+    pub typical_p: f32,
+    pub top_n_sigma: f32,
+    pub xtc_probability: f32,
+    pub xtc_threshold: f32,
+    pub mirostat_tau: f32,
+    pub mirostat_eta: f32,
+    pub repetition_penalty: f32,
+    pub frequency_penalty: f32,
+    pub presence_penalty: f32,
+    pub dry_multiplier: f32,
+    pub dry_base: f32,
+    pub dry_allowed_length: i32,
+    pub dry_range: i32,
+    pub flags: u32,
+    pub num_top_logprobs: i32,
+    pub reserved: [u32; 7],
 }
 
 impl Default for tenon_sampling_params {
@@ -581,9 +613,26 @@ impl Default for tenon_sampling_params {
 
 #[repr(C)]
 #[derive(Clone, Copy)]
+pub struct tenon_logit_edit {
+    pub id: i32,
+    pub state: u32,
+    pub bias: f32,
+    pub offset: f32,
+}
+
+impl Default for tenon_logit_edit {
+    /// All zero.
+    fn default() -> Self {
+        // SAFETY: zero is a value of every field.
+        unsafe { std::mem::zeroed() }
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
 pub struct tenon_sampler_args {
     pub struct_size: u32,
-    pub reserved: u32,
+    pub flags: u32,
     pub logits: *const DLTensor,
     pub params: *const DLTensor,
     pub tokens: *const DLTensor,
@@ -591,9 +640,50 @@ pub struct tenon_sampler_args {
     pub statuses: *const DLTensor,
     pub workspace: *mut c_void,
     pub workspace_size: u64,
+    pub vocab_size: i64,
+    pub edits: *const DLTensor,
+    pub edit_offsets: *const DLTensor,
+    pub bitmask: *const DLTensor,
+    pub mirostat_mu: *const DLTensor,
+    pub random_bits: *const DLTensor,
+    pub raw_logprobs: *const DLTensor,
+    pub processed_logprobs: *const DLTensor,
+    pub top_tokens: *const DLTensor,
+    pub top_logprobs: *const DLTensor,
+    pub probabilities: *const DLTensor,
+    pub top_logprobs_kind: i32,
+    pub random_stream: i32,
 }
 
 impl Default for tenon_sampler_args {
+    /// All zero, but for struct_size.
+    fn default() -> Self {
+        // SAFETY: zero is a value of every field.
+        let zero: Self = unsafe { std::mem::zeroed() };
+        Self {
+            struct_size: std::mem::size_of::<Self>() as u32,
+            ..zero
+        }
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct tenon_speculative_args {
+    pub struct_size: u32,
+    pub reserved: u32,
+    pub draft_tokens: *const DLTensor,
+    pub num_drafts: *const DLTensor,
+    pub target_tokens: *const DLTensor,
+    pub target_probabilities: *const DLTensor,
+    pub params: *const DLTensor,
+    pub draft_probabilities: *const DLTensor,
+    pub tokens: *const DLTensor,
+    pub num_accepted: *const DLTensor,
+    pub statuses: *const DLTensor,
+}
+
+impl Default for tenon_speculative_args {
     /// All zero, but for struct_size.
     fn default() -> Self {
         // SAFETY: zero is a value of every field.
@@ -709,6 +799,12 @@ pub struct tenon_session_options {
     pub num_threads: i32,
     pub kv_cache_bytes: i64,
     pub moe_kernels_json: *const c_char,
+    pub kv_cache_dtype: i32,
+    pub kv_cache_k_scale: f32,
+    pub kv_cache_v_scale: f32,
+    pub max_logit_edits: i32,
+    pub max_top_logprobs: i32,
+    pub reserved: u32,
 }
 
 impl Default for tenon_session_options {
@@ -739,6 +835,11 @@ pub struct tenon_session_info {
     pub num_steps: u64,
     pub num_tokens: u64,
     pub kv_cache_bytes: i64,
+    pub kv_cache_dtype: i32,
+    pub max_logit_edits: i32,
+    pub max_top_logprobs: i32,
+    pub num_cuda_graphs: i32,
+    pub cuda_graph_bytes: i64,
 }
 
 impl Default for tenon_session_info {
@@ -764,6 +865,12 @@ pub struct tenon_step_row {
     pub logits: *mut f32,
     pub logits_mode: i32,
     pub reserved: u32,
+    pub edits: *const tenon_logit_edit,
+    pub bitmask: *const u32,
+    pub top_tokens: *mut i32,
+    pub top_logprobs: *mut f32,
+    pub num_edits: i32,
+    pub reserved1: u32,
 }
 
 impl Default for tenon_step_row {
@@ -944,6 +1051,12 @@ pub struct Api {
     ) -> i32,
     pub tenon_sampling_params_validate:
         unsafe extern "C" fn(params: *const tenon_sampling_params, error: *mut tenon_error) -> i32,
+    pub tenon_logit_edits_sort: unsafe extern "C" fn(
+        edits: *mut tenon_logit_edit,
+        count: i64,
+        vocab_size: i64,
+        error: *mut tenon_error,
+    ) -> i32,
     pub tenon_sampler_workspace_size: unsafe extern "C" fn(
         context: tenon_context,
         args: *const tenon_sampler_args,
@@ -953,6 +1066,12 @@ pub struct Api {
     pub tenon_sampler: unsafe extern "C" fn(
         context: tenon_context,
         args: *const tenon_sampler_args,
+        stream: *mut c_void,
+        error: *mut tenon_error,
+    ) -> i32,
+    pub tenon_speculative: unsafe extern "C" fn(
+        context: tenon_context,
+        args: *const tenon_speculative_args,
         stream: *mut c_void,
         error: *mut tenon_error,
     ) -> i32,
@@ -1101,8 +1220,10 @@ impl Api {
             tenon_moe: function(library, "tenon_moe\0")?,
             tenon_sampling_params_init: function(library, "tenon_sampling_params_init\0")?,
             tenon_sampling_params_validate: function(library, "tenon_sampling_params_validate\0")?,
+            tenon_logit_edits_sort: function(library, "tenon_logit_edits_sort\0")?,
             tenon_sampler_workspace_size: function(library, "tenon_sampler_workspace_size\0")?,
             tenon_sampler: function(library, "tenon_sampler\0")?,
+            tenon_speculative: function(library, "tenon_speculative\0")?,
             tenon_model_load: function(library, "tenon_model_load\0")?,
             tenon_model_create_random: function(library, "tenon_model_create_random\0")?,
             tenon_model_query: function(library, "tenon_model_query\0")?,
@@ -1343,17 +1464,62 @@ pub fn check_layout() -> Result<(), String> {
         reserved0 = 20,
         seed = 24,
         position = 32,
-        reserved = 40);
-    expect_layout!(tenon_sampler_args, 64,
+        typical_p = 40,
+        top_n_sigma = 44,
+        xtc_probability = 48,
+        xtc_threshold = 52,
+        mirostat_tau = 56,
+        mirostat_eta = 60,
+        repetition_penalty = 64,
+        frequency_penalty = 68,
+        presence_penalty = 72,
+        dry_multiplier = 76,
+        dry_base = 80,
+        dry_allowed_length = 84,
+        dry_range = 88,
+        flags = 92,
+        num_top_logprobs = 96,
+        reserved = 100);
+    expect_layout!(tenon_logit_edit, 16,
+        id = 0,
+        state = 4,
+        bias = 8,
+        offset = 12);
+    expect_layout!(tenon_sampler_args, 160,
         struct_size = 0,
-        reserved = 4,
+        flags = 4,
         logits = 8,
         params = 16,
         tokens = 24,
         logprobs = 32,
         statuses = 40,
         workspace = 48,
-        workspace_size = 56);
+        workspace_size = 56,
+        vocab_size = 64,
+        edits = 72,
+        edit_offsets = 80,
+        bitmask = 88,
+        mirostat_mu = 96,
+        random_bits = 104,
+        raw_logprobs = 112,
+        processed_logprobs = 120,
+        top_tokens = 128,
+        top_logprobs = 136,
+        probabilities = 144,
+        top_logprobs_kind = 152,
+        random_stream = 156);
+    expect_layout!(tenon_speculative_args, 80,
+        struct_size = 0,
+        reserved = 4,
+        draft_tokens = 8,
+        num_drafts = 16,
+        target_tokens = 24,
+        target_probabilities = 32,
+        params = 40,
+        draft_probabilities = 48,
+        tokens = 56,
+        num_accepted = 64,
+        statuses = 72);
     expect_layout!(tenon_model_load_args, 56,
         struct_size = 0,
         device_type = 4,
@@ -1396,7 +1562,7 @@ pub fn check_layout() -> Result<(), String> {
         eos_token_ids = 68,
         reserved = 100,
         weight_bytes = 104);
-    expect_layout!(tenon_session_options, 56,
+    expect_layout!(tenon_session_options, 80,
         struct_size = 0,
         flags = 4,
         max_sequences = 8,
@@ -1407,8 +1573,14 @@ pub fn check_layout() -> Result<(), String> {
         max_logit_rows = 32,
         num_threads = 36,
         kv_cache_bytes = 40,
-        moe_kernels_json = 48);
-    expect_layout!(tenon_session_info, 72,
+        moe_kernels_json = 48,
+        kv_cache_dtype = 56,
+        kv_cache_k_scale = 60,
+        kv_cache_v_scale = 64,
+        max_logit_edits = 68,
+        max_top_logprobs = 72,
+        reserved = 76);
+    expect_layout!(tenon_session_info, 96,
         struct_size = 0,
         flags = 4,
         max_sequences = 8,
@@ -1421,8 +1593,13 @@ pub fn check_layout() -> Result<(), String> {
         num_free_pages = 40,
         num_steps = 48,
         num_tokens = 56,
-        kv_cache_bytes = 64);
-    expect_layout!(tenon_step_row, 48,
+        kv_cache_bytes = 64,
+        kv_cache_dtype = 72,
+        max_logit_edits = 76,
+        max_top_logprobs = 80,
+        num_cuda_graphs = 84,
+        cuda_graph_bytes = 88);
+    expect_layout!(tenon_step_row, 88,
         struct_size = 0,
         num_tokens = 4,
         sequence = 8,
@@ -1430,7 +1607,13 @@ pub fn check_layout() -> Result<(), String> {
         sampling = 24,
         logits = 32,
         logits_mode = 40,
-        reserved = 44);
+        reserved = 44,
+        edits = 48,
+        bitmask = 56,
+        top_tokens = 64,
+        top_logprobs = 72,
+        num_edits = 80,
+        reserved1 = 84);
     expect_layout!(tenon_step_args, 56,
         struct_size = 0,
         num_rows = 4,

@@ -183,7 +183,7 @@ TEST_P(SessionRejectionTest, RejectsBadOptions) {
   constexpr int32_t kInvalid = TENON_INVALID_ARGUMENT;
   rejects(kInvalid, {"tenon_session_create: options.struct_size is 3"},
           [](Options* o) { o->struct_size = 3; });
-  rejects(kInvalid, {"options.flags is 8"}, [](Options* o) { o->flags = 8; });
+  rejects(kInvalid, {"options.flags is 16"}, [](Options* o) { o->flags = 16; });
   rejects(kInvalid, {"max_sequences is -1"},
           [](Options* o) { o->max_sequences = -1; });
   rejects(kInvalid, {"max_tokens is -1"},
@@ -197,6 +197,14 @@ TEST_P(SessionRejectionTest, RejectsBadOptions) {
           [](Options* o) { o->max_logit_rows = -2; });
   rejects(kInvalid, {"num_threads is -3"},
           [](Options* o) { o->num_threads = -3; });
+  rejects(kInvalid, {"options.kv_cache_dtype is 2"},
+          [](Options* o) { o->kv_cache_dtype = 2; });
+  rejects(kInvalid, {"options.reserved is 1"},
+          [](Options* o) { o->reserved = 1; });
+  rejects(kInvalid, {"max_top_logprobs"},
+          [](Options* o) { o->max_top_logprobs = 21; });
+  rejects(kInvalid, {"max_logit_edits"},
+          [](Options* o) { o->max_logit_edits = -1; });
   rejects(kInvalid, {"options.moe_kernels_json: format is missing"},
           [](Options* o) { o->moe_kernels_json = "{}"; });
   tenon_session session = 0;
@@ -383,7 +391,45 @@ TEST_P(StepRejectionTest, Rows) {
   rejects_sampling("top_k is -2", [](Params* p) { p->top_k = -2; });
   rejects_sampling("filter_order is 3", [](Params* p) { p->filter_order = 3; });
   rejects_sampling("reserved0 is 1", [](Params* p) { p->reserved0 = 1; });
-  rejects_sampling("reserved is 9", [](Params* p) { p->reserved[21] = 9; });
+  rejects_sampling("reserved is 9", [](Params* p) { p->reserved[6] = 9; });
+
+  rejects_sampling("mirostat_tau is 5",
+                   [](Params* p) { p->mirostat_tau = 5.0f; });
+  const auto rejects_row = [&](const char* why, const auto& spoil) {
+    bad = Greedy();
+    rejects(kInvalid, {"rows[1]", why}, [&](Row* row) {
+      row->sampling = &bad;
+      spoil(&bad, row);
+    });
+  };
+  rejects_row("need edits", [](Params* p, Row*) { p->repetition_penalty = 2; });
+  rejects_row("need edits", [](Params* p, Row*) { p->frequency_penalty = 1; });
+  rejects_row("bitmask is null",
+              [](Params* p, Row*) { p->flags = TENON_SAMPLING_USE_BITMASK; });
+  rejects_row("top_tokens is null",
+              [](Params* p, Row*) { p->num_top_logprobs = 2; });
+  int32_t top_tokens[2];
+  float top_logprobs[2];
+  rejects_row("more than max_top_logprobs 0", [&](Params* p, Row* row) {
+    p->num_top_logprobs = 2;
+    row->top_tokens = top_tokens;
+    row->top_logprobs = top_logprobs;
+  });
+  alignas(16) tenon_logit_edit edits[2] = {};
+  rejects_row("edits is not aligned", [&](Params*, Row* row) {
+    row->edits = reinterpret_cast<tenon_logit_edit*>(&edits[0].state);
+  });
+  rejects_row("num_edits is -1", [&](Params*, Row* row) {
+    row->edits = edits;
+    row->num_edits = -1;
+  });
+  rejects_row("reserved1 is 1", [](Params*, Row* row) { row->reserved1 = 1; });
+  rejects(TENON_RESOURCE_EXHAUSTED, {"2 edits, more than max_logit_edits 0"},
+          [&](Row* row) {
+            row->sampling = &bad;
+            row->edits = edits;
+            row->num_edits = 2;
+          });
 }
 
 TEST_P(StepRejectionTest, MoreThanTheSessionHas) {

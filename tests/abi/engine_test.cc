@@ -195,6 +195,53 @@ TEST_P(SessionTest, MeasuredKernelSizesChangeNoToken) {
   EXPECT_EQ(tokens[0], tokens[1]);
 }
 
+TEST_P(SessionTest, RowsHaveEditsMasksAndTopTokens) {
+  tenon_session_options options = SmallSession();
+  options.flags |= TENON_SESSION_LOGIT_BITMASKS;
+  options.max_logit_edits = 4;
+  options.max_top_logprobs = 3;
+  const Owned session = NewSession(model_, options);
+  tenon_sampling_params sampling = Greedy();
+  sampling.num_top_logprobs = 3;
+  int32_t top[3] = {-7, -7, -7};
+  float logprobs[3] = {};
+  const std::vector<int32_t> prompt = Prompt(5, 1);
+  const auto draw = [&](auto change) {
+    const tenon_sequence sequence = NewSequence(session);
+    tenon_step_row row = Row(sequence, prompt, &sampling);
+    row.top_tokens = top;
+    row.top_logprobs = logprobs;
+    change(&row);
+    auto args = Make<tenon_step_args>();
+    int32_t token = -7;
+    args.num_rows = 1;
+    args.rows = &row;
+    args.tokens = &token;
+    ExpectOk(
+        [&](tenon_error* e) { return tenon_session_step(session, &args, e); });
+    EXPECT_EQ(tenon_sequence_release(session, sequence, nullptr), TENON_OK);
+    return token;
+  };
+  const int32_t best = draw([](tenon_step_row*) {});
+  EXPECT_EQ(top[0], best);
+  EXPECT_GE(logprobs[0], logprobs[1]);
+  EXPECT_GE(logprobs[1], logprobs[2]);
+  const int32_t second = top[1];
+  alignas(16) const tenon_logit_edit ban = {best, TENON_EDIT_BAN, 0, 0};
+  EXPECT_EQ(draw([&](tenon_step_row* row) {
+              row->edits = &ban;
+              row->num_edits = 1;
+            }),
+            second);
+  EXPECT_EQ(top[0], second);
+  std::vector<uint32_t> bitmask((kTinyVocab + 31) / 32, 0);
+  bitmask[2] = 1u << 5;
+  EXPECT_EQ(draw([&](tenon_step_row* row) { row->bitmask = bitmask.data(); }),
+            69);
+  EXPECT_EQ(top[0], 69);
+  EXPECT_EQ(top[1], -1);
+}
+
 TEST_P(SessionTest, DefaultsFitTheModel) {
   tenon_session session = 0;
   ExpectOk([&](tenon_error* e) {
@@ -367,7 +414,7 @@ TEST_P(SessionTest, RowsOfNewerClientsAreLonger) {
   rows[1].appended = 0;
   rows[1].row.struct_size = sizeof(tenon_step_row);
   ExpectStepFails(args, TENON_INVALID_ARGUMENT,
-                  {"rows[1].struct_size is 48, expected 56 as in rows[0]"});
+                  {"rows[1].struct_size is 88, expected 96 as in rows[0]"});
   rows[1].row.struct_size = sizeof(NewerRow);
   ExpectOk(
       [&](tenon_error* e) { return tenon_session_step(session_, &args, e); });

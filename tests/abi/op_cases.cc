@@ -316,6 +316,8 @@ OpCasePtr MakeSampler(const Target& target, int64_t tokens) {
     params.filter_order = row % 2;
     params.seed = static_cast<uint64_t>(row) << 40 | 17;
     params.position = static_cast<uint64_t>(row);
+    params.typical_p = row % 3 == 2 ? 0.8f : 0.0f;
+    params.num_top_logprobs = 2;
     unsigned char raw[sizeof(params)];
     std::memcpy(raw, &params, sizeof(params));
     bytes.insert(bytes.end(), raw, raw + sizeof(raw));
@@ -330,6 +332,15 @@ OpCasePtr MakeSampler(const Target& target, int64_t tokens) {
   p.logprobs =
       b.AddOptional("logprobs", &Args::logprobs, {DType::kFloat32, {tokens}});
   p.statuses = b.Add("statuses", &Args::statuses, {DType::kInt32, {tokens}});
+  p.raw_logprobs = b.AddOptional("raw_logprobs", &Args::raw_logprobs,
+                                 {DType::kFloat32, {tokens}});
+  p.processed_logprobs =
+      b.AddOptional("processed_logprobs", &Args::processed_logprobs,
+                    {DType::kFloat32, {tokens}});
+  p.top_tokens = b.AddOptional("top_tokens", &Args::top_tokens,
+                               {DType::kInt32, {tokens, 3}});
+  p.top_logprobs = b.AddOptional("top_logprobs", &Args::top_logprobs,
+                                 {DType::kFloat32, {tokens, 3}});
   b.SetQuery(tenon_sampler_workspace_size, SamplerWorkspaceBytes);
   return b.Finish();
 }

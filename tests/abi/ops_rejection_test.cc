@@ -486,7 +486,7 @@ TEST(AbiOpsRejectionTest, FieldsOfTheSampler) {
   const auto sampler = [](std::vector<std::string> parts, auto change) {
     ExpectField<Sampler>(MakeSampler, parts, change);
   };
-  sampler({"reserved is 1"}, [](Sampler& a) { a.reserved = 1; });
+  sampler({"flags is 2"}, [](Sampler& a) { a.flags = 2; });
   sampler({"params has shape [4, 128], expected [5, 128]"},
           [](Sampler& a) { a.params->shape[0] = 4; });
   sampler({"params has shape [5, 120], expected [5, 128]"},
@@ -536,7 +536,7 @@ TEST(SamplingParamsTest, Validate) {
   expect("min_p is 2", [](Params& p) { p.min_p = 2.0f; });
   expect("filter_order is 3", [](Params& p) { p.filter_order = 3; });
   expect("reserved0 is 1", [](Params& p) { p.reserved0 = 1; });
-  expect("reserved is 1", [](Params& p) { p.reserved[21] = 1; });
+  expect("reserved is 1", [](Params& p) { p.reserved[6] = 1; });
   EXPECT_EQ(tenon_sampling_params_validate(nullptr, &error),
             TENON_INVALID_ARGUMENT);
   const tenon_sampling_params greedy = {};

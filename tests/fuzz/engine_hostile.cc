@@ -25,7 +25,7 @@ void World::CreateHostileSession() {
           in_.Pick<uint64_t>({0, 1, 7, 8, 4097, 0xffffffffu}));
       break;
     case 1:
-      options.flags = in_.Pick<uint32_t>({4, 0x80000000u, ~0u});
+      options.flags = in_.Pick<uint32_t>({16, 0x80000000u, ~0u});
       break;
     case 2:
       options.max_sequences = in_.Pick<int32_t>({-1, kInt32Min, kInt32Max});

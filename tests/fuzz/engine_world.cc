@@ -117,7 +117,7 @@ void World::Run() {
 void World::CreateSession() {
   if (sessions_.size() == 3) return;
   auto options = Zeroed<tenon_session_options>();
-  options.flags = static_cast<uint32_t>(in_.Below(4));
+  options.flags = static_cast<uint32_t>(in_.Below(16));
   options.max_sequences = static_cast<int32_t>(in_.Between(1, 4));
   options.max_tokens = static_cast<int32_t>(in_.Between(1, 10));
   options.max_context = static_cast<int32_t>(in_.Between(1, 20));

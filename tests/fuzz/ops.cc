@@ -321,9 +321,19 @@ tenon_sampling_params SamplingParams(Input& in) {
   params.top_k = static_cast<int32_t>(in.Pick<int64_t>({0, -1, 1, 5, 1000}));
   params.top_p = in.Pick<float>({0.0f, 0.5f, 0.95f, 1.0f});
   params.min_p = in.Pick<float>({0.0f, 0.1f, 1.0f});
-  params.filter_order = static_cast<int32_t>(in.Below(2));
+  params.filter_order = static_cast<int32_t>(in.Below(3));
   params.seed = in.Below(256);
   params.position = in.Below(256);
+  params.typical_p = in.Pick<float>({0.0f, 0.5f, 1.0f});
+  params.top_n_sigma = in.Pick<float>({0.0f, 0.5f, 2.0f});
+  params.xtc_probability = in.Pick<float>({0.0f, 0.5f, 1.0f});
+  params.xtc_threshold = in.Pick<float>({0.0f, 0.1f, 1.0f});
+  params.mirostat_tau = in.Pick<float>({0.0f, 0.0f, 3.0f});
+  params.mirostat_eta = in.Pick<float>({0.0f, 0.1f});
+  params.repetition_penalty = in.Pick<float>({0.0f, 1.3f});
+  params.frequency_penalty = in.Pick<float>({0.0f, -0.5f});
+  params.flags = static_cast<uint32_t>(in.Below(4));
+  params.num_top_logprobs = static_cast<int32_t>(in.Below(4));
   return params;
 }
 
@@ -343,6 +353,8 @@ void BuildSampler(Input& in, OpCase& c) {
   args.tokens = c.AddInts(kInt32, {rows}, 0, 0);
   if (in.OneIn(2)) args.logprobs = c.Add(kFloat32, {rows});
   args.statuses = c.AddInts(kInt32, {rows}, 0, 0);
+  if (in.OneIn(2)) args.raw_logprobs = c.Add(kFloat32, {rows});
+  if (in.OneIn(2)) args.processed_logprobs = c.Add(kFloat32, {rows});
   c.SetArgs(args);
 }
 
@@ -568,18 +580,20 @@ Op Moe() {
 
 Op Sampler() {
   using Args = tenon_sampler_args;
-  return {"tenon_sampler",
-          "tenon_sampler_workspace_size",
-          sizeof(Args),
-          {FIELD(kReserved, reserved), FIELD(kIn, logits), FIELD(kIn, params),
-           FIELD(kOut, tokens), FIELD(kOptionalOut, logprobs),
-           FIELD(kOut, statuses), FIELD(kWorkspace, workspace),
-           FIELD(kWorkspaceSize, workspace_size)},
-          nullptr,
-          nullptr,
-          BuildSampler,
-          Run<Args, tenon_sampler>,
-          Query<Args, tenon_sampler_workspace_size>};
+  return {
+      "tenon_sampler",
+      "tenon_sampler_workspace_size",
+      sizeof(Args),
+      {FIELD(kFlags, flags), FIELD(kIn, logits), FIELD(kIn, params),
+       FIELD(kOut, tokens), FIELD(kOptionalOut, logprobs),
+       FIELD(kOut, statuses), FIELD(kWorkspace, workspace),
+       FIELD(kWorkspaceSize, workspace_size), FIELD(kOptionalOut, raw_logprobs),
+       FIELD(kOptionalOut, processed_logprobs)},
+      nullptr,
+      nullptr,
+      BuildSampler,
+      Run<Args, tenon_sampler>,
+      Query<Args, tenon_sampler_workspace_size>};
 }
 
 #undef FIELD

@@ -100,8 +100,9 @@ def method_name(field_name):
 def layout_java(manifest):
     constants, structs = [], []
     for name, value in manifest.constants.items():
+        text = hex(value) if value > 0x7fffffff else value  # a uint32_t's bits
         constants.append("  public static final int "
-                         f"{name.removeprefix('TENON_')} = {value};")
+                         f"{name.removeprefix('TENON_')} = {text};")
     for struct in manifest.records():
         lines = [
             f"  static final Struct.Type {constant_name(struct['name'])} =",

@@ -29,6 +29,9 @@ CONSTANT_TYPES = {
     "TENON_ABI_": "u32",
     "TENON_FLAG_": "u32",
     "TENON_SESSION_": "u32",
+    "TENON_SAMPLING_": "u32",
+    "TENON_SAMPLER_": "u32",
+    "TENON_EDIT_": "u32",
     "TENON_DL_INT": "u8",
     "TENON_DL_UINT": "u8",
     "TENON_DL_FLOAT": "u8",
@@ -54,7 +57,11 @@ TENSORS = {
     "moe_sum_reduce": "x out!",
     "moe": "x topk_weights topk_ids gate up down out! gate_scales up_scales "
            "down_scales",
-    "sampler": "logits params tokens! logprobs! statuses!",
+    "sampler": "logits params tokens! logprobs! statuses! edits edit_offsets "
+               "bitmask mirostat_mu! random_bits raw_logprobs! "
+               "processed_logprobs! top_tokens! top_logprobs! probabilities!",
+    "speculative": "draft_tokens num_drafts target_tokens target_probabilities "
+                   "params draft_probabilities tokens! num_accepted! statuses!",
 }
 
 # Tensors that are the outputs of an op whose arguments are part of this one's,

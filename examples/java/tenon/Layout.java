@@ -55,9 +55,22 @@ public final class Layout {
   public static final int SWIGLU_INTERLEAVED = 1;
   public static final int FILTER_SEQUENTIAL = 0;
   public static final int FILTER_JOINT = 1;
+  public static final int FILTER_LLAMA_CPP = 2;
+  public static final int SAMPLING_USE_BITMASK = 1;
+  public static final int SAMPLING_ONLY_ALLOWED = 2;
+  public static final int MAX_TOP_LOGPROBS = 20;
   public static final int SAMPLE_OK = 0;
   public static final int SAMPLE_NO_SUPPORT = 1;
   public static final int SAMPLE_NON_FINITE = 2;
+  public static final int EDIT_IN_PROMPT = 536870912;
+  public static final int EDIT_ALLOW = 1073741824;
+  public static final int EDIT_BAN = 0x80000000;
+  public static final int LOGPROB_UNFILTERED = 0;
+  public static final int LOGPROB_RAW = 1;
+  public static final int LOGPROB_PROCESSED = 2;
+  public static final int STREAM_TARGET = 0;
+  public static final int STREAM_DRAFT = 1;
+  public static final int SAMPLER_FAST = 1;
   public static final int DTYPE_FLOAT32 = 1;
   public static final int DTYPE_FLOAT16 = 2;
   public static final int DTYPE_BFLOAT16 = 3;
@@ -65,6 +78,10 @@ public final class Layout {
   public static final int WEIGHTS_FP8 = 1;
   public static final int SESSION_BATCH_INVARIANT = 1;
   public static final int SESSION_COUNT_EXPERTS = 2;
+  public static final int SESSION_NO_CUDA_GRAPHS = 4;
+  public static final int SESSION_LOGIT_BITMASKS = 8;
+  public static final int KV_CACHE_MODEL_DTYPE = 0;
+  public static final int KV_CACHE_FLOAT8_E4M3 = 1;
   public static final int LOGITS_NONE = 0;
   public static final int LOGITS_LAST = 1;
   public static final int LOGITS_ALL = 2;
@@ -298,19 +315,68 @@ public final class Layout {
           .field("reserved0", Kind.UINT32, 20)
           .field("seed", Kind.UINT64, 24)
           .field("position", Kind.UINT64, 32)
-          .field("reserved", Kind.UINT32, 40, 22);
+          .field("typical_p", Kind.FLOAT32, 40)
+          .field("top_n_sigma", Kind.FLOAT32, 44)
+          .field("xtc_probability", Kind.FLOAT32, 48)
+          .field("xtc_threshold", Kind.FLOAT32, 52)
+          .field("mirostat_tau", Kind.FLOAT32, 56)
+          .field("mirostat_eta", Kind.FLOAT32, 60)
+          .field("repetition_penalty", Kind.FLOAT32, 64)
+          .field("frequency_penalty", Kind.FLOAT32, 68)
+          .field("presence_penalty", Kind.FLOAT32, 72)
+          .field("dry_multiplier", Kind.FLOAT32, 76)
+          .field("dry_base", Kind.FLOAT32, 80)
+          .field("dry_allowed_length", Kind.INT32, 84)
+          .field("dry_range", Kind.INT32, 88)
+          .field("flags", Kind.UINT32, 92)
+          .field("num_top_logprobs", Kind.INT32, 96)
+          .field("reserved", Kind.UINT32, 100, 7);
+
+  static final Struct.Type LOGIT_EDIT =
+      new Struct.Type("tenon_logit_edit", 16)
+          .field("id", Kind.INT32, 0)
+          .field("state", Kind.UINT32, 4)
+          .field("bias", Kind.FLOAT32, 8)
+          .field("offset", Kind.FLOAT32, 12);
 
   static final Struct.Type SAMPLER_ARGS =
-      new Struct.Type("tenon_sampler_args", 64)
+      new Struct.Type("tenon_sampler_args", 160)
           .field("struct_size", Kind.UINT32, 0)
-          .field("reserved", Kind.UINT32, 4)
+          .field("flags", Kind.UINT32, 4)
           .field("logits", Kind.POINTER, 8)
           .field("params", Kind.POINTER, 16)
           .field("tokens", Kind.POINTER, 24)
           .field("logprobs", Kind.POINTER, 32)
           .field("statuses", Kind.POINTER, 40)
           .field("workspace", Kind.POINTER, 48)
-          .field("workspace_size", Kind.UINT64, 56);
+          .field("workspace_size", Kind.UINT64, 56)
+          .field("vocab_size", Kind.INT64, 64)
+          .field("edits", Kind.POINTER, 72)
+          .field("edit_offsets", Kind.POINTER, 80)
+          .field("bitmask", Kind.POINTER, 88)
+          .field("mirostat_mu", Kind.POINTER, 96)
+          .field("random_bits", Kind.POINTER, 104)
+          .field("raw_logprobs", Kind.POINTER, 112)
+          .field("processed_logprobs", Kind.POINTER, 120)
+          .field("top_tokens", Kind.POINTER, 128)
+          .field("top_logprobs", Kind.POINTER, 136)
+          .field("probabilities", Kind.POINTER, 144)
+          .field("top_logprobs_kind", Kind.INT32, 152)
+          .field("random_stream", Kind.INT32, 156);
+
+  static final Struct.Type SPECULATIVE_ARGS =
+      new Struct.Type("tenon_speculative_args", 80)
+          .field("struct_size", Kind.UINT32, 0)
+          .field("reserved", Kind.UINT32, 4)
+          .field("draft_tokens", Kind.POINTER, 8)
+          .field("num_drafts", Kind.POINTER, 16)
+          .field("target_tokens", Kind.POINTER, 24)
+          .field("target_probabilities", Kind.POINTER, 32)
+          .field("params", Kind.POINTER, 40)
+          .field("draft_probabilities", Kind.POINTER, 48)
+          .field("tokens", Kind.POINTER, 56)
+          .field("num_accepted", Kind.POINTER, 64)
+          .field("statuses", Kind.POINTER, 72);
 
   static final Struct.Type MODEL_LOAD_ARGS =
       new Struct.Type("tenon_model_load_args", 56)
@@ -361,7 +427,7 @@ public final class Layout {
           .field("weight_bytes", Kind.INT64, 104);
 
   static final Struct.Type SESSION_OPTIONS =
-      new Struct.Type("tenon_session_options", 56)
+      new Struct.Type("tenon_session_options", 80)
           .field("struct_size", Kind.UINT32, 0)
           .field("flags", Kind.UINT32, 4)
           .field("max_sequences", Kind.INT32, 8)
@@ -372,10 +438,16 @@ public final class Layout {
           .field("max_logit_rows", Kind.INT32, 32)
           .field("num_threads", Kind.INT32, 36)
           .field("kv_cache_bytes", Kind.INT64, 40)
-          .field("moe_kernels_json", Kind.POINTER, 48);
+          .field("moe_kernels_json", Kind.POINTER, 48)
+          .field("kv_cache_dtype", Kind.INT32, 56)
+          .field("kv_cache_k_scale", Kind.FLOAT32, 60)
+          .field("kv_cache_v_scale", Kind.FLOAT32, 64)
+          .field("max_logit_edits", Kind.INT32, 68)
+          .field("max_top_logprobs", Kind.INT32, 72)
+          .field("reserved", Kind.UINT32, 76);
 
   static final Struct.Type SESSION_INFO =
-      new Struct.Type("tenon_session_info", 72)
+      new Struct.Type("tenon_session_info", 96)
           .field("struct_size", Kind.UINT32, 0)
           .field("flags", Kind.UINT32, 4)
           .field("max_sequences", Kind.INT32, 8)
@@ -388,10 +460,15 @@ public final class Layout {
           .field("num_free_pages", Kind.INT64, 40)
           .field("num_steps", Kind.UINT64, 48)
           .field("num_tokens", Kind.UINT64, 56)
-          .field("kv_cache_bytes", Kind.INT64, 64);
+          .field("kv_cache_bytes", Kind.INT64, 64)
+          .field("kv_cache_dtype", Kind.INT32, 72)
+          .field("max_logit_edits", Kind.INT32, 76)
+          .field("max_top_logprobs", Kind.INT32, 80)
+          .field("num_cuda_graphs", Kind.INT32, 84)
+          .field("cuda_graph_bytes", Kind.INT64, 88);
 
   static final Struct.Type STEP_ROW =
-      new Struct.Type("tenon_step_row", 48)
+      new Struct.Type("tenon_step_row", 88)
           .field("struct_size", Kind.UINT32, 0)
           .field("num_tokens", Kind.INT32, 4)
           .field("sequence", Kind.UINT64, 8)
@@ -399,7 +476,13 @@ public final class Layout {
           .field("sampling", Kind.POINTER, 24)
           .field("logits", Kind.POINTER, 32)
           .field("logits_mode", Kind.INT32, 40)
-          .field("reserved", Kind.UINT32, 44);
+          .field("reserved", Kind.UINT32, 44)
+          .field("edits", Kind.POINTER, 48)
+          .field("bitmask", Kind.POINTER, 56)
+          .field("top_tokens", Kind.POINTER, 64)
+          .field("top_logprobs", Kind.POINTER, 72)
+          .field("num_edits", Kind.INT32, 80)
+          .field("reserved1", Kind.UINT32, 84);
 
   static final Struct.Type STEP_ARGS =
       new Struct.Type("tenon_step_args", 56)
@@ -432,7 +515,9 @@ public final class Layout {
           MOE_SUM_REDUCE_ARGS,
           MOE_ARGS,
           SAMPLING_PARAMS,
+          LOGIT_EDIT,
           SAMPLER_ARGS,
+          SPECULATIVE_ARGS,
           MODEL_LOAD_ARGS,
           MODEL_RANDOM_ARGS,
           MODEL_INFO,

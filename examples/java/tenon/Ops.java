@@ -606,6 +606,11 @@ public final class Ops {
       super(Layout.SAMPLER_ARGS);
     }
 
+    public Sampler flags(long value) {
+      set("flags", value);
+      return this;
+    }
+
     public Sampler logits(Tensor value) {
       set("logits", value);
       return this;
@@ -627,6 +632,123 @@ public final class Ops {
     }
 
     public Sampler statuses(Tensor value) {
+      set("statuses", value);
+      return this;
+    }
+
+    public Sampler vocabSize(long value) {
+      set("vocab_size", value);
+      return this;
+    }
+
+    public Sampler edits(Tensor value) {
+      set("edits", value);
+      return this;
+    }
+
+    public Sampler editOffsets(Tensor value) {
+      set("edit_offsets", value);
+      return this;
+    }
+
+    public Sampler bitmask(Tensor value) {
+      set("bitmask", value);
+      return this;
+    }
+
+    public Sampler mirostatMu(Tensor value) {
+      set("mirostat_mu", value);
+      return this;
+    }
+
+    public Sampler randomBits(Tensor value) {
+      set("random_bits", value);
+      return this;
+    }
+
+    public Sampler rawLogprobs(Tensor value) {
+      set("raw_logprobs", value);
+      return this;
+    }
+
+    public Sampler processedLogprobs(Tensor value) {
+      set("processed_logprobs", value);
+      return this;
+    }
+
+    public Sampler topTokens(Tensor value) {
+      set("top_tokens", value);
+      return this;
+    }
+
+    public Sampler topLogprobs(Tensor value) {
+      set("top_logprobs", value);
+      return this;
+    }
+
+    public Sampler probabilities(Tensor value) {
+      set("probabilities", value);
+      return this;
+    }
+
+    public Sampler topLogprobsKind(int value) {
+      set("top_logprobs_kind", value);
+      return this;
+    }
+
+    public Sampler randomStream(int value) {
+      set("random_stream", value);
+      return this;
+    }
+  }
+
+  /** tenon_speculative_args. */
+  public static final class Speculative extends Op {
+    public Speculative() {
+      super(Layout.SPECULATIVE_ARGS);
+    }
+
+    public Speculative draftTokens(Tensor value) {
+      set("draft_tokens", value);
+      return this;
+    }
+
+    public Speculative numDrafts(Tensor value) {
+      set("num_drafts", value);
+      return this;
+    }
+
+    public Speculative targetTokens(Tensor value) {
+      set("target_tokens", value);
+      return this;
+    }
+
+    public Speculative targetProbabilities(Tensor value) {
+      set("target_probabilities", value);
+      return this;
+    }
+
+    public Speculative params(Tensor value) {
+      set("params", value);
+      return this;
+    }
+
+    public Speculative draftProbabilities(Tensor value) {
+      set("draft_probabilities", value);
+      return this;
+    }
+
+    public Speculative tokens(Tensor value) {
+      set("tokens", value);
+      return this;
+    }
+
+    public Speculative numAccepted(Tensor value) {
+      set("num_accepted", value);
+      return this;
+    }
+
+    public Speculative statuses(Tensor value) {
       set("statuses", value);
       return this;
     }

@@ -57,4 +57,29 @@ public final class SessionOptions extends Struct {
     set("moe_kernels_json", value);
     return this;
   }
+
+  public SessionOptions kvCacheDtype(int value) {
+    set("kv_cache_dtype", value);
+    return this;
+  }
+
+  public SessionOptions kvCacheKScale(float value) {
+    set("kv_cache_k_scale", value);
+    return this;
+  }
+
+  public SessionOptions kvCacheVScale(float value) {
+    set("kv_cache_v_scale", value);
+    return this;
+  }
+
+  public SessionOptions maxLogitEdits(int value) {
+    set("max_logit_edits", value);
+    return this;
+  }
+
+  public SessionOptions maxTopLogprobs(int value) {
+    set("max_top_logprobs", value);
+    return this;
+  }
 }
