@@ -27,8 +27,10 @@ template <int kTiles>
 constexpr int kWarps = kTiles == 1 ? 16 : 8;
 
 // Thread blocks that a multiprocessor must have room for: small matrices then
-// run in one wave.
-constexpr int kResident = 3;
+// run in few waves. Three of 16 warps would have 40 registers a thread, and
+// spill.
+template <int kTiles>
+constexpr int kResident = kTiles == 1 ? 2 : 3;
 
 // Used once, so that it needs no place in L1.
 __device__ __forceinline__ uint4 LoadOnce(const uint8_t* from) {
@@ -202,7 +204,7 @@ __device__ __forceinline__ void Store(const LinearParams& p, int64_t token,
 // uint8_t where that was done before. Rows of weight (and x) are aligned to 16
 // bytes and whole chunks of 16 elements.
 template <class T, int kTiles>
-__global__ void __launch_bounds__(32 * kWarps<kTiles>, kResident)
+__global__ void __launch_bounds__(32 * kWarps<kTiles>, kResident<kTiles>)
     Fp8GemvKernel(Args a) {
   constexpr int kThreads = 32 * kWarps<kTiles>;
   constexpr int kOuts = kTiles * 8 * kRows;
