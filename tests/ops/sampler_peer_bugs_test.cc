@@ -105,6 +105,14 @@ TEST_P(SamplerPeerBugsTest,
       EXPECT_NEAR(static_cast<double>(rank), share[i] * kTail, slack);
     }
     EXPECT_EQ(tokens[24], 0);
+    // Uniforms three tokens apart, which 24 bits cannot tell from each other.
+    std::vector<uint64_t> near;
+    for (int i = 0; i < 8; ++i) {
+      near.push_back(BitsOf(head + (1.0 - head) * (0.5 + 3.0 * i / kTail)));
+    }
+    const std::vector<int64_t> apart =
+        TokensAt(logits, Filters(0, 1.0f, 0.0f), near);
+    EXPECT_EQ(std::set<int64_t>(apart.begin(), apart.end()).size(), 8u);
   }
 }
 
