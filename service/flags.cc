@@ -135,7 +135,9 @@ std::map<std::string, Setter> Setters(Flags* f) {
       {"--lease-ms", Span(1, kDay, &l->lease)},
       {"--stream-idle-ms", Span(1, kDay, &l->stream_idle)},
       {"--default-deadline-ms", Span(1, kDay, &l->default_deadline)},
+      {"--connections", Integer(1, kMany, &l->connections)},
       {"--connection-age-ms", Span(0, kDay, &s->max_connection_age)},
+      {"--connection-idle-ms", Span(1, kDay, &s->max_connection_idle)},
       {"--stall-ms", Span(1, kDay, &s->stall)},
       {"--drain-grace-ms", Span(0, kDay, &s->drain_grace)},
       {"--drain-deadline-ms", Span(0, kDay, &f->drain_deadline)},
@@ -171,7 +173,8 @@ const char kUsage[] =
   --sequences N (1024)    --sessions N (64)    --prompt-tokens N (131072)
   --request-bytes N (4194304)    --queued-requests N (1024)    --queued-rows N (4096)
   --lease-ms N (30000)    --stream-idle-ms N (60000)
-  --default-deadline-ms N (10000)    --connection-age-ms N (0: for ever)
+  --default-deadline-ms N (10000)    --connections N (256)
+  --connection-age-ms N (0: for ever)    --connection-idle-ms N (600000)
  operation
   --metrics HOST:PORT     Prometheus /metrics, loopback (off)
   --stall-ms N            not serving if no step ends for so long (10000)

@@ -15,6 +15,7 @@ struct Limits {
   int32_t request_bytes = 4 << 20;
   int32_t stop_tokens = 64;
   int32_t metadata_bytes = 8 << 10;
+  int32_t connections = 256;
   int32_t streams_per_connection = 64;
   int32_t replayable_steps = 4;  // replies kept of each session
   // Waiting to be looked at by the step loop; more are ResourceExhausted.

@@ -50,6 +50,7 @@ struct Metrics {
   Counter replayed{0};
   Counter expired_sequences{0};
   Counter failed_steps{0};
+  Counter refused_connections{0};
 
   // How it is now.
   std::atomic<int32_t> active_sequences{0};
@@ -57,6 +58,7 @@ struct Metrics {
   std::atomic<int32_t> queued_requests{0};
   std::atomic<int32_t> queued_rows{0};
   std::atomic<int32_t> open_streams{0};
+  std::atomic<int32_t> connections{0};
   std::atomic<int64_t> free_pages{0};         // not set aside
   std::atomic<int64_t> engine_free_pages{0};  // not used
 

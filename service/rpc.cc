@@ -363,6 +363,7 @@ void DecodeService::FillCapabilities(
   out->set_page_tokens(Unsigned(engine.options().page_size));
   out->set_pages(static_cast<uint64_t>(engine.options().num_pages));
   out->set_replayable_steps(Unsigned(limits.replayable_steps));
+  out->set_connections(Unsigned(limits.connections));
 }
 
 class ControlService final : public v1::Control::CallbackService {

@@ -5,17 +5,14 @@
 #include <grpcpp/health_check_service_interface.h>
 #include <grpcpp/impl/codegen/service_type.h>
 #include <prometheus/exposer.h>
-#include <sys/socket.h>
-#include <sys/stat.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <condition_variable>
-#include <cstring>
 #include <mutex>
 #include <thread>
 #include <utility>
 
+#include "service/connections.h"
 #include "service/log.h"
 #include "service/prometheus_metrics.h"
 #include "service/rpc.h"
@@ -23,43 +20,19 @@
 namespace tenon::service {
 namespace {
 
+using Acceptor = grpc::experimental::ExternalConnectionAcceptor;
+using ConnectionType =
+    grpc::ServerBuilder::experimental_type::ExternalConnectionType;
 using std::chrono::milliseconds;
 
 constexpr char kDecodeName[] = "tenon.v1.Decode";
 constexpr char kControlName[] = "tenon.v1.Control";
-constexpr char kUnix[] = "unix:";
-
-bool IsUnix(const std::string& address) { return address.rfind(kUnix, 0) == 0; }
 
 bool IsLoopback(const std::string& address) {
   const std::string host = address.substr(0, address.rfind(':'));
   if (host == "localhost" || host == "[::1]") return true;
   return host.rfind("127.", 0) == 0 &&
          host.find_first_not_of("0123456789.") == std::string::npos;
-}
-
-// Removes a socket that no server listens on any more.
-Status RemoveStaleSocket(const std::string& path) {
-  struct stat info;
-  if (lstat(path.c_str(), &info) != 0) return Status();
-  if (!S_ISSOCK(info.st_mode)) {
-    return FailedPreconditionError(path, ": exists and is not a socket");
-  }
-  sockaddr_un address{};
-  address.sun_family = AF_UNIX;
-  if (path.size() >= sizeof(address.sun_path)) {
-    return InvalidArgumentError(path, ": too long for a Unix socket");
-  }
-  std::memcpy(address.sun_path, path.c_str(), path.size() + 1);
-  const int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  const bool answered = connect(fd, reinterpret_cast<const sockaddr*>(&address),
-                                sizeof(address)) == 0;
-  close(fd);
-  if (answered) {
-    return FailedPreconditionError(path, ": another server listens there");
-  }
-  unlink(path.c_str());
-  return Status();
 }
 
 Status CheckOptions(const ServerOptions& o) {
@@ -115,12 +88,13 @@ struct Server::Impl : DrainControl {
                   o.limits),
         decode_tokens(o.decode_tokens),
         control_tokens(o.control_tokens),
-        streams(&l->mutable_metrics()->open_streams) {}
+        streams(&l->mutable_metrics()->open_streams),
+        connections(o.limits.connections, l->mutable_metrics()) {}
 
   Status Start();
   Status StartMetrics();
   void Configure(grpc::ServerBuilder* builder);
-  Status Listen(grpc::ServerBuilder* builder, std::vector<int>* ports);
+  Status Listen(grpc::ServerBuilder* builder);
   void Monitor();
   void UpdateHealth();
 
@@ -136,7 +110,9 @@ struct Server::Impl : DrainControl {
   OpenStreams streams;
   std::unique_ptr<grpc::Service> decode;
   std::unique_ptr<grpc::Service> control;
+  std::vector<std::unique_ptr<Acceptor>> acceptors;
   std::unique_ptr<grpc::Server> server;
+  Connections connections;
   std::unique_ptr<prometheus::Exposer> exposer;
   std::shared_ptr<prometheus::Collectable> collectable;
   std::vector<std::string> addresses;
@@ -159,8 +135,12 @@ void Server::Impl::Configure(grpc::ServerBuilder* builder) {
                               limits.metadata_bytes);
   builder->AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS,
                               limits.streams_per_connection);
-  // Two servers on a port would share its clients.
-  builder->AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+  builder->AddChannelArgument(
+      GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS,
+      static_cast<int>(options.handshake_timeout.count()));
+  builder->AddChannelArgument(
+      GRPC_ARG_MAX_CONNECTION_IDLE_MS,
+      static_cast<int>(options.max_connection_idle.count()));
   if (options.max_connection_age.count() > 0) {
     builder->AddChannelArgument(
         GRPC_ARG_MAX_CONNECTION_AGE_MS,
@@ -169,20 +149,28 @@ void Server::Impl::Configure(grpc::ServerBuilder* builder) {
   }
 }
 
-Status Server::Impl::Listen(grpc::ServerBuilder* builder,
-                            std::vector<int>* ports) {
-  ports->resize(options.listen.size());
-  for (size_t i = 0; i < options.listen.size(); ++i) {
-    const std::string& address = options.listen[i];
-    if (IsUnix(address)) {
-      TENON_RETURN_IF_ERROR(
-          RemoveStaleSocket(address.substr(sizeof(kUnix) - 1)));
+// Unix sockets, and all without a certificate, are plain.
+Status Server::Impl::Listen(grpc::ServerBuilder* builder) {
+  Acceptor* plain = nullptr;
+  Acceptor* tls = nullptr;
+  for (const std::string& address : options.listen) {
+    const bool is_plain = IsUnix(address) || options.tls_cert.empty();
+    Acceptor*& acceptor = is_plain ? plain : tls;
+    if (acceptor == nullptr) {
+      acceptors.push_back(builder->experimental().AddExternalConnectionAcceptor(
+          ConnectionType::FROM_FD, is_plain ? grpc::InsecureServerCredentials()
+                                            : TlsCredentials(options)));
+      acceptor = acceptors.back().get();
     }
-    builder->AddListeningPort(address,
-                              IsUnix(address) || options.tls_cert.empty()
-                                  ? grpc::InsecureServerCredentials()
-                                  : TlsCredentials(options),
-                              &(*ports)[i]);
+    StatusOr<std::string> listening =
+        connections.Listen(address, [acceptor](int listener, int connection) {
+          Acceptor::NewConnectionParameters parameters;
+          parameters.listener_fd = listener;
+          parameters.fd = connection;
+          acceptor->HandleNewConnection(&parameters);
+        });
+    TENON_RETURN_IF_ERROR(listening.status());
+    addresses.push_back(*std::move(listening));
   }
   return Status();
 }
@@ -203,23 +191,10 @@ Status Server::Impl::Start() {
     grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   }
   Configure(&builder);
-  std::vector<int> ports;
-  TENON_RETURN_IF_ERROR(Listen(&builder, &ports));
-  const mode_t mask = umask(0177);  // Unix sockets are their owner's alone
+  TENON_RETURN_IF_ERROR(Listen(&builder));
   server = builder.BuildAndStart();
-  umask(mask);
-  if (server == nullptr) {
-    std::string all;
-    for (const std::string& address : options.listen) all += " " + address;
-    return UnavailableError("cannot listen on", all);
-  }
-  for (size_t i = 0; i < ports.size(); ++i) {
-    const std::string& address = options.listen[i];
-    addresses.push_back(IsUnix(address)
-                            ? address
-                            : address.substr(0, address.rfind(':') + 1) +
-                                  std::to_string(ports[i]));
-  }
+  if (server == nullptr) return UnavailableError("gRPC does not start");
+  TENON_RETURN_IF_ERROR(connections.Start());
   TENON_RETURN_IF_ERROR(StartMetrics());
   UpdateHealth();
   monitor = std::thread(&Impl::Monitor, this);
@@ -320,6 +295,7 @@ Server::~Server() {
   }
   impl_->wake.notify_all();
   impl_->monitor.join();
+  impl_->connections.Stop();
   impl_->server->Shutdown(std::chrono::system_clock::now());
   impl_->server->Wait();
 }

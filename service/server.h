@@ -38,6 +38,10 @@ struct ServerOptions {
   // balancers to notice.
   std::chrono::milliseconds drain_grace{2000};
   std::chrono::milliseconds max_connection_age{0};  // 0: for ever
+  // One that has not said by then that it is HTTP/2 is closed.
+  std::chrono::milliseconds handshake_timeout{10000};
+  // A connection without a call for so long is closed.
+  std::chrono::milliseconds max_connection_idle{600000};
   Limits limits;
 };
 

@@ -37,10 +37,12 @@ uint64_t Digest(const v1::StepRequest& request) {
   for (uint32_t token : request.input_token()) hash.Add(uint64_t{token});
   hash.Add(uint64_t{request.want()});
   const v1::Sampling& s = request.overrides();
-  const uint64_t present = (request.has_overrides() ? 1 : 0) |
-                           (s.has_temperature() ? 2 : 0) |
-                           (s.has_top_k() ? 4 : 0) | (s.has_top_p() ? 8 : 0) |
-                           (s.has_min_p() ? 16 : 0) | (s.has_seed() ? 32 : 0);
+  const uint64_t present =
+      (request.has_overrides() ? 1 : 0) | (s.has_temperature() ? 2 : 0) |
+      (s.has_top_k() ? 4 : 0) | (s.has_top_p() ? 8 : 0) |
+      (s.has_min_p() ? 16 : 0) | (s.has_seed() ? 32 : 0) |
+      (s.has_typical_p() ? 64 : 0) | (s.has_top_n_sigma() ? 128 : 0) |
+      (s.has_xtc_probability() ? 256 : 0) | (s.has_xtc_threshold() ? 512 : 0);
   hash.Add(present);
   hash.Add(s.temperature());
   hash.Add(static_cast<uint64_t>(s.top_k()));
@@ -48,6 +50,10 @@ uint64_t Digest(const v1::StepRequest& request) {
   hash.Add(s.min_p());
   hash.Add(s.seed());
   hash.Add(static_cast<uint64_t>(s.filter_order()));
+  hash.Add(s.typical_p());
+  hash.Add(s.top_n_sigma());
+  hash.Add(s.xtc_probability());
+  hash.Add(s.xtc_threshold());
   return hash.state();
 }
 

@@ -16,6 +16,7 @@
 #include <grpcpp/grpcpp.h>
 #include <signal.h>
 #include <spawn.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -137,6 +138,7 @@ class NullService final : public v1::Decode::CallbackService {
 };
 
 int ServeNull(const std::string& address) {
+  prctl(PR_SET_PDEATHSIG, SIGTERM);  // also where tenon_load dies of an error
   NullService service;
   grpc::ServerBuilder builder;
   builder.AddListeningPort(address, grpc::InsecureServerCredentials());

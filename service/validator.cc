@@ -34,6 +34,12 @@ Failure CheckToken(const std::string& field, uint32_t token,
 }
 
 Failure CheckSampling(const std::string& field, const v1::Sampling& sampling) {
+  const auto& unknown = sampling.GetReflection()->GetUnknownFields(sampling);
+  if (!unknown.empty()) {
+    return BadField(field, "has field " +
+                               std::to_string(unknown.field(0).number()) +
+                               ", which this server does not know");
+  }
   if (!v1::FilterOrder_IsValid(sampling.filter_order())) {
     return BadField(field + ".filter_order",
                     std::to_string(static_cast<int>(sampling.filter_order())) +
@@ -63,9 +69,22 @@ SamplingParams MergeSampling(const SamplingParams& base,
   if (sampling.has_min_p()) merged.min_p = sampling.min_p();
   if (sampling.has_seed()) merged.seed = sampling.seed();
   if (sampling.filter_order() != v1::FILTER_ORDER_UNSPECIFIED) {
-    merged.filter_order = sampling.filter_order() == v1::FILTER_ORDER_JOINT
-                              ? FilterOrder::kJoint
-                              : FilterOrder::kSequential;
+    // The wire's numbers are one above ours.
+    static_assert(static_cast<int>(FilterOrder::kSequential) + 1 ==
+                      v1::FILTER_ORDER_SEQUENTIAL &&
+                  static_cast<int>(FilterOrder::kJoint) + 1 ==
+                      v1::FILTER_ORDER_JOINT &&
+                  static_cast<int>(FilterOrder::kLlamaCpp) + 1 ==
+                      v1::FILTER_ORDER_LLAMA_CPP);
+    merged.filter_order = static_cast<FilterOrder>(sampling.filter_order() - 1);
+  }
+  if (sampling.has_typical_p()) merged.typical_p = sampling.typical_p();
+  if (sampling.has_top_n_sigma()) merged.top_n_sigma = sampling.top_n_sigma();
+  if (sampling.has_xtc_probability()) {
+    merged.xtc_probability = sampling.xtc_probability();
+  }
+  if (sampling.has_xtc_threshold()) {
+    merged.xtc_threshold = sampling.xtc_threshold();
   }
   return merged;
 }

@@ -175,7 +175,7 @@ TEST_F(PitfallTest, LlamaCpp25765And26912_EveryIdIsCheckedByValue) {
 TEST_F(PitfallTest, GgmlRpc13067_UnknownEnumValuesAreRefused) {
   v1::GenerateRequest request;
   FillNew(3, 1, request.mutable_sequence());
-  for (int value : {3, 77, -1, std::numeric_limits<int>::max()}) {
+  for (int value : {4, 77, -1, std::numeric_limits<int>::max()}) {
     request.mutable_sequence()->mutable_sampling()->set_filter_order(
         static_cast<v1::FilterOrder>(value));
     EXPECT_EQ(validator_->Check(request).code, StatusCode::kInvalidArgument);

@@ -159,6 +159,15 @@ TEST_P(StepLoopTest, AStepTakesEffectOnce) {
   v1::StepRequest other = request;
   other.mutable_overrides()->set_temperature(0.0f);
   EXPECT_EQ(Send(other).code, StatusCode::kAborted);
+  using Set = void (v1::Sampling::*)(float);
+  for (const Set set :
+       {Set(&v1::Sampling::set_typical_p), Set(&v1::Sampling::set_top_n_sigma),
+        Set(&v1::Sampling::set_xtc_probability),
+        Set(&v1::Sampling::set_xtc_threshold)}) {
+    other = request;
+    (other.mutable_overrides()->*set)(0.25f);
+    EXPECT_EQ(Send(other).code, StatusCode::kAborted);
+  }
   other = request;
   other.add_input_token(1);
   other.add_input_token(2);

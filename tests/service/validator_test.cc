@@ -110,6 +110,28 @@ TEST_F(ValidatorTest, SamplingParameters) {
   request.mutable_overrides()->set_filter_order(
       static_cast<v1::FilterOrder>(9));
   Expect(request, StatusCode::kInvalidArgument, "overrides.filter_order");
+  for (float bad : {-0.1f, nan}) {
+    request = Step();
+    request.mutable_overrides()->set_typical_p(bad);
+    Expect(request, StatusCode::kInvalidArgument, "overrides");
+    request = Step();
+    request.mutable_overrides()->set_top_n_sigma(bad);
+    Expect(request, StatusCode::kInvalidArgument, "overrides");
+    request = Step();
+    request.mutable_overrides()->set_xtc_probability(bad);
+    Expect(request, StatusCode::kInvalidArgument, "overrides");
+    request = Step();
+    request.mutable_overrides()->set_xtc_threshold(bad);
+    Expect(request, StatusCode::kInvalidArgument, "overrides");
+  }
+}
+
+// Of a newer client: nobody would notice that it has no effect.
+TEST_F(ValidatorTest, UnknownSamplingParametersAreRefused) {
+  v1::StepRequest request = Step();
+  const std::string unknown("\xf8\x3f\x05", 3);  // field 1023
+  ASSERT_TRUE(request.mutable_overrides()->ParseFromString(unknown));
+  Expect(request, StatusCode::kInvalidArgument, "overrides");
 }
 
 // Zero is not the default of these, and unset is not zero.
@@ -130,6 +152,23 @@ TEST_F(ValidatorTest, UnsetIsNotZero) {
   EXPECT_EQ(merged.temperature, 0.0f);
   EXPECT_EQ(merged.top_p, 0.0f);
   EXPECT_EQ(merged.seed, 0u);
+}
+
+TEST_F(ValidatorTest, EveryParameterArrives) {
+  v1::Sampling sampling;
+  sampling.set_min_p(0.1f);
+  sampling.set_typical_p(0.2f);
+  sampling.set_top_n_sigma(0.3f);
+  sampling.set_xtc_probability(0.4f);
+  sampling.set_xtc_threshold(0.5f);
+  sampling.set_filter_order(v1::FILTER_ORDER_LLAMA_CPP);
+  const SamplingParams merged = MergeSampling(SamplingParams(), sampling);
+  EXPECT_EQ(merged.min_p, 0.1f);
+  EXPECT_EQ(merged.typical_p, 0.2f);
+  EXPECT_EQ(merged.top_n_sigma, 0.3f);
+  EXPECT_EQ(merged.xtc_probability, 0.4f);
+  EXPECT_EQ(merged.xtc_threshold, 0.5f);
+  EXPECT_EQ(merged.filter_order, FilterOrder::kLlamaCpp);
 }
 
 TEST_F(ValidatorTest, Steps) {
