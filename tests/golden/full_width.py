@@ -2,11 +2,12 @@
 """Compares logits at the full width of Qwen3-30B-A3B with transformers.
 
   full_width.py make --dir CHECKPOINT --reference FILE
-  full_width.py compare --reference FILE --logits FILE
+  full_width.py compare --dir CHECKPOINT --reference FILE
 
 "make" writes a 4-layer checkpoint of random bf16 weights, 6 GB in the published layout, and the
 logits that transformers computes from it for 256 tokens: in fp32, taken as the truth, and in bf16.
-"compare" then tells how far other logits are from the truth, in units of how far the bf16 ones are.
+"compare" then computes them with libtenon.so, through examples/python/tenon.py, and tells how far
+they are from the truth, in units of how far transformers' bf16 ones are.
 "make" wants a GPU with 40 GB; with --tiny it runs anywhere.
 """
 
@@ -14,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
 import shutil
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -214,15 +217,25 @@ def distance(logits: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     }
 
 
+def tenon_logits(directory: pathlib.Path, device: str, tokens: np.ndarray) -> np.ndarray:
+    root = pathlib.Path(__file__).resolve().parents[2]
+    sys.path.insert(0, str(root / "examples/python"))
+    if (library := root / "abi/libtenon.so.1").exists():  # of a bundle
+        os.environ.setdefault("TENON_LIBRARY", str(library))
+    import tenon  # finds its library when imported
+
+    count = len(tokens)
+    with tenon.Model.load(directory, device) as model, model.session(
+        max_sequences=1, max_tokens=count, max_logit_rows=count, max_context=count
+    ) as session, session.sequence() as sequence:
+        row = tenon.StepRow(sequence, tokens.tolist(), logits=tenon.LOGITS_ALL)
+        return np.asarray(session.step([row]).logits[0])
+
+
 def compare(args: argparse.Namespace) -> None:
     reference = safetensors.numpy.load_file(args.reference)
     truth = reference["fp32_logits"]
-    logits = safetensors.numpy.load_file(args.logits)["logits"]
-    if logits.shape != truth.shape or logits.dtype != np.float32:
-        raise SystemExit(
-            f"logits: {logits.dtype} {list(logits.shape)}, expected float32 {list(truth.shape)}"
-        )
-    ours = distance(logits, truth)
+    ours = distance(tenon_logits(args.dir, args.device, reference["tokens"]), truth)
     bf16 = distance(reference["bf16_logits"], truth)
     ratio = ours["relative_frobenius"] / bf16["relative_frobenius"]
     print(json.dumps({"ours": ours, "transformers_bf16": bf16, "ratio": ratio}, indent=2))
@@ -237,9 +250,10 @@ def main() -> None:
     command.add_argument("--seed", type=int, default=30)
     command.add_argument("--tiny", action="store_true", help="small sizes, for trying the script")
     command.set_defaults(run=make)
-    command = commands.add_parser("compare", help="print how far logits are from the reference")
+    command = commands.add_parser("compare", help="print how far Tenon is from the reference")
+    command.add_argument("--dir", type=pathlib.Path, required=True)
     command.add_argument("--reference", type=pathlib.Path, required=True)
-    command.add_argument("--logits", type=pathlib.Path, required=True, help="its tensor: logits")
+    command.add_argument("--device", default="cuda", help="cuda (default) or cpu")
     command.set_defaults(run=compare)
     args = parser.parse_args()
     args.run(args)
