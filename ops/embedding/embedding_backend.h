@@ -10,8 +10,8 @@ constexpr int64_t EmbeddingId(const EmbeddingParams& p, int64_t token) {
   const int64_t id = p.ids.dtype == DType::kInt64
                          ? p.ids.As<const int64_t>()[token]
                          : p.ids.As<const int32_t>()[token];
+  if (!p.previous.present() || id > -2) return id;
   const int64_t place = -2 - id;
-  if (!p.previous.present() || place < 0) return id;
   return place < p.previous.shape[0] ? p.previous.As<const int32_t>()[place]
                                      : -1;
 }
