@@ -6,185 +6,24 @@
 #include <cstring>
 #include <memory>
 
-#include "ops/linear/cublas_lt.h"
 #include "ops/linear/linear_kernel.h"
-#include "tests/reference/linear_reference.h"
+#include "tests/ops/linear_fixture.h"
 #include "tests/testing/compare.h"
-#include "tests/testing/op_test.h"
-#include "tests/testing/random.h"
-#include "tests/testing/test_tensor.h"
 
 namespace tenon {
 namespace {
 
+using testing::LinearCall;
+using testing::LinearMode;
+using testing::LinearModeName;
+using testing::LinearOptions;
+using testing::LinearShape;
 using testing::Normal;
 using testing::TestTensor;
 
-// The ways to run a call.
-enum class Mode { kDefault, kBatchInvariant, kCublasLt };
-
-const char* ModeName(Mode mode) {
-  switch (mode) {
-    case Mode::kDefault:
-      return "default";
-    case Mode::kBatchInvariant:
-      return "batch-invariant";
-    case Mode::kCublasLt:
-      break;
-  }
-  return "cuBLASLt";
-}
-
-struct Shape {
-  int64_t tokens;
-  int64_t out_features;
-  int64_t in_features;
-};
-
-struct Options {
-  bool bias = false;
-  bool float_out = false;
-  int64_t padding = 0;  // elements between rows
-  int64_t offset = 0;   // elements before the first, all of which are unaligned
-};
-
-// The tensors of one call.
-class Call {
- public:
-  Call(Device device, DType dtype, Shape s, Options o, uint64_t seed = 1)
-      : x_(Matrix(device, dtype, s.tokens, s.in_features, o, seed)),
-        weight_(
-            Matrix(device, dtype, s.out_features, s.in_features, o, seed + 1)),
-        out_(device, o.float_out ? DType::kFloat32 : dtype,
-             {s.tokens, s.out_features + o.offset},
-             {s.out_features + o.offset + o.padding, 1}, {}),
-        shape_(s),
-        options_(o) {
-    if (o.bias) {
-      bias_ = TestTensor(device, dtype, {s.out_features + o.offset},
-                         Normal(s.out_features + o.offset, seed + 2));
-    }
-  }
-
-  LinearParams params() const {
-    LinearParams p;
-    p.x = Inner(x_);
-    p.weight = Inner(weight_);
-    p.out = Inner(out_);
-    if (options_.bias) {
-      p.bias = bias_.view();
-      p.bias.shape[0] -= options_.offset;
-      p.bias.data =
-          bias_.view().As<char>() +
-          options_.offset * static_cast<int64_t>(DTypeSize(p.bias.dtype));
-    }
-    return p;
-  }
-
-  std::vector<double> Values() const { return InnerValues(out_, false); }
-
-  reference::LinearResult Expected() const {
-    std::vector<double> bias;
-    if (options_.bias) {
-      bias = bias_.InitialValues();
-      bias.erase(bias.begin(), bias.begin() + options_.offset);
-    }
-    return reference::Linear(InnerValues(x_, true), InnerValues(weight_, true),
-                             bias, shape_.tokens, shape_.out_features,
-                             shape_.in_features);
-  }
-
-  void ExpectOnlyOutChanged() const {
-    EXPECT_EQ(x_.Bytes(), x_.InitialBytes());
-    EXPECT_EQ(weight_.Bytes(), weight_.InitialBytes());
-    EXPECT_EQ(out_.NumStrayWrites(), 0);
-    if (options_.offset == 0) return;
-    // The columns before the first are elements of out_, but not of the call.
-    const int64_t width = out_.view().shape[1];
-    const std::vector<double> values = out_.Values();
-    for (size_t i = 0; i < values.size(); i += width) {
-      for (int64_t c = 0; c < options_.offset; ++c) {
-        EXPECT_TRUE(std::isnan(values[i + c]));
-      }
-    }
-  }
-
- private:
-  static TestTensor Matrix(Device device, DType dtype, int64_t rows,
-                           int64_t cols, Options o, uint64_t seed) {
-    return TestTensor(device, dtype, {rows, cols + o.offset},
-                      {cols + o.offset + o.padding, 1},
-                      Normal(rows * (cols + o.offset), seed));
-  }
-
-  TensorView Inner(const TestTensor& matrix) const {
-    return Columns(matrix.view(), options_.offset,
-                   matrix.view().shape[1] - options_.offset);
-  }
-
-  std::vector<double> InnerValues(const TestTensor& matrix,
-                                  bool initial) const {
-    const std::vector<double> all =
-        initial ? matrix.InitialValues() : matrix.Values();
-    const int64_t width = matrix.view().shape[1];
-    std::vector<double> inner;
-    for (size_t i = 0; i < all.size(); i += width) {
-      inner.insert(inner.end(), all.begin() + i + options_.offset,
-                   all.begin() + i + width);
-    }
-    return inner;
-  }
-
-  TestTensor x_;
-  TestTensor weight_;
-  TestTensor bias_;
-  TestTensor out_;
-  Shape shape_;
-  Options options_;
-};
-
-class LinearTest : public testing::OpTest {
+class LinearTest : public testing::LinearTestBase {
  protected:
-  static void TearDownTestSuite() { cublas_lt_.reset(); }
-
-  void SetUp() override {
-    OpTest::SetUp();
-    if (IsSkipped() || device().type == DeviceType::kCpu || cublas_lt_) return;
-    StatusOr<std::unique_ptr<CublasLt>> lt = CublasLt::Create(device());
-    if (lt.ok()) {
-      cublas_lt_ = *std::move(lt);
-    } else {
-      EXPECT_EQ(lt.status().code(), StatusCode::kUnavailable);
-    }
-  }
-
-  std::vector<Mode> Modes() const {
-    if (device().type == DeviceType::kCpu) return {Mode::kDefault};
-    std::vector<Mode> modes = {Mode::kDefault, Mode::kBatchInvariant};
-    if (cublas_lt_) modes.push_back(Mode::kCublasLt);
-    return modes;
-  }
-
-  void Run(LinearParams p, Mode mode) { Run(p, mode, stream()); }
-  void Run(LinearParams p, Mode mode, Stream on) {
-    p.batch_invariant = mode == Mode::kBatchInvariant;
-    p.cublas_lt = mode == Mode::kCublasLt ? cublas_lt_.get() : nullptr;
-    p.workspace_size = LinearWorkspaceBytes(p);
-    StatusOr<Buffer> workspace = Buffer::Allocate(device(), p.workspace_size);
-    ASSERT_TRUE(workspace.ok()) << workspace.status().message();
-    p.workspace = workspace->data();
-    const Status status = Linear(p, on);
-    ASSERT_TRUE(status.ok()) << status.message();
-    Finish();
-  }
-
-  // The out of a call, as bits that memcmp as they are.
-  std::vector<double> OutOf(const Call& call, Mode mode) {
-    Run(call.params(), mode);
-    return call.Values();
-  }
-
-  void ExpectMatches(const Call& call, Mode mode, DType out_dtype,
+  void ExpectMatches(const LinearCall& call, LinearMode mode, DType out_dtype,
                      const reference::LinearResult& expected, int64_t depth) {
     Run(call.params(), mode);
     call.ExpectOnlyOutChanged();
@@ -217,24 +56,21 @@ class LinearTest : public testing::OpTest {
     EXPECT_TRUE(testing::IsClose(actual, expected.out, out_dtype, closeness));
   }
 
-  void CheckShape(Shape shape, Options options) {
+  void CheckShape(LinearShape shape, LinearOptions options) {
     SCOPED_TRACE(StrCat(shape.tokens, "x", shape.out_features, "x",
                         shape.in_features, options.bias ? " bias" : "",
                         options.float_out ? " float out" : "", " padding ",
                         options.padding, " offset ", options.offset));
     const DType out_dtype = options.float_out ? DType::kFloat32 : dtype();
     reference::LinearResult expected;
-    for (Mode mode : Modes()) {
-      SCOPED_TRACE(ModeName(mode));
-      const Call call(device(), dtype(), shape, options);
-      if (mode == Mode::kDefault) expected = call.Expected();
+    for (LinearMode mode : Modes()) {
+      SCOPED_TRACE(LinearModeName(mode));
+      const LinearCall call(device(), dtype(), shape, options);
+      if (mode == LinearMode::kDefault) expected = call.Expected();
       ExpectMatches(call, mode, out_dtype, expected, shape.in_features);
     }
   }
-
-  static std::unique_ptr<CublasLt> cublas_lt_;
 };
-std::unique_ptr<CublasLt> LinearTest::cublas_lt_;
 
 // The options take turns, so that all of them meet all kinds of sizes.
 TEST_P(LinearTest, MatchesReference) {
@@ -246,7 +82,7 @@ TEST_P(LinearTest, MatchesReference) {
     for (int64_t out_features : {1, 8, 13, 64, 111, 192, 2048}) {
       for (int64_t in_features : {1, 8, 13, 64, 111, 192, 2048}) {
         if (tokens * out_features * in_features > max_products) continue;
-        Options options;
+        LinearOptions options;
         options.bias = turn % 2 == 1;
         options.float_out = turn % 3 == 1;
         options.padding = turn % 5 == 1 ? 3 : turn % 5 == 2 ? 8 : 0;
@@ -280,15 +116,15 @@ TEST_P(LinearTest, MatchesReferenceWithAlignedRows) {
 // to the reference.
 TEST_P(LinearTest, MatchesCpuAtModelShapes) {
   if (device().type == DeviceType::kCpu) GTEST_SKIP() << "is the CPU";
-  for (const Shape& shape : std::vector<Shape>{{1, 5120, 2048},
-                                               {4, 2048, 4096},
-                                               {8, 5120, 2048},
-                                               {32, 2048, 4096},
-                                               {200, 5120, 2048},
-                                               {512, 1024, 4096}}) {
+  for (const LinearShape& shape : std::vector<LinearShape>{{1, 5120, 2048},
+                                                           {4, 2048, 4096},
+                                                           {8, 5120, 2048},
+                                                           {32, 2048, 4096},
+                                                           {200, 5120, 2048},
+                                                           {512, 1024, 4096}}) {
     SCOPED_TRACE(
         StrCat(shape.tokens, "x", shape.out_features, "x", shape.in_features));
-    const Call on_cpu(Device(), dtype(), shape, {true, true, 0, 0});
+    const LinearCall on_cpu(Device(), dtype(), shape, {true, true, 0, 0});
     std::vector<float> scratch(shape.tokens * shape.in_features + 16);
     LinearParams p = on_cpu.params();
     p.workspace_size = LinearWorkspaceBytes(p);
@@ -296,10 +132,11 @@ TEST_P(LinearTest, MatchesCpuAtModelShapes) {
         (reinterpret_cast<uintptr_t>(scratch.data()) + 63) / 64 * 64);
     ASSERT_TRUE(Linear(p, Stream()).ok());
     const std::vector<double> expected = on_cpu.Values();
-    for (Mode mode : Modes()) {
-      SCOPED_TRACE(ModeName(mode));
+    for (LinearMode mode : Modes()) {
+      SCOPED_TRACE(LinearModeName(mode));
       for (bool float_out : {false, true}) {
-        const Call call(device(), dtype(), shape, {true, float_out, 0, 0});
+        const LinearCall call(device(), dtype(), shape,
+                              {true, float_out, 0, 0});
         const std::vector<double> actual = OutOf(call, mode);
         const bool exact = float_out || dtype() == DType::kFloat32;
         EXPECT_LT(testing::RelativeFrobeniusError(actual, expected),
@@ -310,11 +147,12 @@ TEST_P(LinearTest, MatchesCpuAtModelShapes) {
 }
 
 TEST_P(LinearTest, SameCallGivesTheSameBits) {
-  for (Shape shape : {Shape{1, 520, 2048}, Shape{6, 64, 776},
-                      Shape{24, 136, 4096}, Shape{150, 264, 512}}) {
-    for (Mode mode : Modes()) {
-      SCOPED_TRACE(StrCat(shape.tokens, " tokens, ", ModeName(mode)));
-      const Call call(device(), dtype(), shape, {true, true, 0, 0});
+  for (LinearShape shape :
+       {LinearShape{1, 520, 2048}, LinearShape{6, 64, 776},
+        LinearShape{24, 136, 4096}, LinearShape{150, 264, 512}}) {
+    for (LinearMode mode : Modes()) {
+      SCOPED_TRACE(StrCat(shape.tokens, " tokens, ", LinearModeName(mode)));
+      const LinearCall call(device(), dtype(), shape, {true, true, 0, 0});
       const std::vector<double> first = OutOf(call, mode);
       for (int i = 0; i < 3; ++i) EXPECT_EQ(OutOf(call, mode), first);
     }
@@ -326,8 +164,8 @@ TEST_P(LinearTest, RowDoesNotDependOnTheContentOfOthers) {
   constexpr int64_t kOut = 72;
   const std::vector<float> weight = Normal(kOut * kIn, 20);
   for (int64_t tokens : {2, 8, 16, 64, 130}) {
-    for (Mode mode : Modes()) {
-      SCOPED_TRACE(StrCat(tokens, " tokens, ", ModeName(mode)));
+    for (LinearMode mode : Modes()) {
+      SCOPED_TRACE(StrCat(tokens, " tokens, ", LinearModeName(mode)));
       std::vector<double> rows[2];
       for (int i = 0; i < 2; ++i) {
         // The last row is the same, the others huge in the second call.
@@ -352,12 +190,13 @@ TEST_P(LinearTest, RowDoesNotDependOnTheContentOfOthers) {
 }
 
 TEST_P(LinearTest, BatchInvariantRowDoesNotDependOnTheNumberOfOthers) {
-  const Mode mode = device().type == DeviceType::kCpu ? Mode::kDefault
-                                                      : Mode::kBatchInvariant;
+  const LinearMode mode = device().type == DeviceType::kCpu
+                              ? LinearMode::kDefault
+                              : LinearMode::kBatchInvariant;
   for (int64_t in_features : {264, 2048, 131}) {
     constexpr int64_t kOut = 200;
-    const Call all(device(), dtype(), {200, kOut, in_features},
-                   {true, true, 0, 0});
+    const LinearCall all(device(), dtype(), {200, kOut, in_features},
+                         {true, true, 0, 0});
     const std::vector<double> expected = OutOf(all, mode);
     for (int64_t tokens : {1, 2, 8, 9, 16, 17, 64, 65, 111}) {
       for (int64_t first : {0, 89}) {
@@ -376,141 +215,19 @@ TEST_P(LinearTest, BatchInvariantRowDoesNotDependOnTheNumberOfOthers) {
   }
 }
 
-// norm and residual change launches, but no bit: for every kernel, with
-// residual apart from out and being out.
-TEST_P(LinearTest, NeighboursGiveTheBitsOfSeparateOperations) {
-  struct Case {
-    Shape shape;
-    bool float_out = false;
-    bool float_norm_weight = false;
-    int64_t padding = 0;
-  };
-  for (const Case& test : std::vector<Case>{{{1, 72, 2048}},
-                                            {{3, 520, 2048}, true},
-                                            {{1, 40, 4096}},
-                                            {{2, 13, 136}, false, false, 8},
-                                            {{8, 264, 2048}},
-                                            {{7, 136, 4096}, false, true},
-                                            {{16, 72, 2048}, true},
-                                            {{13, 72, 520}},
-                                            {{2, 24, 5120}},
-                                            {{1, 16, 12296}},
-                                            {{5, 24, 111}},
-                                            {{40, 72, 328}}}) {
-    const auto [tokens, out_features, in_features] = test.shape;
-    const DType out_dtype = test.float_out ? DType::kFloat32 : dtype();
-    const auto matrix = [&](DType type, int64_t cols, uint64_t seed) {
-      return TestTensor(device(), type, {tokens, cols},
-                        {cols + test.padding, 1}, Normal(tokens * cols, seed));
-    };
-    const TestTensor x = matrix(dtype(), in_features, 31);
-    const TestTensor weight(device(), dtype(), {out_features, in_features},
-                            Normal(out_features * in_features, 32));
-    const TestTensor norm_weight(
-        device(), test.float_norm_weight ? DType::kFloat32 : dtype(),
-        {in_features}, Normal(in_features, 33, 1.0f));
-    const TestTensor bias(device(), dtype(), {out_features},
-                          Normal(out_features, 34));
-    for (NormRounding rounding :
-         {NormRounding::kFloat32Multiply, NormRounding::kCastThenMultiply}) {
-      for (Mode mode : Modes()) {
-        SCOPED_TRACE(StrCat(tokens, "x", out_features, "x", in_features, " ",
-                            ModeName(mode)));
-        RmsNormParams norm;
-        const TestTensor normed = matrix(dtype(), in_features, 35);
-        norm.x = x.view();
-        norm.weight = norm_weight.view();
-        norm.out = normed.view();
-        norm.epsilon = 1e-6f;
-        norm.rounding = rounding;
-        ASSERT_TRUE(RmsNorm(norm, stream()).ok());
-        LinearParams p;
-        p.x = normed.view();
-        p.weight = weight.view();
-        p.bias = bias.view();
-        const TestTensor product = matrix(out_dtype, out_features, 36);
-        p.out = product.view();
-        Run(p, mode);
-        const TestTensor residual = matrix(out_dtype, out_features, 37);
-        std::vector<double> sum = residual.InitialValues();
-        const std::vector<double> terms = product.Values();
-        for (size_t i = 0; i < sum.size(); ++i) {
-          sum[i] =
-              testing::RoundTo(out_dtype, static_cast<float>(sum[i]) +
-                                              static_cast<float>(terms[i]));
-        }
-
-        const TestTensor fused_normed = matrix(dtype(), in_features, 38);
-        const TestTensor out = matrix(out_dtype, out_features, 39);
-        p.x = x.view();
-        p.norm.weight = norm.weight;
-        p.norm.out = fused_normed.view();
-        p.norm.epsilon = norm.epsilon;
-        p.norm.rounding = rounding;
-        p.out = out.view();
-        p.weights_are_constant = true;
-        Run(p, mode);
-        EXPECT_EQ(fused_normed.Values(), normed.Values());
-        EXPECT_EQ(out.Values(), terms);
-        EXPECT_EQ(fused_normed.NumStrayWrites(), 0);
-        EXPECT_EQ(x.Bytes(), x.InitialBytes());
-
-        p.residual = residual.view();
-        Run(p, mode);
-        EXPECT_EQ(out.Values(), sum);
-        EXPECT_EQ(out.NumStrayWrites(), 0);
-        EXPECT_EQ(residual.Bytes(), residual.InitialBytes());
-        p.weights_are_constant = false;
-        p.out = residual.view();
-        Run(p, mode);
-        EXPECT_EQ(residual.Values(), sum);
-        EXPECT_EQ(residual.NumStrayWrites(), 0);
-        if (HasFailure()) return;
-      }
-    }
-  }
-}
-
-// More tiles than the ring of stages has room for, and rows past a tile's end.
-TEST_P(LinearTest, FewTokensMatchTheirRowsAlone) {
-  if (device().type == DeviceType::kCpu || dtype() != DType::kBFloat16) {
-    GTEST_SKIP() << "for the streaming kernel";
-  }
-  for (Shape shape : {Shape{8, 6605, 2048}, Shape{16, 2001, 2056},
-                      Shape{4, 2213, 4104}, Shape{2, 40, 8192}}) {
-    SCOPED_TRACE(
-        StrCat(shape.tokens, "x", shape.out_features, "x", shape.in_features));
-    const Call all(device(), dtype(), shape, {true, true, 0, 0});
-    const std::vector<double> expected = OutOf(all, Mode::kDefault);
-    for (int64_t first : {int64_t{0}, shape.tokens - 1}) {
-      const TestTensor out(device(), DType::kFloat32, {1, shape.out_features});
-      LinearParams p = all.params();
-      p.x = Rows(p.x, first, 1);
-      p.out = out.view();
-      Run(p, Mode::kDefault);
-      const std::vector<double> actual = out.Values();
-      EXPECT_EQ(
-          std::memcmp(actual.data(), &expected[first * shape.out_features],
-                      actual.size() * sizeof(double)),
-          0);
-    }
-    Run(all.params(), Mode::kBatchInvariant);
-    EXPECT_LT(testing::RelativeFrobeniusError(all.Values(), expected), 1e-5);
-  }
-}
-
 TEST_P(LinearTest, CpuResultDoesNotDependOnThreads) {
   if (device().type != DeviceType::kCpu) GTEST_SKIP() << "for the CPU";
   for (int64_t tokens : {1, 5, 70}) {
-    const Call call(device(), dtype(), {tokens, 777, 300}, {true, false, 0, 0});
-    Run(call.params(), Mode::kDefault, Stream());
+    const LinearCall call(device(), dtype(), {tokens, 777, 300},
+                          {true, false, 0, 0});
+    Run(call.params(), LinearMode::kDefault, Stream());
     const std::vector<double> alone = call.Values();
     for (int threads : {1, 2, 3, 5}) {
       StatusOr<OwnedStream> stream = OwnedStream::Create(device(), threads);
       ASSERT_TRUE(stream.ok());
-      const Call again(device(), dtype(), {tokens, 777, 300},
-                       {true, false, 0, 0});
-      Run(again.params(), Mode::kDefault, stream->get());
+      const LinearCall again(device(), dtype(), {tokens, 777, 300},
+                             {true, false, 0, 0});
+      Run(again.params(), LinearMode::kDefault, stream->get());
       EXPECT_EQ(again.Values(), alone) << threads << " threads";
     }
   }
@@ -521,8 +238,8 @@ TEST_P(LinearTest, OffsetsBeyond31Bits) {
   if (dtype() != DType::kBFloat16) GTEST_SKIP() << "one dtype will do";
   constexpr int64_t kStride = (int64_t{1} << 31) + 64;
   constexpr int64_t kSize = 64;
-  const Call call(device(), dtype(), {2, kSize, kSize}, {});
-  const std::vector<double> expected = OutOf(call, Mode::kDefault);
+  const LinearCall call(device(), dtype(), {2, kSize, kSize}, {});
+  const std::vector<double> expected = OutOf(call, LinearMode::kDefault);
   StatusOr<Buffer> buffer =
       Buffer::Allocate(device(), (kStride + kSize) * sizeof(BFloat16));
   if (!buffer.ok()) GTEST_SKIP() << buffer.status().message();
@@ -535,8 +252,8 @@ TEST_P(LinearTest, OffsetsBeyond31Bits) {
   };
   const TensorView far =
       MakeMatrix(buffer->data(), dtype(), device(), 2, kSize, kStride);
-  for (Mode mode : Modes()) {
-    SCOPED_TRACE(ModeName(mode));
+  for (LinearMode mode : Modes()) {
+    SCOPED_TRACE(LinearModeName(mode));
     LinearParams p = call.params();
     p.x = far;  // then the weight's first two rows, then out
     for (int64_t row : {0, 1}) copy_row(far, call.params().x, row);
@@ -571,13 +288,13 @@ TEST_P(LinearTest, OffsetsBeyond31Bits) {
 }
 
 TEST_P(LinearTest, ZeroTokensIsOk) {
-  const Call call(device(), dtype(), {0, 64, 64}, {true, false, 0, 0});
+  const LinearCall call(device(), dtype(), {0, 64, 64}, {true, false, 0, 0});
   EXPECT_EQ(LinearWorkspaceBytes(call.params()), 0u);
   EXPECT_TRUE(Linear(call.params(), stream()).ok());
 }
 
 TEST_P(LinearTest, WorkspaceGrowsWithTokens) {
-  for (Mode mode : Modes()) {
+  for (LinearMode mode : Modes()) {
     size_t previous = 0;
     for (int64_t tokens : {1, 8, 9, 64, 1000}) {
       // Needs no data.
@@ -585,7 +302,7 @@ TEST_P(LinearTest, WorkspaceGrowsWithTokens) {
       p.x = MakeTensor(nullptr, dtype(), device(), {tokens, 128});
       p.weight = MakeTensor(nullptr, dtype(), device(), {64, 128});
       p.out = MakeTensor(nullptr, dtype(), device(), {tokens, 64});
-      p.cublas_lt = mode == Mode::kCublasLt ? cublas_lt_.get() : nullptr;
+      p.cublas_lt = mode == LinearMode::kCublasLt ? cublas_lt_.get() : nullptr;
       const size_t bytes = LinearWorkspaceBytes(p);
       EXPECT_GE(bytes, previous);
       previous = bytes;
@@ -596,7 +313,7 @@ TEST_P(LinearTest, WorkspaceGrowsWithTokens) {
 }
 
 TEST_P(LinearTest, RejectsBadArguments) {
-  const Call call(device(), dtype(), {4, 48, 64}, {true, false, 0, 0});
+  const LinearCall call(device(), dtype(), {4, 48, 64}, {true, false, 0, 0});
   StatusOr<Buffer> workspace = Buffer::Allocate(device(), 1 << 16);
   ASSERT_TRUE(workspace.ok());
   LinearParams good = call.params();
@@ -693,7 +410,7 @@ TEST_P(LinearTest, RejectsBadArguments) {
   }
   EXPECT_TRUE(Linear(good, stream()).ok());
   if (cublas_lt_ == nullptr) return;
-  const Call on_cpu(Device(), dtype(), {4, 48, 64}, {});
+  const LinearCall on_cpu(Device(), dtype(), {4, 48, 64}, {});
   LinearParams p = on_cpu.params();
   p.cublas_lt = cublas_lt_.get();
   testing::ExpectInvalid(Linear(p, Stream()), {"cublas_lt", "cuda:0", "cpu:0"});
