@@ -205,7 +205,9 @@ class MoeModelShapesTest : public Fixture {
       EXPECT_TRUE(status.ok()) << status.message();
       EXPECT_TRUE(Synchronize(device, stream).ok());
       EXPECT_EQ(out.NumStrayWrites(), 0);
-      if (tokens <= 300) EXPECT_EQ(guarded.NumStrayWrites(), 0);
+      if (tokens <= 300) {
+        EXPECT_EQ(guarded.NumStrayWrites(), 0);
+      }
       return out;
     };
     const std::vector<double> expected =
