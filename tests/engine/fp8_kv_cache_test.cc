@@ -8,24 +8,15 @@
 #include <vector>
 
 #include "engine/session.h"
-#include "ops/core/device_info.h"
+#include "tests/engine/session_fixture.h"
 #include "tests/testing/op_test.h"
 
 namespace tenon {
 namespace {
 
-constexpr int32_t kVocab = 131;
-
-class Fp8KvCacheTest : public ::testing::TestWithParam<DeviceType> {
+class Fp8KvCacheTest : public testing::SessionTestBase {
  protected:
-  void SetUp() override {
-    if (GetParam() == DeviceType::kCuda && NumCudaDevices() == 0) {
-      GTEST_SKIP() << "no CUDA device";
-    }
-    StatusOr<std::shared_ptr<const Model>> model =
-        Model::Load("tests/golden/qwen3_dense_tiny", {GetParam(), 0});
-    ASSERT_TRUE(model.ok()) << model.status().message();
-    model_ = *std::move(model);
+  Fp8KvCacheTest() : SessionTestBase("tests/golden/qwen3_dense_tiny") {
     for (int32_t i = 0; i < 40; ++i) {
       prompt_.push_back((i * 29 + i * i * 7) % kVocab);
     }
@@ -50,16 +41,9 @@ class Fp8KvCacheTest : public ::testing::TestWithParam<DeviceType> {
     return options;
   }
 
-  std::unique_ptr<Session> Create(const SessionOptions& options) {
-    StatusOr<std::unique_ptr<Session>> session =
-        Session::Create(model_, options);
-    EXPECT_TRUE(session.ok()) << session.status().message();
-    return session.ok() ? *std::move(session) : nullptr;
-  }
-
   // Logits of every token of the prompt, given in chunks.
   std::vector<float> Logits(const SessionOptions& options, int32_t chunk) {
-    const std::unique_ptr<Session> session = Create(options);
+    const std::unique_ptr<Session> session = SessionWith(options);
     StatusOr<SequenceId> sequence = session->CreateSequence();
     EXPECT_TRUE(sequence.ok());
     std::vector<float> logits(prompt_.size() * kVocab);
@@ -92,7 +76,6 @@ class Fp8KvCacheTest : public ::testing::TestWithParam<DeviceType> {
     return std::sqrt(error / norm);
   }
 
-  std::shared_ptr<const Model> model_;
   std::vector<int32_t> prompt_;
 };
 
@@ -123,7 +106,7 @@ TEST_P(Fp8KvCacheTest, ScalesReachBothSides) {
 }
 
 TEST_P(Fp8KvCacheTest, ForksCopyPages) {
-  const std::unique_ptr<Session> session = Create(Fp8Options());
+  const std::unique_ptr<Session> session = SessionWith(Fp8Options());
   const auto run = [&](SequenceId sequence, std::vector<int32_t> tokens) {
     std::vector<float> logits(kVocab);
     StepRow row;
@@ -147,12 +130,12 @@ TEST_P(Fp8KvCacheTest, ForksCopyPages) {
 
 TEST_P(Fp8KvCacheTest, TakesAsManyBytesAsElements) {
   const int64_t size = static_cast<int64_t>(DTypeSize(model_->weights.dtype));
-  EXPECT_EQ(Create(Options())->kv_cache_bytes(),
-            size * Create(Fp8Options())->kv_cache_bytes());
+  EXPECT_EQ(SessionWith(Options())->kv_cache_bytes(),
+            size * SessionWith(Fp8Options())->kv_cache_bytes());
   SessionOptions same = Options();
   same.kv_cache_dtype = model_->weights.dtype;
-  EXPECT_EQ(Create(same)->kv_cache_bytes(),
-            Create(Options())->kv_cache_bytes());
+  EXPECT_EQ(SessionWith(same)->kv_cache_bytes(),
+            SessionWith(Options())->kv_cache_bytes());
 }
 
 TEST_P(Fp8KvCacheTest, RejectsBadOptions) {
@@ -170,11 +153,8 @@ TEST_P(Fp8KvCacheTest, RejectsBadOptions) {
   expect({"k_scale", "nan"}, Fp8Options(NAN, 1.0f));
 }
 
-INSTANTIATE_TEST_SUITE_P(Devices, Fp8KvCacheTest,
-                         ::testing::Values(DeviceType::kCpu, DeviceType::kCuda),
-                         [](const auto& info) {
-                           return std::string(DeviceTypeName(info.param));
-                         });
+INSTANTIATE_TEST_SUITE_P(Devices, Fp8KvCacheTest, testing::SessionDevices(),
+                         testing::SessionDeviceName);
 
 }  // namespace
 }  // namespace tenon

@@ -7,9 +7,8 @@
 #include <vector>
 
 #include "engine/session.h"
-#include "ops/core/device_info.h"
+#include "tests/engine/session_fixture.h"
 #include "tests/engine/traffic.h"
-#include "tests/testing/op_test.h"
 
 namespace tenon {
 namespace {
@@ -19,22 +18,13 @@ using testing::Traffic;
 
 constexpr int32_t kMaxSequences = 11;
 constexpr int32_t kMaxContext = 96;
-constexpr int32_t kVocab = 131;
 
-class PipelinedStepTest : public ::testing::TestWithParam<DeviceType> {
+class PipelinedStepTest : public testing::SessionTestBase {
  protected:
   void SetUp() override {
-    if (GetParam() == DeviceType::kCuda && NumCudaDevices() == 0) {
-      GTEST_SKIP() << "no CUDA device";
-    }
-    StatusOr<std::shared_ptr<const Model>> model =
-        Model::Load("tests/golden/qwen3_moe_tiny", {GetParam(), 0});
-    ASSERT_TRUE(model.ok()) << model.status().message();
-    model_ = *std::move(model);
-    session_ = MakeSession();
+    SessionTestBase::SetUp();
+    if (model_ != nullptr) session_ = MakeSession();
   }
-
-  bool on_cuda() const { return GetParam() == DeviceType::kCuda; }
 
   std::unique_ptr<Session> MakeSession(bool batch_invariant = true) {
     SessionOptions options;
@@ -44,22 +34,10 @@ class PipelinedStepTest : public ::testing::TestWithParam<DeviceType> {
     options.batch_invariant = batch_invariant;
     options.count_experts = true;
     options.num_threads = 2;
-    StatusOr<std::unique_ptr<Session>> session =
-        Session::Create(model_, options);
-    EXPECT_TRUE(session.ok()) << session.status().message();
-    return session.ok() ? *std::move(session) : nullptr;
+    return SessionWith(options);
   }
 
   SequenceId Create() { return *session_->CreateSequence(); }
-
-  static StepRow Row(SequenceId sequence, const std::vector<int32_t>& tokens) {
-    StepRow row;
-    row.sequence = sequence;
-    row.tokens = tokens.data();
-    row.num_tokens = static_cast<int32_t>(tokens.size());
-    row.sampling.temperature = 0.0f;
-    return row;
-  }
 
   static StepRow Next(SequenceId sequence) {
     StepRow row;
@@ -99,7 +77,6 @@ class PipelinedStepTest : public ::testing::TestWithParam<DeviceType> {
     return tokens;
   }
 
-  std::shared_ptr<const Model> model_;
   std::unique_ptr<Session> session_;
   const std::vector<int32_t> prompt_ = {3, 14, 15, 92, 65, 35};
   const std::vector<int32_t> other_ = {27, 18, 28};
@@ -252,11 +229,8 @@ TEST_P(PipelinedStepTest, StepOfNoRows) {
   EXPECT_TRUE(Wait().empty());
 }
 
-INSTANTIATE_TEST_SUITE_P(Devices, PipelinedStepTest,
-                         ::testing::Values(DeviceType::kCpu, DeviceType::kCuda),
-                         [](const auto& info) {
-                           return std::string(DeviceTypeName(info.param));
-                         });
+INSTANTIATE_TEST_SUITE_P(Devices, PipelinedStepTest, testing::SessionDevices(),
+                         testing::SessionDeviceName);
 
 }  // namespace
 }  // namespace tenon

@@ -8,26 +8,19 @@
 #include <vector>
 
 #include "engine/session.h"
-#include "ops/core/device_info.h"
 #include "ops/sampler/logit_edits.h"
+#include "tests/engine/session_fixture.h"
 #include "tests/testing/op_test.h"
 
 namespace tenon {
 namespace {
 
-constexpr int32_t kVocab = 131;
-constexpr int32_t kWords = (kVocab + 31) / 32;
-
-class SessionSamplingTest : public ::testing::TestWithParam<DeviceType> {
+class SessionSamplingTest : public testing::SessionTestBase {
  protected:
+  static constexpr int32_t kWords = (kVocab + 31) / 32;
+
   void SetUp() override {
-    if (GetParam() == DeviceType::kCuda && NumCudaDevices() == 0) {
-      GTEST_SKIP() << "no CUDA device";
-    }
-    StatusOr<std::shared_ptr<const Model>> model =
-        Model::Load("tests/golden/qwen3_moe_tiny", {GetParam(), 0});
-    ASSERT_TRUE(model.ok()) << model.status().message();
-    model_ = *std::move(model);
+    SessionTestBase::SetUp();
     options_.max_sequences = 5;
     options_.max_tokens = 48;
     options_.max_context = 64;
@@ -39,21 +32,14 @@ class SessionSamplingTest : public ::testing::TestWithParam<DeviceType> {
   }
 
   void CreateSession() {
-    StatusOr<std::unique_ptr<Session>> session =
-        Session::Create(model_, options_);
-    ASSERT_TRUE(session.ok()) << session.status().message();
-    session_ = *std::move(session);
+    session_ = SessionWith(options_);
+    ASSERT_NE(session_, nullptr);
   }
 
   StepRow NewRow() {
     StatusOr<SequenceId> sequence = session_->CreateSequence();
     EXPECT_TRUE(sequence.ok());
-    StepRow row;
-    row.sequence = *sequence;
-    row.tokens = prompt_.data();
-    row.num_tokens = static_cast<int32_t>(prompt_.size());
-    row.sampling.temperature = 0.0f;
-    return row;
+    return Row(*sequence, prompt_);
   }
 
   std::vector<StepRowResult> Step(const std::vector<StepRow>& rows) {
@@ -63,7 +49,6 @@ class SessionSamplingTest : public ::testing::TestWithParam<DeviceType> {
     return results;
   }
 
-  std::shared_ptr<const Model> model_;
   SessionOptions options_;
   std::unique_ptr<Session> session_;
   std::vector<int32_t> prompt_ = {5, 77, 12, 100, 3};
@@ -209,10 +194,7 @@ TEST_P(SessionSamplingTest, RejectsWhatItCannotDo) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Devices, SessionSamplingTest,
-                         ::testing::Values(DeviceType::kCpu, DeviceType::kCuda),
-                         [](const auto& info) {
-                           return std::string(DeviceTypeName(info.param));
-                         });
+                         testing::SessionDevices(), testing::SessionDeviceName);
 
 }  // namespace
 }  // namespace tenon

@@ -8,29 +8,18 @@
 #include <string>
 #include <vector>
 
-#include "ops/core/device_info.h"
+#include "tests/engine/session_fixture.h"
 #include "tests/testing/op_test.h"
 
 namespace tenon {
 namespace {
 
-constexpr int32_t kVocab = 131;
 constexpr int32_t kMaxContext = 64;
 constexpr int32_t kPageSize = 8;
 constexpr int32_t kMaxSequences = 4;
 
-class SessionTest : public ::testing::TestWithParam<DeviceType> {
+class SessionTest : public testing::SessionTestBase {
  protected:
-  void SetUp() override {
-    if (GetParam() == DeviceType::kCuda && NumCudaDevices() == 0) {
-      GTEST_SKIP() << "no CUDA device";
-    }
-    StatusOr<std::shared_ptr<const Model>> model =
-        Model::Load("tests/golden/qwen3_moe_tiny", {GetParam(), 0});
-    ASSERT_TRUE(model.ok()) << model.status().message();
-    model_ = *std::move(model);
-  }
-
   std::unique_ptr<Session> MakeSession(int64_t num_pages = 0,
                                        bool batch_invariant = true) {
     SessionOptions options;
@@ -42,10 +31,7 @@ class SessionTest : public ::testing::TestWithParam<DeviceType> {
     options.batch_invariant = batch_invariant;
     options.count_experts = true;
     options.num_threads = 2;
-    StatusOr<std::unique_ptr<Session>> session =
-        Session::Create(model_, options);
-    EXPECT_TRUE(session.ok()) << session.status().message();
-    return session.ok() ? *std::move(session) : nullptr;
+    return SessionWith(options);
   }
 
   static std::vector<int32_t> Tokens(int32_t count, int32_t seed) {
@@ -54,15 +40,6 @@ class SessionTest : public ::testing::TestWithParam<DeviceType> {
       tokens[i] = (seed * 53 + i * 29 + i * i * 7) % kVocab;
     }
     return tokens;
-  }
-
-  static StepRow Row(SequenceId sequence, const std::vector<int32_t>& tokens) {
-    StepRow row;
-    row.sequence = sequence;
-    row.tokens = tokens.data();
-    row.num_tokens = static_cast<int32_t>(tokens.size());
-    row.sampling.temperature = 0.0f;
-    return row;
   }
 
   static SequenceId Create(Session* session) {
@@ -100,8 +77,6 @@ class SessionTest : public ::testing::TestWithParam<DeviceType> {
     }
     return tokens;
   }
-
-  std::shared_ptr<const Model> model_;
 };
 
 TEST_P(SessionTest, MixedStepEqualsSeparateOnes) {
@@ -491,11 +466,8 @@ TEST_P(SessionTest, TakesMeasuredKernelSizes) {
                          {"moe_kernels", "33"});
 }
 
-INSTANTIATE_TEST_SUITE_P(Devices, SessionTest,
-                         ::testing::Values(DeviceType::kCpu, DeviceType::kCuda),
-                         [](const auto& info) {
-                           return std::string(DeviceTypeName(info.param));
-                         });
+INSTANTIATE_TEST_SUITE_P(Devices, SessionTest, testing::SessionDevices(),
+                         testing::SessionDeviceName);
 
 }  // namespace
 }  // namespace tenon
