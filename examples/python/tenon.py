@@ -2129,6 +2129,9 @@ class StepRow:
     tokens: int | SequenceOf[int]
     sampling: SamplingParams | None = None  #: None: a chunk with more to come
     logits: int = LOGITS_NONE
+    # For the token that is drawn.
+    edits: Iterable[LogitEdit] | None = None  #: any order; penalties need some, or ()
+    bitmask: TensorLike | None = None  #: [ceil(vocab / 32)] int32 or uint32, CPU
 
 
 class StepResult(NamedTuple):
@@ -2140,6 +2143,9 @@ class StepResult(NamedTuple):
     logits: list[memoryview | None]  #: float32 [vocab], or [tokens, vocab]
     distinct_experts: list[int] | None  #: of each layer; with count_experts
     microseconds: float  #: of the whole step
+    #: (token, logprob), best first, as many as num_top_logprobs of the row's
+    #: sampling asks for and may be drawn
+    top: list[list[tuple[int, float]]]
 
 
 class Session(_Object):
@@ -2166,13 +2172,18 @@ class Session(_Object):
         kv_cache_k_scale: float = 1.0,
         kv_cache_v_scale: float = 1.0,
         cuda_graphs: bool = True,
+        max_logit_edits: int = 0,
+        logit_bitmasks: bool = False,
+        max_top_logprobs: int = 0,
     ):
         """0 is the default of tenon_session_options; moe_kernels as in Context. All
-        memory is allocated here."""
+        memory is allocated here, also that for edits (of all rows of a step),
+        bitmasks and best tokens (of a row), which rows have none of by default."""
         options = SessionOptions(
             flags=SESSION_BATCH_INVARIANT * batch_invariant
             + SESSION_COUNT_EXPERTS * count_experts
-            + SESSION_NO_CUDA_GRAPHS * (not cuda_graphs),
+            + SESSION_NO_CUDA_GRAPHS * (not cuda_graphs)
+            + SESSION_LOGIT_BITMASKS * logit_bitmasks,
             kv_cache_dtype=kv_cache_dtype,
             kv_cache_k_scale=kv_cache_k_scale,
             kv_cache_v_scale=kv_cache_v_scale,
@@ -2184,6 +2195,8 @@ class Session(_Object):
             max_logit_rows=max_logit_rows,
             num_threads=num_threads,
             kv_cache_bytes=kv_cache_bytes,
+            max_logit_edits=max_logit_edits,
+            max_top_logprobs=max_top_logprobs,
             moe_kernels_json=None if moe_kernels is None else moe_kernels.encode(),
         )
         handle = c_uint64()
@@ -2218,6 +2231,11 @@ class Session(_Object):
         self._tokens = (c_int32 * num_rows)()
         self._logprobs = (ctypes.c_float * num_rows)()
         self._statuses = (c_int32 * num_rows)()
+        self._top_tokens = (c_int32 * MAX_TOP_LOGPROBS * num_rows)()
+        self._top_logprobs = (ctypes.c_float * MAX_TOP_LOGPROBS * num_rows)()
+        for i, row in enumerate(self._rows):
+            row.top_tokens = addressof(self._top_tokens[i])
+            row.top_logprobs = addressof(self._top_logprobs[i])
         self._experts = (c_int32 * self._model_info.num_layers)()
         self._microseconds = ctypes.c_double()
         self._args = _StepArgs(
@@ -2251,6 +2269,8 @@ class Session(_Object):
         starts.append(len(tokens))
         address = tokens.buffer_info()[0]
         logits: list[memoryview | None] = []
+        num_top = []
+        keep: list = []  # while the library reads it
         for i, row in enumerate(rows):
             begin, count = starts[i], starts[i + 1] - starts[i]
             out = self._rows[i]
@@ -2263,6 +2283,9 @@ class Session(_Object):
             logits.append(None)
             if row.logits != LOGITS_NONE:
                 logits[i], out.logits = self._logit_memory(row.logits, count)
+            num_top.append(0 if row.sampling is None else row.sampling.num_top_logprobs)
+            out.edits, out.num_edits = self._edit_memory(row.edits, keep)
+            out.bitmask = self._bitmask_memory(row.bitmask, keep)
         self._args.num_rows = n
         _check(_library.tenon_session_step, c_uint64(self._handle), ctypes.byref(self._args))
         return StepResult(
@@ -2272,7 +2295,39 @@ class Session(_Object):
             logits,
             self._experts[:] if self._count_experts else None,
             self._microseconds.value,
+            [self._top(i, count) for i, count in enumerate(num_top)],
         )
+
+    def _top(self, row: int, count: int) -> list[tuple[int, float]]:
+        tokens, logprobs = self._top_tokens[row], self._top_logprobs[row]
+        return [(t, p) for t, p in zip(tokens[:count], logprobs[:count]) if t >= 0]
+
+    def _edit_memory(
+        self, edits: Iterable[LogitEdit] | None, keep: list
+    ) -> tuple[int | None, int]:
+        """A row's edits in the library's order, aligned to 16 bytes, and their number."""
+        if edits is None:
+            return None, 0
+        packed, (_, count) = LogitEdit.pack([edits], self._model_info.vocab_size)
+        memory = (c_char * (len(packed) + 16))()
+        address = addressof(memory) + -addressof(memory) % 16
+        ctypes.memmove(address, bytes(packed), len(packed))
+        keep.append(memory)
+        return address, count
+
+    def _bitmask_memory(self, bitmask: TensorLike | None, keep: list) -> int | None:
+        """The address of a row's bitmask, which must be as the library reads it."""
+        if bitmask is None:
+            return None
+        tensor = bitmask if type(bitmask) is Tensor else Tensor(bitmask)
+        keep.append(tensor)
+        shape = ((self._model_info.vocab_size + 31) // 32,)
+        dtype = (tensor._dl.dtype_code, tensor._dl.dtype_bits)
+        if tensor.device[0] != DEVICE_CPU or dtype not in ((0, 32), (1, 32)):
+            raise TypeError(f"bitmask is {tensor}, expected int32 or uint32 on the CPU")
+        if tensor.shape != shape or tensor.strides not in (None, (1,)):
+            raise ValueError(f"bitmask is {tensor}, expected shape {shape}, compact")
+        return tensor.data
 
     def _logit_memory(self, mode: int, count: int) -> tuple[memoryview, int]:
         vocab = self._model_info.vocab_size

@@ -114,6 +114,94 @@ class EngineTest(unittest.TestCase):
             self.assertGreater(result.microseconds, 0)
             self.assertEqual(session.info.num_tokens, 2 * len(PROMPT) + 3)
 
+    def draw(self, session, sampling, **fields):
+        """The token after the prompt, and the best ones. Beside another row,
+        whose token must not change."""
+        greedy = tenon.SamplingParams.greedy()
+        with session.sequence() as sequence, session.sequence() as other:
+            rows = [
+                tenon.StepRow(other, PROMPT, greedy),
+                tenon.StepRow(sequence, PROMPT, sampling, **fields),
+            ]
+            result = session.step(rows)
+        self.assertEqual(result.statuses, [tenon.SAMPLE_OK] * 2)
+        self.assertEqual(result.top[0], [])
+        if not hasattr(self, "plain"):
+            self.plain = result.tokens[0]
+        self.assertEqual(result.tokens[0], self.plain)
+        return result.tokens[1], result.top[1]
+
+    def test_edits_bitmasks_and_best_tokens(self):
+        options = {"max_logit_edits": 5, "logit_bitmasks": True, "max_top_logprobs": 3}
+        with self.model.session(**options) as session:
+            info = session.info
+            self.assertEqual((info.max_logit_edits, info.max_top_logprobs), (5, 3))
+            self.assertTrue(info.flags & tenon.SESSION_LOGIT_BITMASKS)
+            sampling = tenon.SamplingParams(0, num_top_logprobs=3)
+            token, top = self.draw(session, sampling)
+            best, second, third = (t for t, _ in top)
+            self.assertEqual(token, best)
+            with session.sequence() as sequence:
+                row = tenon.StepRow(
+                    sequence, PROMPT, tenon.SamplingParams(), tenon.LOGITS_LAST
+                )
+                logits = np.asarray(session.step([row]).logits[0]).astype(np.float64)
+            order = np.argsort(-logits, kind="stable")
+            self.assertEqual([best, second, third], order[:3].tolist())
+            logprobs = logits - logits.max()
+            logprobs -= np.log(np.exp(logprobs).sum())
+            np.testing.assert_allclose(
+                [p for _, p in top], logprobs[order[:3]], atol=1e-4
+            )
+
+            # In whichever order they are given.
+            bans = [tenon.LogitEdit(t, tenon.EDIT_BAN) for t in (best, second)]
+            last = int(order[-1])
+            for edits in (bans, bans[::-1], iter(bans)):
+                token, top = self.draw(session, sampling, edits=edits)
+                self.assertEqual([token, top[0][0]], [third, third])
+            edits = [*bans, tenon.LogitEdit(last, bias=100)]
+            self.assertEqual(self.draw(session, sampling, edits=edits)[0], last)
+            edits = [tenon.LogitEdit(best, 1)]  # once in the output
+            sampling.presence_penalty = 100
+            self.assertEqual(self.draw(session, sampling, edits=edits)[0], second)
+            self.assertEqual(self.draw(session, sampling, edits=())[0], best)
+            with self.assertRaisesRegex(tenon.TenonError, "need edits"):
+                self.draw(session, sampling)
+            sampling.presence_penalty = 0
+
+            bitmask = np.zeros((self.model.info.vocab_size + 31) // 32, np.int32)
+            allowed = sorted((second, last), key=order.tolist().index)
+            for t in allowed:
+                bitmask.view(np.uint32)[t // 32] |= np.uint32(1 << t % 32)
+            for mask in (bitmask, bitmask.view(np.uint32), tenon.Tensor(bitmask)):
+                token, top = self.draw(session, sampling, bitmask=mask)
+                self.assertEqual([token, *(t for t, _ in top)], [second, *allowed])
+            token, top = self.draw(session, sampling, edits=bans, bitmask=bitmask)
+            self.assertEqual([token, *(t for t, _ in top)], [last, last])
+            # Nothing stays behind for the next step.
+            self.assertEqual(self.draw(session, sampling)[0], best)
+            self.assertEqual(self.draw(session, tenon.SamplingParams(0))[1], [])
+
+            wide = np.zeros(2 * bitmask.size, np.int32)
+            for bad in (bitmask[:-1], bitmask[None], wide[::2], wide):
+                with self.assertRaisesRegex(ValueError, "bitmask is .* expected shape"):
+                    self.draw(session, sampling, bitmask=bad)
+            for bad in (bitmask.astype(np.int64), bitmask.view(np.float32), [1] * 8):
+                with self.assertRaisesRegex(TypeError, "expected int32|no tensor"):
+                    self.draw(session, sampling, bitmask=bad)
+            with self.assertRaisesRegex(tenon.TenonError, "twice"):
+                self.draw(session, sampling, edits=bans + bans)
+            with self.assertRaisesRegex(tenon.TenonError, "6 edits, more than"):
+                edits = [tenon.LogitEdit(i) for i in range(6)]
+                self.draw(session, sampling, edits=edits)
+            sampling.num_top_logprobs = 4
+            with self.assertRaisesRegex(tenon.TenonError, "more than max_top_logprobs"):
+                self.draw(session, sampling)
+        with self.model.session() as session:
+            with self.assertRaisesRegex(tenon.TenonError, "bitmask"):
+                self.draw(session, tenon.SamplingParams(), bitmask=bitmask)
+
     def test_fork_and_truncate(self):
         with self.model.session() as session:
             greedy = tenon.SamplingParams.greedy()
