@@ -1,4 +1,3 @@
-#include <limits>
 #include <set>
 
 #include "ops/sampler/sampler.h"
@@ -15,8 +14,6 @@ using testing::Normal;
 using testing::SamplerCall;
 using testing::SamplerResult;
 using testing::TestTensor;
-
-constexpr float kInf = std::numeric_limits<float>::infinity();
 
 class SamplerFiltersTest : public testing::SamplerCallTest {
  protected:

@@ -1,5 +1,4 @@
 #include <cmath>
-#include <limits>
 #include <numeric>
 #include <set>
 
@@ -19,8 +18,6 @@ using testing::SamplerCall;
 using testing::SamplerResult;
 using testing::TestTensor;
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr uint64_t kAllOnes = ~uint64_t{0};
 
 class SamplerPeerBugsTest : public testing::SamplerCallTest {

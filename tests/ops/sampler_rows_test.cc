@@ -1,5 +1,4 @@
 #include <limits>
-#include <set>
 
 #include "ops/sampler/sampler.h"
 #include "tests/ops/sampler_call.h"
@@ -16,8 +15,6 @@ using testing::SamplerCall;
 using testing::SamplerResult;
 using testing::TestTensor;
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr int64_t kVocab = 1000;
 
 class SamplerRowsTest : public testing::SamplerCallTest {

@@ -16,15 +16,14 @@ using testing::Filters;
 using testing::Normal;
 using testing::TestTensor;
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr int64_t kQwenVocab = 151936;
 
 // Natural logarithms, so that a softmax gives the probabilities back.
 std::vector<float> LogitsOf(const std::vector<double>& probabilities) {
   std::vector<float> logits;
   for (double p : probabilities) {
-    logits.push_back(p > 0.0 ? static_cast<float>(std::log(p)) : -kInf);
+    logits.push_back(p > 0.0 ? static_cast<float>(std::log(p))
+                             : -std::numeric_limits<float>::infinity());
   }
   return logits;
 }

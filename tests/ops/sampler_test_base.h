@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <limits>
 #include <set>
 #include <vector>
 
@@ -40,6 +41,9 @@ inline SamplingParams Filters(int32_t top_k, float top_p, float min_p,
 
 class SamplerTestBase : public OpTest {
  protected:
+  static constexpr float kInf = std::numeric_limits<float>::infinity();
+  static constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
   // One row of logits of a vocabulary.
   TestTensor Logits(const std::vector<float>& row) {
     return TestTensor(device(), dtype(), {1, static_cast<int64_t>(row.size())},
