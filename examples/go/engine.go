@@ -137,6 +137,11 @@ type SessionOptions struct {
 	NumThreads     int
 	KvCacheBytes   int64
 	MoEKernelsJSON string // see Context.SetMoEKernels; "": those built in
+
+	// What rows may have.
+	MaxLogitEdits  int // of all rows of a step
+	LogitBitmasks  bool
+	MaxTopLogprobs int // of a row, see SamplingParams.NumTopLogprobs
 }
 
 // A Session runs a model. Any number of goroutines may use one; their calls
@@ -162,6 +167,9 @@ func (m *Model) NewSession(options SessionOptions) (*Session, error) {
 		max_logit_rows: C.int32_t(options.MaxLogitRows),
 		num_threads:    C.int32_t(options.NumThreads),
 		kv_cache_bytes: C.int64_t(options.KvCacheBytes),
+
+		max_logit_edits:  C.int32_t(options.MaxLogitEdits),
+		max_top_logprobs: C.int32_t(options.MaxTopLogprobs),
 	}
 	if options.MoEKernelsJSON != "" {
 		raw.moe_kernels_json = C.CString(options.MoEKernelsJSON)
@@ -169,6 +177,9 @@ func (m *Model) NewSession(options SessionOptions) (*Session, error) {
 	}
 	if options.BatchInvariant {
 		raw.flags |= C.TENON_SESSION_BATCH_INVARIANT
+	}
+	if options.LogitBitmasks {
+		raw.flags |= C.TENON_SESSION_LOGIT_BITMASKS
 	}
 	s := &Session{vocabSize: info.VocabSize}
 	err = check(func(e *C.tenon_error) C.int32_t {

@@ -86,6 +86,21 @@ func NewSamplingParams() SamplingParams {
 	return SamplingParams{Temperature: 1, TopP: 1}
 }
 
+// Bits of LogitEdit.State, above the count of the token in the output.
+const (
+	EditInPrompt = C.TENON_EDIT_IN_PROMPT
+	EditAllow    = C.TENON_EDIT_ALLOW
+	EditBan      = C.TENON_EDIT_BAN
+)
+
+// A LogitEdit is tenon_logit_edit: what to do with one logit.
+type LogitEdit struct {
+	Token  int32
+	State  uint32
+	Bias   float32 // added before the penalties
+	Offset float32 // added after them
+}
+
 // A Row is what a step does with one sequence.
 type Row struct {
 	Sequence *Sequence
@@ -98,6 +113,14 @@ type Row struct {
 	// Logits, if not nil, receives those of the last token (vocab_size of them)
 	// or of all tokens.
 	Logits []float32
+
+	// Edits of the logits that the next token is drawn from, in any order. nil:
+	// none, with which there are no penalties.
+	Edits []LogitEdit
+
+	// Bitmask, if not nil, has a bit for each token of the vocabulary, bit 0 of
+	// word 0 the first: 1 where it may be drawn.
+	Bitmask []uint32
 }
 
 // Sampled is the token that a step drew for a row.
@@ -105,6 +128,16 @@ type Sampled struct {
 	Token   int32 // -1: none
 	Logprob float32
 	Status  int32 // SampleOK, SampleNoSupport or SampleNonFinite
+
+	// Top are the best tokens, best first: SamplingParams.NumTopLogprobs of them,
+	// or as many as may be drawn.
+	Top []TokenLogprob
+}
+
+// A TokenLogprob is a token and its logprob.
+type TokenLogprob struct {
+	Token   int32
+	Logprob float32
 }
 
 // Step appends each row's tokens to its sequence and draws the next ones, in one
@@ -138,6 +171,9 @@ func (s *Session) Step(rows []Row) ([]Sampled, error) {
 			logits[i] = arenaSlice[float32](&a, len(row.Logits))
 			raw.logits = (*C.float)(&logits[i][0])
 		}
+		if err := s.setEdits(&a, &row, raw); err != nil {
+			return nil, err
+		}
 	}
 	results, err := s.step(&a, rawRows)
 	if err != nil {
@@ -145,8 +181,59 @@ func (s *Session) Step(rows []Row) ([]Sampled, error) {
 	}
 	for i, row := range rows {
 		copy(row.Logits, logits[i])
+		results[i].Top = topOf(&rawRows[i])
 	}
 	return results, nil
+}
+
+// setEdits gives the raw row what changes or lists the logits of its token.
+func (s *Session) setEdits(a *arena, row *Row, raw *C.tenon_step_row) error {
+	if row.Sampling != nil && row.Sampling.NumTopLogprobs != 0 {
+		// The library refuses to write more.
+		raw.top_tokens = &arenaSlice[C.int32_t](a, C.TENON_MAX_TOP_LOGPROBS)[0]
+		raw.top_logprobs = &arenaSlice[C.float](a, C.TENON_MAX_TOP_LOGPROBS)[0]
+	}
+	if row.Bitmask != nil {
+		if words := (s.vocabSize + 31) / 32; len(row.Bitmask) != words {
+			return invalidArgument("a bitmask of %d words, expected %d", len(row.Bitmask), words)
+		}
+		raw.bitmask = (*C.uint32_t)(&arenaCopy(a, row.Bitmask)[0])
+	}
+	if row.Edits == nil {
+		return nil
+	}
+	// One more than there are, so that none have an address too.
+	edits := arenaSlice[C.tenon_logit_edit](a, len(row.Edits)+1)
+	for i, edit := range row.Edits {
+		edits[i] = C.tenon_logit_edit{
+			id:     C.int32_t(edit.Token),
+			state:  C.uint32_t(edit.State),
+			bias:   C.float(edit.Bias),
+			offset: C.float(edit.Offset),
+		}
+	}
+	raw.edits = &edits[0]
+	raw.num_edits = C.int32_t(len(row.Edits))
+	return check(func(e *C.tenon_error) C.int32_t {
+		return C.tenon_logit_edits_sort(&edits[0], C.int64_t(len(row.Edits)),
+			C.int64_t(s.vocabSize), e)
+	})
+}
+
+// topOf reads the best tokens of a row after its step.
+func topOf(row *C.tenon_step_row) []TokenLogprob {
+	if row.sampling == nil || row.sampling.num_top_logprobs == 0 {
+		return nil
+	}
+	count := int(row.sampling.num_top_logprobs)
+	logprobs := unsafe.Slice(row.top_logprobs, count)
+	var top []TokenLogprob
+	for i, token := range unsafe.Slice(row.top_tokens, count) {
+		if token >= 0 {
+			top = append(top, TokenLogprob{int32(token), float32(logprobs[i])})
+		}
+	}
+	return top
 }
 
 func (s *Session) step(a *arena, rows []C.tenon_step_row) ([]Sampled, error) {
@@ -172,7 +259,11 @@ func (s *Session) step(a *arena, rows []C.tenon_step_row) ([]Sampled, error) {
 	}
 	results := make([]Sampled, len(rows))
 	for i := range results {
-		results[i] = Sampled{int32(tokens[i]), float32(logprobs[i]), int32(statuses[i])}
+		results[i] = Sampled{
+			Token:   int32(tokens[i]),
+			Logprob: float32(logprobs[i]),
+			Status:  int32(statuses[i]),
+		}
 	}
 	return results, nil
 }

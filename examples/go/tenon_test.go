@@ -188,7 +188,7 @@ func TestSequences(t *testing.T) {
 		t.Fatal(err)
 	}
 	all := make([]float32, len(prompt)*info.VocabSize)
-	drawn, err := session.Step([]Row{{first, prompt, &SamplingParams{}, all}})
+	drawn, err := session.Step([]Row{{Sequence: first, Tokens: prompt, Sampling: &SamplingParams{}, Logits: all}})
 	if err != nil || drawn[0].Status != SampleOK {
 		t.Fatal(drawn, err)
 	}
@@ -211,11 +211,11 @@ func TestSequences(t *testing.T) {
 	if length, err := second.Len(); length != len(prompt)-1 || err != nil {
 		t.Errorf("%d tokens, %v", length, err)
 	}
-	again, err := session.Step([]Row{{second, prompt[len(prompt)-1:], &SamplingParams{}, nil}})
+	again, err := session.Step([]Row{{Sequence: second, Tokens: prompt[len(prompt)-1:], Sampling: &SamplingParams{}}})
 	if err != nil || again[0].Token != drawn[0].Token {
 		t.Errorf("%v, %v, expected token %d", again, err, drawn[0].Token)
 	}
-	_, err = session.Step([]Row{{second, prompt, nil, make([]float32, 3)}})
+	_, err = session.Step([]Row{{Sequence: second, Tokens: prompt, Logits: make([]float32, 3)}})
 	expectCode(t, err, InvalidArgument)
 	_, err = session.Step(nil)
 	expectCode(t, err, InvalidArgument)
@@ -224,6 +224,101 @@ func TestSequences(t *testing.T) {
 	}
 	_, err = second.Len()
 	expectCode(t, err, NotFound)
+}
+
+func TestEditsBitmasksAndTopTokens(t *testing.T) {
+	session, err := model(t).NewSession(SessionOptions{
+		MaxLogitEdits: 3, LogitBitmasks: true, MaxTopLogprobs: 3,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer session.Close()
+	sampling := SamplingParams{NumTopLogprobs: 3}
+	// Behind a row without any of it.
+	step := func(row Row) ([]Sampled, error) {
+		rows := []Row{{Sampling: &SamplingParams{}}, row}
+		for i := range rows {
+			sequence, err := session.NewSequence()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer sequence.Release()
+			rows[i].Sequence = sequence
+			rows[i].Tokens = []int32{'S', 'h', 'e'}
+		}
+		rows[1].Sampling = &sampling
+		return session.Step(rows)
+	}
+	plain := int32(-1)
+	expect := func(row Row, top ...int32) []Sampled {
+		t.Helper()
+		drawn, err := step(row)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if plain < 0 {
+			plain = drawn[0].Token
+		}
+		if drawn[0].Token != plain || len(drawn[0].Top) != 0 {
+			t.Errorf("the row before: %+v", drawn[0])
+		}
+		got := drawn[1].Top
+		for i := range top {
+			if len(got) != len(top) || got[i].Token != top[i] || drawn[1].Token != top[0] {
+				t.Fatalf("%+v, expected %v", drawn[1], top)
+			}
+		}
+		return drawn
+	}
+
+	drawn := expect(Row{})
+	top := drawn[1].Top
+	if len(top) != 3 || top[0].Token != plain || top[0].Token != drawn[1].Token {
+		t.Fatalf("%+v", drawn)
+	}
+	if math.Abs(float64(top[0].Logprob-drawn[1].Logprob)) > 1e-4 ||
+		!(top[0].Logprob >= top[1].Logprob && top[1].Logprob >= top[2].Logprob) {
+		t.Errorf("logprobs of %+v", drawn[1])
+	}
+	first, second, third := top[0].Token, top[1].Token, top[2].Token
+
+	bans := []LogitEdit{{Token: first, State: EditBan}, {Token: second, State: EditBan}}
+	for i := 0; i < 2; i++ { // in any order
+		if drawn := expect(Row{Edits: bans}); drawn[1].Token != third {
+			t.Errorf("%+v, expected token %d", drawn[1], third)
+		}
+		bans[0], bans[1] = bans[1], bans[0]
+	}
+	if drawn := expect(Row{Edits: []LogitEdit{{Token: 7, Bias: 100}}}); drawn[1].Token != 7 {
+		t.Errorf("%+v, expected token 7", drawn[1])
+	}
+	if drawn := expect(Row{Edits: []LogitEdit{{Token: 8, Offset: 100}}}); drawn[1].Token != 8 {
+		t.Errorf("%+v, expected token 8", drawn[1])
+	}
+	bitmask := make([]uint32, 256/32)
+	for _, token := range []int32{second, third} {
+		bitmask[token/32] |= 1 << (token % 32)
+	}
+	expect(Row{Bitmask: bitmask}, second, third)
+	expect(Row{Bitmask: bitmask, Edits: []LogitEdit{{Token: second, State: EditBan}}}, third)
+	expect(Row{}, first, second, third)
+
+	sampling.PresencePenalty = 1
+	_, err = step(Row{})
+	expectCode(t, err, InvalidArgument)
+	expect(Row{Edits: []LogitEdit{}}, first, second, third)
+	_, err = step(Row{Bitmask: bitmask[1:]})
+	expectCode(t, err, InvalidArgument)
+	_, err = step(Row{Edits: append(bans, bans...)})
+	expectCode(t, err, InvalidArgument)
+	_, err = step(Row{Edits: []LogitEdit{{Token: 1}, {Token: 2}, {Token: 3}, {Token: 4}}})
+	expectCode(t, err, ResourceExhausted)
+	for _, count := range []int32{-1, 4, 1 << 30} {
+		sampling.NumTopLogprobs = count
+		_, err = step(Row{Edits: bans})
+		expectCode(t, err, InvalidArgument)
+	}
 }
 
 func TestGoroutinesShareASession(t *testing.T) {
@@ -241,7 +336,7 @@ func TestGoroutinesShareASession(t *testing.T) {
 		text := "S"
 		for i := 0; i < 5; i++ {
 			next := []int32{int32(text[len(text)-1])}
-			sampled, err := session.Step([]Row{{sequence, next, &SamplingParams{}, nil}})
+			sampled, err := session.Step([]Row{{Sequence: sequence, Tokens: next, Sampling: &SamplingParams{}}})
 			if err != nil {
 				return err.Error()
 			}
