@@ -177,8 +177,10 @@ fn sequences_fork_truncate_and_give_logits() {
         tokens: &prompt,
         sampling: Some(&greedy),
         logits: Logits::All(&mut all),
+        edits: None,
+        bitmask: None,
     }]);
-    let drawn = drawn.unwrap()[0];
+    let drawn = drawn.unwrap().remove(0);
     assert_eq!(drawn.status, sys::TENON_SAMPLE_OK);
     let last = &all[all.len() - vocab_size..];
     assert!(last
@@ -195,6 +197,8 @@ fn sequences_fork_truncate_and_give_logits() {
         tokens: &prompt[prompt.len() - 1..],
         sampling: Some(&greedy),
         logits: Logits::Last(&mut logits),
+        edits: None,
+        bitmask: None,
     }]);
     assert_eq!(again.unwrap()[0].token, drawn.token);
 
@@ -203,10 +207,117 @@ fn sequences_fork_truncate_and_give_logits() {
         tokens: &[0],
         sampling: None,
         logits: Logits::Last(&mut logits[1..]),
+        edits: None,
+        bitmask: None,
     }]);
     assert_eq!(code(wrong), sys::TENON_INVALID_ARGUMENT);
     drop(second);
     assert_eq!(session.info().unwrap().num_sequences, 1);
+}
+
+/// Draws the token after the prompt, in a step behind a row that has nothing else.
+fn draw(
+    session: &Session,
+    sampling: &SamplingParams,
+    edits: Option<&[LogitEdit]>,
+    bitmask: Option<&[u32]>,
+) -> Result<Vec<Sampled>> {
+    let prompt: Vec<i32> = b"She was".iter().map(|&byte| byte.into()).collect();
+    let sequences = [session.sequence()?, session.sequence()?];
+    let row = |i: usize| Row {
+        sequence: &sequences[i],
+        tokens: &prompt,
+        sampling: Some(sampling),
+        logits: Logits::None,
+        edits,
+        bitmask,
+    };
+    let greedy = SamplingParams::default();
+    let plain = Row {
+        sampling: Some(&greedy),
+        edits: None,
+        bitmask: None,
+        ..row(0)
+    };
+    session.step(&mut [plain, row(1)])
+}
+
+#[test]
+fn rows_have_edits_bitmasks_and_best_tokens() {
+    let model = Model::load(library(), &model_directory(), LoadOptions::default()).unwrap();
+    let vocab_size = model.info().unwrap().vocab_size as usize;
+    let options = SessionOptions {
+        flags: sys::TENON_SESSION_LOGIT_BITMASKS,
+        max_logit_edits: 3,
+        max_top_logprobs: 3,
+        ..Default::default()
+    };
+    let session = Session::new(&model, &options).unwrap();
+    let mut sampling = SamplingParams {
+        num_top_logprobs: 3,
+        ..Default::default()
+    };
+    let rows = draw(&session, &sampling, None, None).unwrap();
+    let top = &rows[1].top;
+    let tokens: Vec<i32> = top.iter().map(|&(token, _)| token).collect();
+    assert_eq!((tokens[0], tokens.len()), (rows[1].token, 3));
+    assert!((top[0].1 - rows[1].logprob).abs() < 1e-4, "{:?}", rows);
+    assert!(top[0].1 >= top[1].1 && top[1].1 >= top[2].1, "{:?}", rows);
+    let plain = rows[0].clone();
+    assert_eq!((plain.token, plain.top.len()), (tokens[0], 0));
+
+    let expect = |sampling: &SamplingParams,
+                  edits: Option<&[LogitEdit]>,
+                  bitmask: Option<&[u32]>,
+                  token: i32,
+                  best: &[i32]| {
+        let rows = draw(&session, sampling, edits, bitmask).unwrap();
+        assert_eq!(rows[0], plain);
+        assert_eq!(rows[1].token, token);
+        let top: Vec<i32> = rows[1].top.iter().map(|&(token, _)| token).collect();
+        assert_eq!(top[..best.len()], best[..], "{:?}", rows);
+    };
+    let edit = |id, state, bias, offset| LogitEdit {
+        id,
+        state,
+        bias,
+        offset,
+    };
+    let ban = |id| edit(id, sys::TENON_EDIT_BAN, 0.0, 0.0);
+    // In any order.
+    for bans in [[0, 1], [1, 0]].map(|order| order.map(|i| ban(tokens[i]))) {
+        expect(&sampling, Some(&bans), None, tokens[2], &tokens[2..]);
+    }
+    expect(&sampling, Some(&[edit(7, 0, 100.0, 0.0)]), None, 7, &[7]);
+    expect(&sampling, Some(&[edit(8, 0, 0.0, 100.0)]), None, 8, &[8]);
+    let mut bitmask = vec![0u32; (vocab_size + 31) / 32];
+    for token in &tokens[1..] {
+        bitmask[*token as usize / 32] |= 1 << (token % 32);
+    }
+    expect(&sampling, None, Some(&bitmask), tokens[1], &tokens[1..]);
+    let rows = draw(&session, &sampling, Some(&[ban(tokens[1])]), Some(&bitmask));
+    let only = rows.unwrap().remove(1);
+    assert_eq!((only.token, only.top.len()), (tokens[2], 1));
+
+    let refused =
+        |sampling: &SamplingParams, edits: Option<&[LogitEdit]>, bitmask: Option<&[u32]>| {
+            code(draw(&session, sampling, edits, bitmask))
+        };
+    let short = refused(&sampling, None, Some(&bitmask[1..]));
+    assert_eq!(short, sys::TENON_INVALID_ARGUMENT);
+    let twice = refused(&sampling, Some(&[ban(1), ban(1)]), None);
+    assert_eq!(twice, sys::TENON_INVALID_ARGUMENT);
+    let many = refused(&sampling, Some(&[0, 1, 2, 3].map(ban)), None);
+    assert_eq!(many, sys::TENON_RESOURCE_EXHAUSTED);
+    sampling.presence_penalty = 1.0;
+    let without = refused(&sampling, None, None);
+    assert_eq!(without, sys::TENON_INVALID_ARGUMENT);
+    expect(&sampling, Some(&[]), None, tokens[0], &tokens);
+    for count in [-1, 4, 1 << 30] {
+        sampling.num_top_logprobs = count;
+        let refused = refused(&sampling, Some(&[]), None);
+        assert_eq!(refused, sys::TENON_INVALID_ARGUMENT);
+    }
 }
 
 #[test]
@@ -224,6 +335,8 @@ fn threads_share_a_session() {
                 tokens: &tokens[tokens.len() - 1..],
                 sampling: Some(&greedy),
                 logits: Logits::None,
+                edits: None,
+                bitmask: None,
             }]);
             tokens.push(sampled.unwrap()[0].token);
         }

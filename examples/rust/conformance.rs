@@ -133,6 +133,8 @@ fn generate(
             tokens: drawn.last().map_or(prompt, std::slice::from_ref),
             sampling: Some(sampling),
             logits: Logits::None,
+            edits: None,
+            bitmask: None,
         }])?;
         drawn.push(sampled[0].token);
     }

@@ -1,6 +1,6 @@
 //! Models, and sessions that run them.
 
-use crate::{c_string, sys, Error, Library, Result, SamplingParams, SessionOptions};
+use crate::{c_string, sys, Error, Library, LogitEdit, Result, SamplingParams, SessionOptions};
 use std::ffi::{c_void, CStr};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::ptr::{null, null_mut};
@@ -148,9 +148,11 @@ impl Session {
     /// Appends each row's tokens to its sequence and draws the next ones, in one
     /// pass over the model. After an error every sequence is as it was.
     pub fn step(&self, rows: &mut [Row]) -> Result<Vec<Sampled>> {
+        let mut space: Vec<_> = rows.iter().map(|_| RowSpace::default()).collect();
         let raw_rows = rows
             .iter_mut()
-            .map(|row| row.raw(self.vocab_size))
+            .zip(&mut space)
+            .map(|(row, space)| row.raw(self, space))
             .collect::<Result<Vec<_>>>()?;
         let mut tokens = vec![0; rows.len()];
         let mut logprobs = vec![0.0; rows.len()];
@@ -168,10 +170,12 @@ impl Session {
         })?;
         let results = tokens.into_iter().zip(logprobs).zip(statuses);
         Ok(results
-            .map(|((token, logprob), status)| Sampled {
+            .zip(rows.iter().zip(&space))
+            .map(|(((token, logprob), status), (row, space))| Sampled {
                 token,
                 logprob,
                 status,
+                top: space.top(row),
             })
             .collect())
     }
@@ -245,22 +249,77 @@ pub struct Row<'a> {
     /// None: no token is drawn, for a chunk with more of the prompt to come.
     pub sampling: Option<&'a SamplingParams>,
     pub logits: Logits<'a>,
+    /// Of the logits that the next token is drawn from, in any order; `state` has
+    /// `sys::TENON_EDIT_*`. Penalties need edits, though there may be none of them:
+    /// `Some(&[])`. See `SessionOptions::max_logit_edits`.
+    pub edits: Option<&'a [LogitEdit]>,
+    /// A bit for each token, that of token 0 the lowest of the first word: 1 where
+    /// it may be drawn. See `sys::TENON_SESSION_LOGIT_BITMASKS`.
+    pub bitmask: Option<&'a [u32]>,
+}
+
+/// The library's limit, which a row's parameters cannot exceed.
+const MAX_TOP: usize = sys::TENON_MAX_TOP_LOGPROBS as usize;
+
+/// Edits where the library wants them.
+#[derive(Clone, Copy, Default)]
+#[repr(C, align(16))]
+struct AlignedEdit(LogitEdit);
+
+/// Memory of a row for the length of a step.
+#[derive(Default)]
+struct RowSpace {
+    edits: Vec<AlignedEdit>,
+    top_tokens: [i32; MAX_TOP],
+    top_logprobs: [f32; MAX_TOP],
+}
+
+impl RowSpace {
+    fn edits(&mut self, session: &Session, edits: &[LogitEdit]) -> Result<*const LogitEdit> {
+        // Elements of 16 bytes either way, so they lie as in a slice of LogitEdit.
+        self.edits = edits.iter().map(|&edit| AlignedEdit(edit)).collect();
+        let first = self.edits.as_mut_ptr() as *mut LogitEdit;
+        let (count, vocab_size) = (edits.len() as i64, session.vocab_size as i64);
+        session.library.call(|error| unsafe {
+            (session.library.api.tenon_logit_edits_sort)(first, count, vocab_size, error)
+        })?;
+        Ok(first)
+    }
+
+    fn top(&self, row: &Row) -> Vec<(i32, f32)> {
+        let count = row.sampling.map_or(0, |s| s.num_top_logprobs as usize);
+        let tokens = self.top_tokens.iter().copied();
+        let top = tokens.zip(self.top_logprobs).take(count);
+        top.filter(|&(token, _)| token >= 0).collect()
+    }
 }
 
 impl Row<'_> {
-    fn raw(&mut self, vocab_size: usize) -> Result<sys::tenon_step_row> {
+    fn raw(&mut self, session: &Session, space: &mut RowSpace) -> Result<sys::tenon_step_row> {
+        let vocab_size = session.vocab_size;
         let (logits, wanted, logits_mode) = match &mut self.logits {
             Logits::None => (None, 0, sys::TENON_LOGITS_NONE),
             Logits::Last(slice) => (Some(slice), 1, sys::TENON_LOGITS_LAST),
             Logits::All(slice) => (Some(slice), self.tokens.len(), sys::TENON_LOGITS_ALL),
         };
-        let space = logits.as_ref().map_or(0, |slice| slice.len());
-        if space != wanted * vocab_size {
+        let room = logits.as_ref().map_or(0, |slice| slice.len());
+        if room != wanted * vocab_size {
             return Err(Error::invalid_argument(format!(
                 "room for {} logits, expected {} * {}",
-                space, wanted, vocab_size
+                room, wanted, vocab_size
             )));
         }
+        let words = (vocab_size + 31) / 32;
+        if self.bitmask.map_or(false, |bitmask| bitmask.len() != words) {
+            return Err(Error::invalid_argument(format!(
+                "a bitmask that has not {} words",
+                words
+            )));
+        }
+        let edits = match self.edits {
+            Some(edits) => space.edits(session, edits)?,
+            None => null(),
+        };
         Ok(sys::tenon_step_row {
             num_tokens: length(self.tokens.len())?,
             sequence: self.sequence.handle,
@@ -268,19 +327,27 @@ impl Row<'_> {
             sampling: self.sampling.map_or(null(), |s| s),
             logits: logits.map_or(null_mut(), |slice| slice.as_mut_ptr()),
             logits_mode,
+            edits,
+            num_edits: length(self.edits.map_or(0, <[_]>::len))?,
+            bitmask: self.bitmask.map_or(null(), <[_]>::as_ptr),
+            top_tokens: space.top_tokens.as_mut_ptr(),
+            top_logprobs: space.top_logprobs.as_mut_ptr(),
             ..Default::default()
         })
     }
 }
 
 /// The token that a step drew for a row.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Sampled {
     /// -1: none.
     pub token: i32,
     pub logprob: f32,
     /// One of `sys::TENON_SAMPLE_*`.
     pub status: i32,
+    /// The best tokens and their logprobs, best first: `num_top_logprobs` of them,
+    /// or as many as may be drawn. See `SessionOptions::max_top_logprobs`.
+    pub top: Vec<(i32, f32)>,
 }
 
 fn length(number: usize) -> Result<i32> {

@@ -14,6 +14,7 @@ mod tensor;
 
 pub use engine::{LoadOptions, Logits, Model, Row, Sampled, Sequence, Session};
 pub use sys::tenon_context_options as ContextOptions;
+pub use sys::tenon_logit_edit as LogitEdit;
 pub use sys::tenon_sampling_params as SamplingParams;
 pub use sys::tenon_session_options as SessionOptions;
 pub use tensor::{sampling_bytes, Bf16, DType, Element, Tensor, TensorMut, Workspace, F16, F8E4M3};
