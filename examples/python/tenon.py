@@ -2130,7 +2130,7 @@ class StepRow:
     sampling: SamplingParams | None = None  #: None: a chunk with more to come
     logits: int = LOGITS_NONE
     # For the token that is drawn.
-    edits: Iterable[LogitEdit] | None = None  #: any order; penalties need some, or ()
+    edits: Iterable[LogitEdit] | None = None  #: in any order; penalties need it, at least ()
     bitmask: TensorLike | None = None  #: [ceil(vocab / 32)] int32 or uint32, CPU
 
 
