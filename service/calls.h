@@ -4,6 +4,7 @@
 #include <atomic>
 #include <variant>
 
+#include "engine/session.h"
 #include "service/failure.h"
 #include "service/proto/decode.pb.h"
 #include "service/sequence_table.h"
@@ -44,8 +45,16 @@ class GenerateCall : public Call {
  public:
   const v1::GenerateRequest* request = nullptr;
   // Before Finish, from one thread at a time.
-  virtual void Emit(uint32_t token, float logprob, v1::RowStatus status) = 0;
+  virtual void Emit(uint32_t token, const StepRowResult& result,
+                    v1::RowStatus status) = 0;
 };
+
+inline void FillTop(const StepRowResult& result, v1::TopTokens* top) {
+  for (int32_t i = 0; i < result.num_top; ++i) {
+    top->add_token(static_cast<uint32_t>(result.top_tokens[i]));
+    top->add_logprob(result.top_logprobs[i]);
+  }
+}
 
 using AnyCall = std::variant<CreateCall*, StepCall*, GenerateCall*, ForkCall*,
                              ReleaseCall*, AbortCall*>;

@@ -132,6 +132,8 @@ std::map<std::string, Setter> Setters(Flags* f) {
       {"--request-bytes", Integer(1024, kMaxRequestBytes, &l->request_bytes)},
       {"--queued-requests", Integer(1, kMany, &l->queued_requests)},
       {"--queued-rows", Integer(1, kMany, &l->queued_rows)},
+      {"--logit-edits", Integer(1, 1 << 24, &l->logit_edits)},
+      {"--logit-rules", Integer(1, kMany, &l->logit_rules)},
       {"--lease-ms", Span(1, kDay, &l->lease)},
       {"--stream-idle-ms", Span(1, kDay, &l->stream_idle)},
       {"--default-deadline-ms", Span(1, kDay, &l->default_deadline)},
@@ -172,6 +174,9 @@ const char kUsage[] =
   --prefill-tokens N      prompt tokens of one engine step (512)
   --sequences N (1024)    --sessions N (64)    --prompt-tokens N (131072)
   --request-bytes N (4194304)    --queued-requests N (1024)    --queued-rows N (4096)
+  --logit-edits N         room in an engine step for tokens that are counted
+                          (penalties) and rules, of all rows (262144)
+  --logit-rules N         tokens in a sequence's biases, bans and so on (4096)
   --lease-ms N (30000)    --stream-idle-ms N (60000)
   --default-deadline-ms N (10000)    --connections N (256)
   --connection-age-ms N (0: for ever)    --connection-idle-ms N (600000)

@@ -17,6 +17,10 @@ struct Limits {
   int32_t metadata_bytes = 8 << 10;
   int32_t connections = 256;
   int32_t streams_per_connection = 64;
+  // Room for the edits of all rows of an engine step. A row takes as many as
+  // its sequence has tokens, if these are counted, and its rules.
+  int32_t logit_edits = 1 << 18;
+  int32_t logit_rules = 4096;    // tokens in the rules of a sequence
   int32_t replayable_steps = 4;  // replies kept of each session
   // Waiting to be looked at by the step loop; more are ResourceExhausted.
   int32_t queued_requests = 1024;

@@ -161,15 +161,18 @@ class GenerateStream final
     : public grpc::ServerWriteReactor<v1::GenerateResponse>,
       public GenerateCall {
  public:
-  GenerateStream(uint64_t epoch, bool want_logprob)
-      : epoch_(epoch), want_logprob_(want_logprob) {}
+  GenerateStream(uint64_t epoch, uint32_t want) : epoch_(epoch), want_(want) {}
 
-  void Emit(uint32_t token, float logprob, v1::RowStatus status) override {
+  void Emit(uint32_t token, const StepRowResult& result,
+            v1::RowStatus status) override {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       pending_.set_server_epoch(epoch_);
       pending_.add_token(token);
-      if (want_logprob_) pending_.add_logprob(logprob);
+      if ((want_ & v1::WANT_LOGPROB) != 0) {
+        pending_.add_logprob(result.logprob);
+      }
+      if ((want_ & v1::WANT_TOP_N) != 0) FillTop(result, pending_.add_top());
       pending_.set_row_status(status);
       if (writing_) return;
       BeginWrite();
@@ -221,7 +224,7 @@ class GenerateStream final
   }
 
   const uint64_t epoch_;
-  const bool want_logprob_;
+  const uint32_t want_;
   std::mutex mutex_;
   v1::GenerateResponse pending_;  // guarded by mutex_
   bool writing_ = false;          // guarded by mutex_
@@ -273,8 +276,7 @@ class DecodeService final : public v1::Decode::CallbackService {
   grpc::ServerWriteReactor<v1::GenerateResponse>* Generate(
       CallbackServerContext* context,
       const v1::GenerateRequest* request) override {
-    auto* call = new GenerateStream(rpc_.loop->epoch(),
-                                    (request->want() & v1::WANT_LOGPROB) != 0);
+    auto* call = new GenerateStream(rpc_.loop->epoch(), request->want());
     call->request = request;
     call->deadline = Deadline(*context, Time::max());
     const grpc::Status authorized = Check(*context);
@@ -331,6 +333,7 @@ void DecodeService::FillCapabilities(
   response->set_batch_invariant(engine.options().batch_invariant ||
                                 engine.model().device.type == DeviceType::kCpu);
   response->add_wants(v1::WANT_LOGPROB);
+  response->add_wants(v1::WANT_TOP_N);
 
   v1::Model* model = response->mutable_model();
   model->set_architecture(ArchitectureName(config.architecture));
@@ -352,6 +355,9 @@ void DecodeService::FillCapabilities(
   out->set_context_tokens(Unsigned(engine.options().max_context));
   out->set_request_bytes(Unsigned(limits.request_bytes));
   out->set_stop_tokens(Unsigned(limits.stop_tokens));
+  out->set_logit_edits(Unsigned(limits.logit_edits));
+  out->set_logit_rules(Unsigned(limits.logit_rules));
+  out->set_top_logprobs(Unsigned(engine.options().max_top_logprobs));
   out->set_metadata_bytes(Unsigned(limits.metadata_bytes));
   out->set_streams_per_connection(Unsigned(limits.streams_per_connection));
   out->set_lease_ms(Unsigned(limits.lease.count()));

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "engine/kv_cache.h"
+#include "ops/sampler/logit_edits.h"
 #include "ops/sampler/sampler.h"
 #include "service/page_budget.h"
 #include "service/proto/decode.pb.h"
@@ -32,6 +33,10 @@ struct Sequence {
   v1::RowStatus status = v1::ROW_STATUS_OK;  // otherwise it is finished
   bool in_call = false;  // a call under way owns it: the lease does not run
   bool ignore_eos = false;
+  // With the tokens that are in the cache, where they are counted; the most
+  // edits that rules make.
+  std::unique_ptr<LogitEdits> edits;
+  int64_t rule_edits = 0;
   std::vector<int32_t> stop_tokens;
   SamplingParams sampling;
 

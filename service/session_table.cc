@@ -36,13 +36,21 @@ uint64_t Digest(const v1::StepRequest& request) {
   hash.Add(static_cast<uint64_t>(request.input_token_size()));
   for (uint32_t token : request.input_token()) hash.Add(uint64_t{token});
   hash.Add(uint64_t{request.want()});
-  const v1::Sampling& s = request.overrides();
+  hash.Add(uint64_t{request.top_n()});
+  const v1::Sampling& s = request.overrides();  // which have no rules
   const uint64_t present =
       (request.has_overrides() ? 1 : 0) | (s.has_temperature() ? 2 : 0) |
       (s.has_top_k() ? 4 : 0) | (s.has_top_p() ? 8 : 0) |
       (s.has_min_p() ? 16 : 0) | (s.has_seed() ? 32 : 0) |
       (s.has_typical_p() ? 64 : 0) | (s.has_top_n_sigma() ? 128 : 0) |
-      (s.has_xtc_probability() ? 256 : 0) | (s.has_xtc_threshold() ? 512 : 0);
+      (s.has_xtc_probability() ? 256 : 0) | (s.has_xtc_threshold() ? 512 : 0) |
+      (s.has_repetition_penalty() ? 1 << 10 : 0) |
+      (s.has_frequency_penalty() ? 1 << 11 : 0) |
+      (s.has_presence_penalty() ? 1 << 12 : 0) |
+      (s.has_dry_multiplier() ? 1 << 13 : 0) |
+      (s.has_dry_base() ? 1 << 14 : 0) |
+      (s.has_dry_allowed_length() ? 1 << 15 : 0) |
+      (s.has_dry_range() ? 1 << 16 : 0);
   hash.Add(present);
   hash.Add(s.temperature());
   hash.Add(static_cast<uint64_t>(s.top_k()));
@@ -54,6 +62,13 @@ uint64_t Digest(const v1::StepRequest& request) {
   hash.Add(s.top_n_sigma());
   hash.Add(s.xtc_probability());
   hash.Add(s.xtc_threshold());
+  hash.Add(s.repetition_penalty());
+  hash.Add(s.frequency_penalty());
+  hash.Add(s.presence_penalty());
+  hash.Add(s.dry_multiplier());
+  hash.Add(s.dry_base());
+  hash.Add(static_cast<uint64_t>(s.dry_allowed_length()));
+  hash.Add(static_cast<uint64_t>(s.dry_range()));
   return hash.state();
 }
 

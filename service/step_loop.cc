@@ -19,6 +19,8 @@ void StepLoop::SetEngineLimits(const Limits& limits, SessionOptions* options) {
   options->max_sequences = limits.sequences;
   options->max_tokens = limits.rows_per_step + limits.prefill_tokens_per_step;
   options->max_logit_rows = limits.rows_per_step;
+  options->max_logit_edits = limits.logit_edits;
+  options->max_top_logprobs = kMaxTopLogprobs;
 }
 
 StepLoop::StepLoop(std::unique_ptr<Session> engine,
@@ -37,6 +39,7 @@ StepLoop::StepLoop(std::unique_ptr<Session> engine,
   row_sequences_.reserve(rows);
   placed_.reserve(rows);
   results_.reserve(rows);
+  edits_.resize(static_cast<size_t>(options.limits.logit_edits));
   UpdateGauges();
   thread_ = std::thread(&StepLoop::Thread, this);
 }

@@ -73,7 +73,7 @@ class StepLoop {
     uint64_t session_id = 0;
     bool made_session = false;
     std::vector<Sequence*> sequences;
-    std::vector<float> logprobs;  // of first tokens
+    std::vector<StepRowResult> results;  // of first tokens
     size_t num_prefilled = 0;
     bool over = false;   // finished; its sequences may be gone
     uint64_t batch = 0;  // the last batch that one of its prompts is in
@@ -119,6 +119,7 @@ class StepLoop {
                        Sequence** sequence);
   StatusOr<Sequence*> AddSequence(const v1::NewSequence& request,
                                   uint64_t session_id, Failure* failure);
+  Failure AddEdits(const v1::NewSequence& request, Sequence* sequence);
   Failure ForkInto(const v1::ForkSequencesRequest& request,
                    ClientSession* session, std::vector<Sequence*>* made);
   StatusOr<Sequence*> ForkOne(Sequence* origin, Failure* failure);
@@ -135,6 +136,8 @@ class StepLoop {
   Placement PlaceStep(const Unit& unit);
   Placement PlaceJob(const Unit& unit);
   Failure CheckStep(const StepCall& call, const ClientSession& session);
+  int64_t EditsNeeded(const Sequence& sequence, int32_t num_tokens) const;
+  void AddRow(Sequence* sequence, LogitEdits::Source source, StepRow row);
   void RunBatch();
   bool RunSeparately();
   void Deliver(const Placed& placed, const StepRowResult* results);
@@ -178,7 +181,9 @@ class StepLoop {
   std::vector<Placed> placed_;
   std::vector<StepRow> rows_;
   std::vector<Sequence*> row_sequences_;
-  std::vector<int32_t> inputs_;  // of decode rows; does not grow
+  std::vector<int32_t> inputs_;   // of decode rows; does not grow
+  std::vector<LogitEdit> edits_;  // of all rows; does not grow
+  int64_t num_edits_ = 0;
   int32_t prefill_left_ = 0;
   Time launch_;
   uint64_t sampled_ = 0;  // tokens that are not in the metrics yet

@@ -40,6 +40,7 @@ void StepLoop::MakeBatch() {
   inputs_.clear();
   placed_.clear();
   later_.clear();
+  num_edits_ = 0;
   prefill_left_ = options_.limits.prefill_tokens_per_step;
   while (!units_.empty()) {
     const Placement placement = Place(units_.front());
@@ -57,6 +58,32 @@ void StepLoop::MakeBatch() {
 
 StepLoop::Placement StepLoop::Place(const Unit& unit) {
   return unit.step != nullptr ? PlaceStep(unit) : PlaceJob(unit);
+}
+
+// The most that a row can take which adds `num_tokens` to a sequence whose
+// tokens are counted.
+int64_t StepLoop::EditsNeeded(const Sequence& sequence,
+                              int32_t num_tokens) const {
+  return std::min(int64_t{engine_->model().config.vocab_size},
+                  sequence.length + num_tokens + sequence.rule_edits);
+}
+
+// There is room for its edits.
+void StepLoop::AddRow(Sequence* sequence, LogitEdits::Source source,
+                      StepRow row) {
+  if (sequence->edits != nullptr) {
+    // The validator has seen the tokens, and there is room for max_length.
+    (void)sequence->edits->Append(row.tokens, row.num_tokens, source);
+    if (row.sample) {
+      LogitEdit* edits = edits_.data() + num_edits_;
+      row.edits = edits;
+      row.num_edits =
+          static_cast<int32_t>(sequence->edits->Build(row.sampling, edits));
+      num_edits_ += row.num_edits;
+    }
+  }
+  rows_.push_back(row);
+  row_sequences_.push_back(sequence);
 }
 
 StepLoop::Placement StepLoop::PlaceStep(const Unit& unit) {
@@ -86,9 +113,24 @@ StepLoop::Placement StepLoop::PlaceStep(const Unit& unit) {
     FinishStep(call, failure);
     return Placement::kFinished;
   }
+  const v1::StepRequest& request = *call->request;
+  int64_t edits = 0;
+  for (uint64_t seq : request.seq()) {
+    const Sequence* sequence = sequences_.Find(seq);
+    if (sequence->edits != nullptr) edits += EditsNeeded(*sequence, 1);
+  }
+  const int64_t room = options_.limits.logit_edits;
+  if (edits > room) {
+    failure =
+        OverLimit("logit_edits", "the step needs " + std::to_string(edits) +
+                                     " logit_edits of " + std::to_string(room));
+    failure.retry_ms = 0;
+    FinishStep(call, failure);
+    return Placement::kFinished;
+  }
+  if (num_edits_ + edits > room) return Placement::kFull;
   session->batch = batch_;
   placed_.push_back({unit, rows_.size(), count, digest});
-  const v1::StepRequest& request = *call->request;
   for (size_t i = 0; i < count; ++i) {
     const int index = static_cast<int>(i);
     Sequence* sequence = sequences_.Find(request.seq(index));
@@ -102,8 +144,8 @@ StepLoop::Placement StepLoop::PlaceStep(const Unit& unit) {
     row.sampling = request.has_overrides()
                        ? MergeSampling(sequence->sampling, request.overrides())
                        : sequence->sampling;
-    rows_.push_back(row);
-    row_sequences_.push_back(sequence);
+    row.sampling.num_top_logprobs = static_cast<int32_t>(request.top_n());
+    AddRow(sequence, LogitEdits::Source::kOutput, row);
   }
   return Placement::kPlaced;
 }
@@ -134,6 +176,15 @@ Failure StepLoop::CheckStep(const StepCall& call,
                       "the sequence is there twice");
     }
     sequence->check = check;
+    if (sequence->edits == nullptr && call.request->has_overrides() &&
+        NeedsLogitEdits(
+            MergeSampling(sequence->sampling, call.request->overrides()),
+            LogitRules())) {
+      return BadField("overrides",
+                      "seq[" + std::to_string(i) +
+                          "] was made without penalties or rules, so that its "
+                          "tokens are not counted");
+    }
     if (!sequence->finished()) continue;
     const std::string name = "seq " + std::to_string(sequence->handle);
     return {StatusCode::kFailedPrecondition, name + " is finished", "FINISHED",
@@ -160,21 +211,33 @@ StepLoop::Placement StepLoop::PlaceJob(const Unit& unit) {
   StepRow row;
   row.sequence = sequence->engine_id;
   row.sampling = sequence->sampling;
+  row.sampling.num_top_logprobs = static_cast<int32_t>(
+      unit.job->create != nullptr ? unit.job->create->request->top_n()
+                                  : unit.job->generate->request->top_n());
   if (sequence->prefilled < prompt) {
     if (prefill_left_ == 0) return Placement::kLater;
     row.tokens = &sequence->prompt[static_cast<size_t>(sequence->prefilled)];
     row.num_tokens = std::min(prompt - sequence->prefilled, prefill_left_);
     row.sample = sequence->prefilled + row.num_tokens == prompt;
+  } else {
+    row.num_tokens = 1;
+  }
+  if (sequence->edits != nullptr && row.sample &&
+      num_edits_ + EditsNeeded(*sequence, row.num_tokens) >
+          options_.limits.logit_edits) {
+    return Placement::kFull;
+  }
+  LogitEdits::Source source = LogitEdits::Source::kPrompt;
+  if (sequence->prefilled < prompt) {
     prefill_left_ -= row.num_tokens;
   } else {
+    source = LogitEdits::Source::kOutput;
     inputs_.push_back(sequence->next_input);
     row.tokens = &inputs_.back();
-    row.num_tokens = 1;
   }
   unit.job->batch = batch_;
   placed_.push_back({unit, rows_.size(), 1, 0});
-  rows_.push_back(row);
-  row_sequences_.push_back(sequence);
+  AddRow(sequence, source, row);
   return Placement::kPlaced;
 }
 
@@ -238,6 +301,10 @@ void StepLoop::Fail(const Placed& placed, const Status& status) {
     failure.message = "internal error " + std::to_string(RandomBits());
   }
   if (placed.unit.step == nullptr) return EndJob(placed.unit.job, failure);
+  for (size_t i = 0; i < placed.num_rows; ++i) {
+    Sequence* sequence = row_sequences_[placed.first_row + i];
+    if (sequence->edits != nullptr) sequence->edits->Truncate(sequence->length);
+  }
   FinishStep(placed.unit.step, failure);
 }
 
@@ -285,6 +352,7 @@ void StepLoop::DeliverStep(const Placed& placed, const StepRowResult* results) {
   response->set_server_epoch(epoch_);
   response->set_step_id(request.step_id());
   const bool want_logprob = (request.want() & v1::WANT_LOGPROB) != 0;
+  const bool want_top = (request.want() & v1::WANT_TOP_N) != 0;
   const Time now = Clock::now();
   response->mutable_token()->Reserve(request.seq_size());
   response->mutable_row_status()->Reserve(request.seq_size());
@@ -297,6 +365,7 @@ void StepLoop::DeliverStep(const Placed& placed, const StepRowResult* results) {
     Touch(sequence, now);
     response->add_token(static_cast<uint32_t>(sequence->next_input));
     if (want_logprob) response->add_logprob(results[i].logprob);
+    if (want_top) FillTop(results[i], response->add_top());
     response->add_row_status(sequence->status);
   }
   FillTiming(*call, response->mutable_timing());
@@ -337,12 +406,12 @@ void StepLoop::DeliverJob(const Placed& placed, const StepRowResult& result) {
   }
   CountSampled();
   if (job->create != nullptr) {
-    job->logprobs[placed.unit.index] = result.logprob;
+    job->results[placed.unit.index] = result;
     if (++job->num_prefilled == job->sequences.size()) FinishCreate(job);
     return;
   }
-  job->generate->Emit(static_cast<uint32_t>(sequence->next_input),
-                      result.logprob, sequence->status);
+  job->generate->Emit(static_cast<uint32_t>(sequence->next_input), result,
+                      sequence->status);
   if (sequence->finished()) {
     EndJob(job, Failure());
   } else {
@@ -369,7 +438,10 @@ void StepLoop::FinishCreate(const std::shared_ptr<Job>& job) {
     response->add_seq(sequence->handle);
     response->add_token(static_cast<uint32_t>(sequence->next_input));
     if ((call->request->want() & v1::WANT_LOGPROB) != 0) {
-      response->add_logprob(job->logprobs[i]);
+      response->add_logprob(job->results[i].logprob);
+    }
+    if ((call->request->want() & v1::WANT_TOP_N) != 0) {
+      FillTop(job->results[i], response->add_top());
     }
     response->add_row_status(sequence->status);
     response->set_lease_ms(static_cast<uint32_t>(sequence->lease.count()));

@@ -76,6 +76,52 @@ Failure StepLoop::FindSequence(const ClientSession& session, uint64_t handle,
   return HasEpoch(epoch_, handle) ? Gone(name) : EpochChanged(name);
 }
 
+// The tokens of the sequence are counted from now on.
+Failure StepLoop::AddEdits(const v1::NewSequence& request, Sequence* sequence) {
+  const v1::LogitRules& from = request.sampling().rules();
+  LogitRules rules;
+  for (const v1::LogitBias& bias : from.bias()) {
+    rules.biases.push_back({static_cast<int32_t>(bias.token()), bias.bias()});
+  }
+  for (const v1::BadWord& word : from.bad_word()) {
+    rules.bad_words.emplace_back(word.token().begin(), word.token().end());
+  }
+  rules.allowed_ids.assign(from.allowed_token().begin(),
+                           from.allowed_token().end());
+  rules.dry_breakers.assign(from.dry_breaker().begin(),
+                            from.dry_breaker().end());
+  const ModelConfig& config = engine_->model().config;
+  rules.min_tokens = static_cast<int32_t>(from.min_tokens());
+  if (rules.min_tokens > 0) {
+    rules.stop_ids = sequence->stop_tokens;
+    if (!sequence->ignore_eos) {
+      rules.stop_ids.insert(rules.stop_ids.end(), config.eos_token_ids.begin(),
+                            config.eos_token_ids.end());
+    }
+  }
+  if (!rules.allowed_ids.empty()) {
+    sequence->sampling.flags |= SamplingFlags::kOnlyAllowed;
+  }
+  sequence->rule_edits =
+      static_cast<int64_t>(rules.biases.size() + rules.bad_words.size() +
+                           rules.allowed_ids.size() + rules.stop_ids.size());
+  const int64_t needed = EditsNeeded(*sequence, sequence->max_length);
+  if (needed > options_.limits.logit_edits) {
+    Failure failure = OverLimit(
+        "logit_edits", "a sequence of " + std::to_string(sequence->max_length) +
+                           " tokens that are counted, with its rules, needs " +
+                           std::to_string(needed) + " logit_edits of " +
+                           std::to_string(options_.limits.logit_edits));
+    failure.retry_ms = 0;
+    return failure;
+  }
+  StatusOr<LogitEdits> edits =
+      LogitEdits::Create(config.vocab_size, sequence->max_length, rules);
+  if (!edits.ok()) return FromEngine(edits.status());
+  sequence->edits = std::make_unique<LogitEdits>(*std::move(edits));
+  return Failure();
+}
+
 StatusOr<Sequence*> StepLoop::AddSequence(const v1::NewSequence& request,
                                           uint64_t session_id,
                                           Failure* failure) {
@@ -113,6 +159,14 @@ StatusOr<Sequence*> StepLoop::AddSequence(const v1::NewSequence& request,
   sequence->max_tokens = max_tokens;
   sequence->own_pages = *std::move(claim);
   sequence->in_call = true;
+  if (CountsTokens(request.sampling())) {
+    *failure = AddEdits(request, sequence);
+    if (!failure->ok()) {
+      (void)engine_->ReleaseSequence(*id);
+      sequences_.Remove(sequence);
+      return InvalidArgumentError("rules");
+    }
+  }
   return sequence;
 }
 
@@ -180,7 +234,7 @@ Failure StepLoop::StartJob(const std::shared_ptr<Job>& job) {
     job->sequences.push_back(*sequence);
     if (session != nullptr) session->sequences.push_back(*sequence);
   }
-  job->logprobs.resize(job->sequences.size());
+  job->results.resize(job->sequences.size());
   for (size_t i = 0; i < job->sequences.size(); ++i) {
     units_.push_back({nullptr, job, i});
   }
@@ -234,7 +288,17 @@ StatusOr<Sequence*> StepLoop::ForkOne(Sequence* origin, Failure* failure) {
     origin->shared_pages.push_back(
         std::make_shared<PageClaim>(origin->own_pages.Split(whole - shared)));
   }
+  std::unique_ptr<LogitEdits> edits;
+  if (origin->edits != nullptr) {
+    StatusOr<LogitEdits> made =
+        LogitEdits::Create(engine_->model().config.vocab_size,
+                           origin->max_length, origin->edits->rules());
+    edits = std::make_unique<LogitEdits>(*std::move(made));
+    *edits = *origin->edits;  // keeps its room
+  }
   Sequence* fork = sequences_.Add();
+  fork->edits = std::move(edits);
+  fork->rule_edits = origin->rule_edits;
   fork->session_id = origin->session_id;
   fork->engine_id = *id;
   fork->length = origin->length;

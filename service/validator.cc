@@ -1,6 +1,9 @@
 #include "service/validator.h"
 
+#include <algorithm>
+#include <cmath>
 #include <string>
+#include <vector>
 
 namespace tenon::service {
 namespace {
@@ -33,13 +36,18 @@ Failure CheckToken(const std::string& field, uint32_t token,
                              std::to_string(vocab_size));
 }
 
+template <class Message>
+Failure CheckKnown(const std::string& field, const Message& message) {
+  const auto& unknown = message.GetReflection()->GetUnknownFields(message);
+  if (unknown.empty()) return Failure();
+  return BadField(field, "has field " +
+                             std::to_string(unknown.field(0).number()) +
+                             ", which this server does not know");
+}
+
 Failure CheckSampling(const std::string& field, const v1::Sampling& sampling) {
-  const auto& unknown = sampling.GetReflection()->GetUnknownFields(sampling);
-  if (!unknown.empty()) {
-    return BadField(field, "has field " +
-                               std::to_string(unknown.field(0).number()) +
-                               ", which this server does not know");
-  }
+  const Failure failure = CheckKnown(field, sampling);
+  if (!failure.ok()) return failure;
   if (!v1::FilterOrder_IsValid(sampling.filter_order())) {
     return BadField(field + ".filter_order",
                     std::to_string(static_cast<int>(sampling.filter_order())) +
@@ -51,14 +59,30 @@ Failure CheckSampling(const std::string& field, const v1::Sampling& sampling) {
   return Failure();
 }
 
-Failure CheckWant(uint32_t want) {
-  if ((want & ~static_cast<uint32_t>(v1::WANT_LOGPROB)) == 0) return Failure();
+Failure CheckWant(uint32_t want, uint32_t top_n) {
+  constexpr uint32_t kKnown = v1::WANT_LOGPROB | v1::WANT_TOP_N;
+  if ((want & ~kKnown) == 0) {
+    const bool want_top = (want & v1::WANT_TOP_N) != 0;
+    if (want_top ? top_n >= 1 && top_n <= kMaxTopLogprobs : top_n == 0) {
+      return Failure();
+    }
+    return BadField("top_n",
+                    "is " + std::to_string(top_n) + ", expected " +
+                        (want_top ? "1 to " + std::to_string(kMaxTopLogprobs)
+                                  : "0 without WANT_TOP_N"));
+  }
   return {StatusCode::kUnimplemented,
           "want: " + std::to_string(want) + " asks for what this server cannot",
           "WANT", "want", 0};
 }
 
 }  // namespace
+
+bool CountsTokens(const v1::Sampling& sampling) {
+  return sampling.has_repetition_penalty() ||
+         sampling.has_frequency_penalty() || sampling.has_presence_penalty() ||
+         sampling.has_dry_multiplier() || sampling.has_rules();
+}
 
 SamplingParams MergeSampling(const SamplingParams& base,
                              const v1::Sampling& sampling) {
@@ -86,7 +110,80 @@ SamplingParams MergeSampling(const SamplingParams& base,
   if (sampling.has_xtc_threshold()) {
     merged.xtc_threshold = sampling.xtc_threshold();
   }
+  if (sampling.has_repetition_penalty()) {
+    merged.repetition_penalty = sampling.repetition_penalty();
+  }
+  if (sampling.has_frequency_penalty()) {
+    merged.frequency_penalty = sampling.frequency_penalty();
+  }
+  if (sampling.has_presence_penalty()) {
+    merged.presence_penalty = sampling.presence_penalty();
+  }
+  if (sampling.has_dry_multiplier()) {
+    merged.dry_multiplier = sampling.dry_multiplier();
+  }
+  if (sampling.has_dry_base()) merged.dry_base = sampling.dry_base();
+  if (sampling.has_dry_allowed_length()) {
+    merged.dry_allowed_length = sampling.dry_allowed_length();
+  }
+  if (sampling.has_dry_range()) merged.dry_range = sampling.dry_range();
   return merged;
+}
+
+Failure Validator::CheckRules(const std::string& field,
+                              const v1::LogitRules& rules) const {
+  Failure failure = CheckKnown(field, rules);
+  if (!failure.ok()) return failure;
+  std::vector<uint32_t> biased;
+  for (int i = 0; i < rules.bias_size(); ++i) {
+    const std::string name = field + "." + At("bias", i);
+    failure = CheckKnown(name, rules.bias(i));
+    if (!failure.ok()) return failure;
+    failure = CheckToken(name, rules.bias(i).token(), vocab_size_);
+    if (!failure.ok()) return failure;
+    if (!std::isfinite(rules.bias(i).bias())) {
+      return BadField(name, "is not finite");
+    }
+    biased.push_back(rules.bias(i).token());
+  }
+  std::sort(biased.begin(), biased.end());
+  const auto twice = std::adjacent_find(biased.begin(), biased.end());
+  if (twice != biased.end()) {
+    return BadField(field + ".bias",
+                    "has token " + std::to_string(*twice) + " twice");
+  }
+  int64_t tokens = rules.bias_size();
+  for (int i = 0; i < rules.bad_word_size(); ++i) {
+    const std::string name = field + "." + At("bad_word", i);
+    const v1::BadWord& word = rules.bad_word(i);
+    failure = CheckKnown(name, word);
+    if (!failure.ok()) return failure;
+    if (word.token_size() == 0) return BadField(name, "has no tokens");
+    for (uint32_t token : word.token()) {
+      failure = CheckToken(name, token, vocab_size_);
+      if (!failure.ok()) return failure;
+    }
+    tokens += word.token_size();
+  }
+  for (uint32_t token : rules.allowed_token()) {
+    failure = CheckToken(field + ".allowed_token", token, vocab_size_);
+    if (!failure.ok()) return failure;
+  }
+  for (uint32_t token : rules.dry_breaker()) {
+    failure = CheckToken(field + ".dry_breaker", token, vocab_size_);
+    if (!failure.ok()) return failure;
+  }
+  tokens += rules.allowed_token_size() + rules.dry_breaker_size();
+  failure = CheckCount(field, static_cast<int>(tokens), 0, limits_.logit_rules,
+                       "logit_rules");
+  if (!failure.ok()) return failure;
+  if (rules.min_tokens() > static_cast<uint32_t>(max_context_)) {
+    return BadField(field + ".min_tokens",
+                    "is " + std::to_string(rules.min_tokens()) +
+                        ", more than the context of " +
+                        std::to_string(max_context_) + " tokens");
+  }
+  return Failure();
 }
 
 Failure Validator::CheckNew(const std::string& field,
@@ -119,11 +216,13 @@ Failure Validator::CheckNew(const std::string& field,
     failure = CheckToken(field + ".stop_token", token, vocab_size_);
     if (!failure.ok()) return failure;
   }
+  failure = CheckRules(field + ".sampling.rules", sequence.sampling().rules());
+  if (!failure.ok()) return failure;
   return CheckSampling(field + ".sampling", sequence.sampling());
 }
 
 Failure Validator::Check(const v1::CreateSequencesRequest& request) const {
-  Failure failure = CheckWant(request.want());
+  Failure failure = CheckWant(request.want(), request.top_n());
   if (!failure.ok()) return failure;
   failure = CheckCount("sequences", request.sequences_size(), 1,
                        limits_.rows_per_step, "rows_per_step");
@@ -143,13 +242,13 @@ Failure Validator::Check(const v1::CreateSequencesRequest& request) const {
 }
 
 Failure Validator::Check(const v1::GenerateRequest& request) const {
-  const Failure failure = CheckWant(request.want());
+  const Failure failure = CheckWant(request.want(), request.top_n());
   if (!failure.ok()) return failure;
   return CheckNew("sequence", request.sequence());
 }
 
 Failure Validator::Check(const v1::StepRequest& request) const {
-  Failure failure = CheckWant(request.want());
+  Failure failure = CheckWant(request.want(), request.top_n());
   if (!failure.ok()) return failure;
   failure = CheckCount("seq", request.seq_size(), 1, limits_.rows_per_step,
                        "rows_per_step");
@@ -167,6 +266,9 @@ Failure Validator::Check(const v1::StepRequest& request) const {
     failure =
         CheckToken(At("input_token", i), request.input_token(i), vocab_size_);
     if (!failure.ok()) return failure;
+  }
+  if (request.overrides().has_rules()) {
+    return BadField("overrides.rules", "are for sequences, not for a step");
   }
   return CheckSampling("overrides", request.overrides());
 }

@@ -28,6 +28,8 @@ class Validator {
   Failure Check(const v1::AbortRequest& request) const;
 
  private:
+  Failure CheckRules(const std::string& field,
+                     const v1::LogitRules& rules) const;
   Failure CheckNew(const std::string& field,
                    const v1::NewSequence& sequence) const;
 
@@ -36,7 +38,10 @@ class Validator {
   Limits limits_;
 };
 
-// `base` with what is set in `sampling`.
+// Whether a sequence that is made with it has its tokens counted.
+bool CountsTokens(const v1::Sampling& sampling);
+
+// `base` with what is set in `sampling`, but its rules.
 SamplingParams MergeSampling(const SamplingParams& base,
                              const v1::Sampling& sampling);
 

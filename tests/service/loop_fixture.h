@@ -43,7 +43,8 @@ using WaitingAbort =
 class WaitingGenerate : public GenerateCall {
  public:
   WaitingGenerate() { request = &own_request; }
-  void Emit(uint32_t token, float, v1::RowStatus row_status) override {
+  void Emit(uint32_t token, const StepRowResult&,
+            v1::RowStatus row_status) override {
     tokens.push_back(token);
     status = row_status;
     if (static_cast<int>(tokens.size()) == cancel_after) cancelled = true;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <string>
 
+#include "ops/sampler/logit_edits.h"
 #include "service/validator.h"
 #include "tests/fuzz/check.h"
 
@@ -20,6 +21,7 @@ Limits SmallLimits() {
   limits.sessions = 4;
   limits.prompt_tokens = 48;
   limits.stop_tokens = 4;
+  limits.logit_rules = 8;
   return limits;
 }
 
@@ -46,6 +48,25 @@ void ExpectSampling(const v1::Sampling& sampling) {
          "sampling");
 }
 
+void ExpectRules(const v1::LogitRules& rules) {
+  LogitRules made;
+  for (const auto& bias : rules.bias()) {
+    made.biases.push_back({static_cast<int32_t>(bias.token()), bias.bias()});
+  }
+  for (const auto& word : rules.bad_word()) {
+    made.bad_words.emplace_back(word.token().begin(), word.token().end());
+  }
+  made.allowed_ids.assign(rules.allowed_token().begin(),
+                          rules.allowed_token().end());
+  made.dry_breakers.assign(rules.dry_breaker().begin(),
+                           rules.dry_breaker().end());
+  made.min_tokens = static_cast<int32_t>(rules.min_tokens());
+  Expect(made.min_tokens >= 0 && made.allowed_ids.size() <= 8 &&
+             made.biases.size() <= 8 && made.bad_words.size() <= 8,
+         "rules");
+  Expect(LogitEdits::Create(kVocab, kMaxContext, made).ok(), "rules");
+}
+
 void ExpectNew(const v1::NewSequence& sequence) {
   const Limits limits = SmallLimits();
   Expect(sequence.prompt_size() > 0 &&
@@ -61,6 +82,7 @@ void ExpectNew(const v1::NewSequence& sequence) {
                    kMaxContext + 1,
            "max_tokens");
   }
+  ExpectRules(sequence.sampling().rules());
   ExpectSampling(sequence.sampling());
 }
 
@@ -79,6 +101,10 @@ void ExpectRight(const v1::StepRequest& request) {
              request.input_token_size() == request.seq_size(),
          "input_token");
   Expect(AreTokens(request.input_token()), "tokens");
+  Expect(!request.overrides().has_rules(), "overrides.rules");
+  Expect((request.want() & v1::WANT_TOP_N) == 0 ||
+             (request.top_n() >= 1 && request.top_n() <= 20),
+         "top_n");
   ExpectSampling(request.overrides());
 }
 void ExpectRight(const v1::ForkSequencesRequest& request) {

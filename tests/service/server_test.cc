@@ -116,21 +116,28 @@ TEST(ServerTest, GenerateStreamsTheEnginesTokens) {
   v1::GenerateRequest request;
   FillNew(11, 3, request.mutable_sequence());
   request.mutable_sequence()->set_max_tokens(20);
-  request.set_want(v1::WANT_LOGPROB);
+  request.set_want(v1::WANT_LOGPROB | v1::WANT_TOP_N);
+  request.set_top_n(3);
   auto reader = stub->Generate(&context, request);
   std::vector<uint32_t> tokens;
   v1::GenerateResponse response;
   int logprobs = 0;
+  int tops = 0;
   v1::RowStatus last = v1::ROW_STATUS_UNSPECIFIED;
   while (reader->Read(&response)) {
     tokens.insert(tokens.end(), response.token().begin(),
                   response.token().end());
     logprobs += response.logprob_size();
+    for (const v1::TopTokens& top : response.top()) {
+      EXPECT_EQ(top.token_size(), 3);
+      ++tops;
+    }
     last = response.row_status();
   }
   EXPECT_TRUE(reader->Finish().ok());
   EXPECT_EQ(tokens, ExpectedTokens(11, 3, 19));
   EXPECT_EQ(logprobs, 20);
+  EXPECT_EQ(tops, 20);
   EXPECT_EQ(last, v1::ROW_STATUS_FINISHED_LENGTH);
   server.ExpectAllFree();
 }
@@ -237,7 +244,7 @@ TEST(ServerTest, ErrorsHaveTheirCodesAndDetails) {
   EXPECT_EQ(precondition.violations(0).type(), "STEP_ID_GAP");
 
   request = client.NextStep();
-  request.set_want(v1::WANT_TOP_N);
+  request.set_want(4);
   EXPECT_EQ(step(request).error_code(), grpc::StatusCode::UNIMPLEMENTED);
 
   grpc::ClientContext context;

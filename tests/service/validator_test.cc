@@ -24,6 +24,7 @@ class ValidatorTest : public ::testing::Test {
     limits.rows_per_step = 4;
     limits.prompt_tokens = 80;
     limits.stop_tokens = 2;
+    limits.logit_rules = 6;
     return limits;
   }
   static v1::CreateSequencesRequest Create() {
@@ -191,10 +192,88 @@ TEST_F(ValidatorTest, WhatTheServerCannotIsUnimplemented) {
   v1::StepRequest request = Step();
   request.set_want(v1::WANT_LOGPROB);
   EXPECT_TRUE(validator_.Check(request).ok());
-  request.set_want(v1::WANT_LOGPROB | v1::WANT_TOP_N);
+  request.set_want(v1::WANT_LOGPROB | 4);
   Expect(request, StatusCode::kUnimplemented, "want");
   request.set_want(0x80000000);
   Expect(request, StatusCode::kUnimplemented, "want");
+}
+
+TEST_F(ValidatorTest, TopTokens) {
+  v1::StepRequest request = Step();
+  request.set_top_n(1);
+  Expect(request, StatusCode::kInvalidArgument, "top_n");
+  request.set_want(v1::WANT_TOP_N);
+  EXPECT_TRUE(validator_.Check(request).ok());
+  request.set_top_n(20);
+  EXPECT_TRUE(validator_.Check(request).ok());
+  for (uint32_t top_n : {0u, 21u, 0xffffffffu}) {
+    request.set_top_n(top_n);
+    Expect(request, StatusCode::kInvalidArgument, "top_n");
+  }
+  v1::CreateSequencesRequest create = Create();
+  create.set_want(v1::WANT_TOP_N);
+  Expect(create, StatusCode::kInvalidArgument, "top_n");
+  v1::GenerateRequest generate;
+  generate.set_want(v1::WANT_TOP_N);
+  Expect(generate, StatusCode::kInvalidArgument, "top_n");
+}
+
+TEST_F(ValidatorTest, PenaltiesAndDry) {
+  v1::StepRequest request = Step();
+  v1::Sampling* sampling = request.mutable_overrides();
+  sampling->set_frequency_penalty(-1.0f);
+  sampling->set_presence_penalty(2.0f);
+  sampling->set_repetition_penalty(1.5f);
+  sampling->set_dry_multiplier(0.8f);
+  EXPECT_TRUE(validator_.Check(request).ok());
+  const auto bad = [&](void (*set)(v1::Sampling*)) {
+    v1::StepRequest other = request;
+    set(other.mutable_overrides());
+    Expect(other, StatusCode::kInvalidArgument, "overrides");
+  };
+  bad([](v1::Sampling* s) { s->set_repetition_penalty(-1.0f); });
+  bad([](v1::Sampling* s) { s->set_frequency_penalty(NAN); });
+  bad([](v1::Sampling* s) { s->set_presence_penalty(INFINITY); });
+  bad([](v1::Sampling* s) { s->set_dry_multiplier(-1.0f); });
+  bad([](v1::Sampling* s) { s->set_dry_base(0.5f); });
+  bad([](v1::Sampling* s) { s->set_dry_allowed_length(-1); });
+  bad([](v1::Sampling* s) { s->set_dry_range(-1); });
+}
+
+TEST_F(ValidatorTest, LogitRules) {
+  v1::CreateSequencesRequest good = Create();
+  v1::LogitRules* rules =
+      good.mutable_sequences(0)->mutable_sampling()->mutable_rules();
+  rules->add_bias()->set_token(99);
+  rules->add_bad_word()->add_token(3);
+  rules->add_allowed_token(4);
+  rules->add_dry_breaker(5);
+  rules->set_min_tokens(64);
+  EXPECT_TRUE(validator_.Check(good).ok());
+  v1::StepRequest step = Step();
+  *step.mutable_overrides()->mutable_rules() = *rules;
+  Expect(step, StatusCode::kInvalidArgument, "overrides.rules");
+
+  const std::string field = "sequences[0].sampling.rules";
+  const auto bad = [&](const char* name, void (*change)(v1::LogitRules*)) {
+    v1::CreateSequencesRequest request = good;
+    change(request.mutable_sequences(0)->mutable_sampling()->mutable_rules());
+    Expect(request, StatusCode::kInvalidArgument, (field + name).c_str());
+  };
+  using Rules = v1::LogitRules;
+  bad(".bias[0]", [](Rules* r) { r->mutable_bias(0)->set_token(100); });
+  bad(".bias[0]", [](Rules* r) { r->mutable_bias(0)->set_bias(NAN); });
+  bad(".bias", [](Rules* r) { r->add_bias()->set_token(99); });
+  bad(".bad_word[0]", [](Rules* r) { r->mutable_bad_word(0)->add_token(100); });
+  bad(".bad_word[1]", [](Rules* r) { r->add_bad_word(); });
+  bad(".allowed_token", [](Rules* r) { r->add_allowed_token(0xffffffff); });
+  bad(".dry_breaker", [](Rules* r) { r->add_dry_breaker(100); });
+  bad(".min_tokens", [](Rules* r) { r->set_min_tokens(65); });
+  bad("", [](Rules* r) {
+    r->GetReflection()->MutableUnknownFields(r)->AddVarint(77, 1);
+  });
+  for (int i = 0; i < 3; ++i) rules->add_allowed_token(4);
+  Expect(good, StatusCode::kResourceExhausted, "logit_rules");
 }
 
 TEST_F(ValidatorTest, LeasesForksAndReleases) {
