@@ -57,10 +57,10 @@ struct MoeKernelTable;
 // Any number of tokens: more than kMoeChunkTokens are processed in chunks of
 // that size (smaller ones on the CPU), so the workspace is bounded.
 //
-// Aliasing: out may be x (in place) or residual, and overlaps nothing else. What the router
-// writes overlaps nothing. Does not
-// allocate or synchronise; can be captured in a CUDA graph. Needs `workspace`
-// of MoeWorkspaceBytes(params). Zero tokens is OK.
+// Aliasing: out may be x (in place) or residual, and overlaps nothing else.
+// What the router writes overlaps nothing. Does not allocate or synchronise;
+// can be captured in a CUDA graph. Needs `workspace` of
+// MoeWorkspaceBytes(params). Zero tokens is OK.
 struct MoeParams {
   TensorView x;
   TensorView topk_weights;
