@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "ops/core/cpu_thread_pool.h"
+#include "ops/core/workspace.h"
 #include "ops/sampler/sampler_backend.h"
 #include "ops/sampler/sampler_cpu_draw.h"
 #include "ops/sampler/sampler_cpu_filters.h"
@@ -23,20 +24,15 @@ struct Workspace {
       : rows(p.logits.shape[0]),
         tiles(NumSubTiles(p.vocab())),
         slots(std::min(rows, kMaxSlots)),
-        capacity(CandidateCapacity(p.vocab())),
-        summaries(static_cast<SubTile*>(p.workspace)),
-        raw_summaries(summaries + rows * tiles) {
-    floats = reinterpret_cast<float*>(raw_summaries +
-                                      (WantsRaw(p) ? rows * tiles : 0));
-    places = reinterpret_cast<int32_t*>(floats + slots * 2 * capacity);
+        capacity(CandidateCapacity(p.vocab())) {
+    WorkspaceCutter workspace(p.workspace);
+    summaries = workspace.Take<SubTile>(rows * tiles);
+    raw_summaries = workspace.Take<SubTile>(WantsRaw(p) ? rows * tiles : 0);
+    floats = workspace.Take<float>(slots * 2 * capacity);
+    places = workspace.Take<int32_t>(slots * capacity);
+    bytes = workspace.size();
   }
 
-  size_t Bytes(const SamplerParams& p) const {
-    return static_cast<size_t>(rows * tiles) * sizeof(SubTile) *
-               (WantsRaw(p) ? 2 : 1) +
-           static_cast<size_t>(slots * capacity) *
-               (2 * sizeof(float) + sizeof(int32_t));
-  }
   Candidates SlotOf(int64_t slot) const {
     return {floats + 2 * slot * capacity, places + slot * capacity,
             floats + (2 * slot + 1) * capacity};
@@ -50,6 +46,7 @@ struct Workspace {
   SubTile* raw_summaries;
   float* floats;
   int32_t* places;
+  size_t bytes;
 };
 
 RowPlan PlanOf(const SamplerParams& p, int64_t row) {
@@ -316,7 +313,7 @@ void SummarizeRows(const SamplerParams& p, const Workspace& workspace,
 }  // namespace
 
 size_t SamplerCpuWorkspaceBytes(const SamplerParams& params) {
-  return Workspace(params).Bytes(params);
+  return Workspace(params).bytes;
 }
 
 Status SamplerCpu(const SamplerParams& p, Stream stream) {
