@@ -20,18 +20,23 @@ int CodeOf(const grpc::Status& status) {
       !status.error_details().empty()) {
     return status.error_code();
   }
-  std::fprintf(stderr, "%s\n", status.error_message().c_str());
-  ++lost_connections;
+  if (++lost_connections <= 10) {
+    std::fprintf(stderr, "%s\n", status.error_message().c_str());
+  }
   return grpc::StatusCode::CANCELLED;
 }
 
 class GrpcTransport final : public ChaosTransport {
  public:
   explicit GrpcTransport(const std::string& address)
-      : stub_(v1::Decode::NewStub(Connect(address))) {}
+      : channel_(Connect(address)), stub_(v1::Decode::NewStub(channel_)) {}
   ~GrpcTransport() override {
     if (stream_ != nullptr) context_->TryCancel();  // without a good-bye
     CloseStream();
+    // A channel that goes while it connects leaves the connection open for good
+    // (github.com/grpc/grpc/pull/32071), one of those that the server allows.
+    channel_->WaitForConnected(std::chrono::system_clock::now() +
+                               std::chrono::seconds(10));
   }
 
   int Create(const v1::CreateSequencesRequest& request,
@@ -123,7 +128,8 @@ class GrpcTransport final : public ChaosTransport {
     return code == 0 ? static_cast<int>(StatusCode::kCancelled) : code;
   }
 
-  std::unique_ptr<v1::Decode::Stub> stub_;
+  const std::shared_ptr<grpc::Channel> channel_;
+  const std::unique_ptr<v1::Decode::Stub> stub_;
   std::unique_ptr<grpc::ClientContext> context_;
   std::unique_ptr<grpc::ClientReaderWriter<v1::StepRequest, v1::StepResponse>>
       stream_;
@@ -141,6 +147,7 @@ TEST(ServerChaosTest, NothingIsLostAndNoTokenIsAnothers) {
   EXPECT_LT(lost_connections, 1 + ChaosStepsWanted(4000) / 1000);
   server.ExpectAllFree();
   const Metrics& metrics = server.loop().metrics();
+  EXPECT_EQ(metrics.refused_connections, 0u);
   EXPECT_GT(metrics.replayed, 0u);
   EXPECT_GT(metrics.cancelled, 0u);
   EXPECT_GT(metrics.rows, metrics.steps);
