@@ -311,6 +311,7 @@ __device__ __forceinline__ void Multiply(const Args& a, const Range& range,
   const int lane = threadIdx.x % 32;
   const int passes = Passes(a.in_features);
   const int lane_bytes = warp * kWarpBytes + lane % 4 * 16;
+  int to_refill = range.count * passes - a.stages;  // stages yet to come
   const char* const x_row = xs + lane / 4 * a.x_pitch + lane_bytes;
   const char* const weight_row = ring + lane / 4 * a.pitch + lane_bytes;
   Slot slot;
@@ -347,8 +348,10 @@ __device__ __forceinline__ void Multiply(const Args& a, const Range& range,
           cuda::Mma<T>(c[tile][1], {x[0].z, x[1].z, x[0].w, x[1].w}, w[i].z,
                        w[i].w);
         }
-        __syncwarp();
-        if (lane == 0) cuda::Arrive(At(shared.barriers.empty[slot.index]));
+        // Every reader gives the stage back, if it is to be filled again.
+        if (to_refill-- > 0) {
+          cuda::Arrive(At(shared.barriers.empty[slot.index]));
+        }
         slot.Next(a.stages);
       }
     }
@@ -398,7 +401,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (lane == 0) {
       for (int i = 0; i < a.stages; ++i) {
         cuda::InitBarrier(At(shared.barriers.full[i]), 1);
-        cuda::InitBarrier(At(shared.barriers.empty[i]), kWarps);
+        cuda::InitBarrier(At(shared.barriers.empty[i]), kMultiplyThreads);
       }
       cuda::FenceBarrierInit();
     }
