@@ -151,6 +151,31 @@ constexpr EditRange EditsOfRow(const SamplerParams& params, int64_t row) {
   return range;
 }
 
+// A row's mu before its draw and, whatever came of it, after it; of rows with
+// mirostat.
+TENON_HOST_DEVICE inline float* MirostatPlace(const SamplerParams& params,
+                                              int64_t row, int which) {
+  const TensorView& places = params.mirostat_places;
+  int64_t place = row;
+  if (places.present()) {
+    place = places.As<const int32_t>()[row * places.stride[0] + which];
+  }
+  const bool is_there = place >= 0 && place < params.mirostat_mu.shape[0];
+  return is_there ? params.mirostat_mu.As<float>() + place : nullptr;
+}
+TENON_HOST_DEVICE inline float MirostatMuOf(const SamplerParams& params,
+                                            int64_t row) {
+  const SamplingParams& sampling = params.params[row];
+  if ((sampling.flags & kSetMirostatMu) != 0) return sampling.mirostat_mu;
+  const float* mu = MirostatPlace(params, row, 0);
+  return mu != nullptr ? *mu : 2.0f * sampling.mirostat_tau;
+}
+TENON_HOST_DEVICE inline void LeaveMirostatMu(const SamplerParams& params,
+                                              int64_t row, float next) {
+  float* mu = MirostatPlace(params, row, 1);
+  if (mu != nullptr) *mu = next;
+}
+
 // The filters in numbers. `best` is the largest logit, finite; `mass` a sum of
 // FixedMass or TileMass(kMassBits) of the tokens a filter chooses from, as
 // Weight(x, best, plan.scale) gives it.

@@ -49,9 +49,13 @@ Status ValidateMemory(const SamplerParams& p) {
         p.edits, p.num_edits * static_cast<int64_t>(sizeof(LogitEdit)), device);
   }
   const NamedView inputs[] = {
-      {"logits", p.logits},   {"params", params},
-      {"edits", edits},       {"edit_offsets", p.edit_offsets},
-      {"bitmask", p.bitmask}, {"random_bits", p.random_bits},
+      {"logits", p.logits},
+      {"params", params},
+      {"edits", edits},
+      {"edit_offsets", p.edit_offsets},
+      {"bitmask", p.bitmask},
+      {"random_bits", p.random_bits},
+      {"mirostat_places", p.mirostat_places},
   };
   const NamedView outputs[] = {
       {"mirostat_mu", p.mirostat_mu},
@@ -110,8 +114,16 @@ Status ValidateInputShapes(const SamplerParams& p) {
   }
   TENON_RETURN_IF_ERROR(CheckOptional("random_bits", p.random_bits, {rows},
                                       DType::kInt64, device, false));
-  return CheckOptional("mirostat_mu", p.mirostat_mu, {rows}, DType::kFloat32,
-                       device, true);
+  const bool has_places = p.mirostat_places.present();
+  if (has_places && !p.mirostat_mu.present()) {
+    return InvalidArgumentError(
+        kOp, ": mirostat_places is given without mirostat_mu");
+  }
+  TENON_RETURN_IF_ERROR(CheckOptional("mirostat_places", p.mirostat_places,
+                                      {rows, 2}, DType::kInt32, device, false));
+  return CheckOptional("mirostat_mu", p.mirostat_mu,
+                       {has_places ? kAnySize : rows}, DType::kFloat32, device,
+                       true);
 }
 
 Status ValidateOutputShapes(const SamplerParams& p) {
@@ -177,6 +189,7 @@ Status ValidateSamplingParams(const SamplingParams& params) {
       {"xtc_threshold", params.xtc_threshold, 0.0, 1.0},
       {"mirostat_tau", params.mirostat_tau, 0.0, kMax},
       {"mirostat_eta", params.mirostat_eta, 0.0, kMax},
+      {"mirostat_mu", params.mirostat_mu, -kMax, kMax},
       {"repetition_penalty", params.repetition_penalty, 0.0, kMax},
       {"frequency_penalty", params.frequency_penalty, -kMax, kMax},
       {"presence_penalty", params.presence_penalty, -kMax, kMax},
@@ -197,7 +210,8 @@ Status ValidateSamplingParams(const SamplingParams& params) {
   TENON_RETURN_IF_ERROR(
       CheckRange(kName, "dry_range", params.dry_range, 0, kMaxInt));
   TENON_RETURN_IF_ERROR(
-      CheckRange(kName, "flags", params.flags, 0, kUseBitmask | kOnlyAllowed));
+      CheckRange(kName, "flags", params.flags, 0,
+                 kUseBitmask | kOnlyAllowed | kSetMirostatMu));
   TENON_RETURN_IF_ERROR(CheckRange(
       kName, "num_top_logprobs", params.num_top_logprobs, 0, kMaxTopLogprobs));
   for (uint32_t word : params.reserved) {

@@ -33,6 +33,8 @@ enum SamplingFlags : uint32_t {
   kUseBitmask = 1u << 0,
   // Only ids whose edit has LogitEdit::kAllow can be drawn.
   kOnlyAllowed = 1u << 1,
+  // Mirostat goes on from SamplingParams::mirostat_mu, whatever it has kept.
+  kSetMirostatMu = 1u << 2,
 };
 
 inline constexpr int kMaxTopLogprobs = 20;
@@ -72,7 +74,8 @@ struct SamplingParams {
 
   uint32_t flags = 0;            // SamplingFlags
   int32_t num_top_logprobs = 0;  // best tokens to list, at most 20
-  uint32_t reserved[7] = {};
+  float mirostat_mu = 0.0f;      // with kSetMirostatMu: of this draw
+  uint32_t reserved[6] = {};
 };
 
 // What to do with one logit of a row. The edits of a row are sorted by
@@ -173,6 +176,11 @@ constexpr int32_t DrawOrder(int32_t id, int64_t vocab) {
 // random_bits [rows] int64: the 64 bits to use in place of Philox words 0 and 1
 // (for tests), optional; mirostat_mu [rows] float32, in and out, of rows with
 // mirostat_tau (start with 2 * tau); without it mirostat is off.
+// mirostat_places [rows, 2] int32, optional: where in mirostat_mu, which then
+// is [any], row i reads its mu and where it leaves the next one (what it read
+// where it drew none or is greedy), for state that outlives a batch. No row
+// touches a place that another one writes. A place outside mirostat_mu reads as
+// 2 * mirostat_tau, and nothing is written there.
 //
 // Outputs: tokens [rows] int32; statuses [rows] int32 (SampleStatus). Optional:
 // logprobs, raw_logprobs, processed_logprobs [rows] float32 of the token, by
@@ -211,6 +219,7 @@ struct SamplerParams {
   RandomStream stream = RandomStream::kTarget;  // kDraft for a draft model's
   bool fast = false;
   TensorView mirostat_mu;  // in and out
+  TensorView mirostat_places;
 
   TensorView tokens;  // out, as all that follow
   TensorView statuses;

@@ -120,6 +120,8 @@ class RowDecision {
 
 void RowDecision::Draw() {
   const SamplingParams& params = p_.params[index_];
+  const bool with_mirostat = row_.plan.mirostat_tau > 0.0f;
+  float mu = with_mirostat ? MirostatMuOf(p_, index_) : 0.0f;
   row_.best = BestOf(row_.tiles, row_.num_tiles());
   if (std::isnan(row_.best)) {
     status_ = SampleStatus::kNonFinite;
@@ -134,22 +136,20 @@ void RowDecision::Draw() {
             ? static_cast<uint64_t>(p_.random_bits.As<const int64_t>()[index_])
             : RandomBitsAt(params.seed, params.position, p_.stream);
     const uint64_t numerator = UniformNumerator(bits);
-    float* const mu = row_.plan.mirostat_tau > 0.0f
-                          ? p_.mirostat_mu.As<float>() + index_
-                          : nullptr;
     if (row_.plan.greedy) {
       token_ = FirstBestToken(row_);
     } else if (!row_.plan.filtered()) {
       token_ = DrawPlain(row_, numerator);
     } else {
-      kept_ = FilterRow(row_, params, mu != nullptr ? *mu : 0.0f, &c_);
+      kept_ = FilterRow(row_, params, mu, &c_);
       token_ = DrawKept(row_, c_, kept_, numerator);
     }
-    if (mu != nullptr && !row_.plan.greedy) {
-      *mu = NextMirostatMu(row_.plan, kept_.best, kept_.mass, *mu,
-                           LogitAt(row_, token_));
+    if (with_mirostat && !row_.plan.greedy) {
+      mu = NextMirostatMu(row_.plan, kept_.best, kept_.mass, mu,
+                          LogitAt(row_, token_));
     }
   }
+  if (with_mirostat) LeaveMirostatMu(p_, index_, mu);
   if (token_ >= 0) logit_ = LogitAt(row_, token_);
 }
 

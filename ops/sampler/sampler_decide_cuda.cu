@@ -434,9 +434,8 @@ __device__ void Prepare(const SamplerParams& p, int64_t index,
       p.random_bits.present()
           ? static_cast<uint64_t>(p.random_bits.As<const int64_t>()[index])
           : RandomBitsAt(params.seed, params.position, p.stream);
-  shared.inputs = {
-      UniformNumerator(bits), XtcActs(plan, params),
-      plan.mirostat_tau > 0.0f ? p.mirostat_mu.As<const float>()[index] : 0.0f};
+  shared.inputs = {UniformNumerator(bits), XtcActs(plan, params),
+                   plan.mirostat_tau > 0.0f ? MirostatMuOf(p, index) : 0.0f};
   shared.plan = plan;
   RowPlan raw;
   raw.scale = kRawScale;
@@ -500,9 +499,12 @@ __global__ void __launch_bounds__(kDecideThreads, 2)
       p.processed_logprobs.As<float>()[index] =
           outcome.has_token() ? ProcessedLogprob(plan, outcome, drawn.x) : NAN;
     }
-    if (plan.mirostat_tau > 0.0f && outcome.kept) {
-      p.mirostat_mu.As<float>()[index] = NextMirostatMu(
-          plan, drawn.best, drawn.mass, shared.inputs.mu, drawn.x);
+    if (plan.mirostat_tau > 0.0f) {
+      const float mu = shared.inputs.mu;
+      LeaveMirostatMu(p, index,
+                      outcome.kept ? NextMirostatMu(plan, drawn.best,
+                                                    drawn.mass, mu, drawn.x)
+                                   : mu);
     }
   }
   if (p.probabilities.present()) WriteProbabilities(p, index, row, outcome);

@@ -20,7 +20,8 @@ struct SamplerCall {
   int64_t bitmask_words = 0;
   std::vector<uint64_t> random_bits;  // of every row, or none
   RandomStream stream = RandomStream::kTarget;
-  std::vector<float> mirostat_mu;  // of every row, or none
+  std::vector<float> mirostat_mu;        // of every row, or none
+  std::vector<int32_t> mirostat_places;  // [rows, 2], or none
   int64_t num_top = 0;
   LogprobKind top_kind = LogprobKind::kUnfiltered;
   bool with_probabilities = false;
@@ -133,6 +134,12 @@ class SamplerCallTest : public SamplerTestBase {
     }
     p.stream = call.stream;
     if (!call.mirostat_mu.empty()) p.mirostat_mu = mu.view();
+    const Buffer places = upload(call.mirostat_places.data(),
+                                 call.mirostat_places.size() * sizeof(int32_t));
+    if (!call.mirostat_places.empty()) {
+      p.mirostat_places =
+          MakeTensor(places.data(), DType::kInt32, target, {rows, 2});
+    }
     p.tokens = tokens.view();
     p.statuses = statuses.view();
     p.logprobs = logprobs.view();

@@ -184,6 +184,43 @@ TEST_P(SamplerFiltersTest, MirostatNeedsItsState) {
   EXPECT_EQ(Run(call).mirostat_mu, (std::vector<double>{2.5, 7.5}));
 }
 
+// State that outlives a batch: read in one place, left in another.
+TEST_P(SamplerFiltersTest, MirostatReadsAndLeavesItsStateWhereItIsTold) {
+  const TestTensor logits = Logits(Normal(700, 3, 0.0f, 2.5f));
+  SamplingParams s;
+  s.seed = 8;
+  s.mirostat_tau = 5.0f;
+  s.mirostat_eta = 0.1f;
+  const auto next = [&](float mu) {
+    SamplerCall call = CallOf(logits.view(), {s});
+    call.mirostat_mu = {mu};
+    return Run(call).mirostat_mu[0];
+  };
+  SamplingParams set = s;
+  set.flags = kSetMirostatMu;
+  set.mirostat_mu = 4.0f;
+  SamplingParams greedy = s;
+  greedy.temperature = 0.0f;
+  SamplingParams without;
+  without.seed = 8;
+  constexpr int32_t kMax = std::numeric_limits<int32_t>::max();
+  constexpr int32_t kMin = std::numeric_limits<int32_t>::min();
+  SamplerCall call =
+      CallOf(logits.view(), {s, set, greedy, s, s, set, without, s});
+  call.mirostat_mu = {1, 2, 3, 6, 7, 50, 60, 70, 80};
+  call.mirostat_places = {3, 4,  9, 0,  5,    2,    -1, 1,
+                          9, -1, 3, -1, kMin, kMax, 8,  9};
+  EXPECT_EQ(
+      Run(call).mirostat_mu,
+      (std::vector<double>{next(4), next(10), 50, 6, next(6), 50, 60, 70, 80}));
+  EXPECT_NE(next(4), 4);
+
+  // The flag counts without places too.
+  call = CallOf(logits.view(), {set});
+  call.mirostat_mu = {9};
+  EXPECT_EQ(Run(call).mirostat_mu[0], next(4));
+}
+
 // The examples of the papers and programs.
 TEST_P(SamplerFiltersTest, LlamaCppsTestVectors) {
   const auto kept = [&](std::vector<double> probabilities, SamplingParams s) {

@@ -444,6 +444,12 @@ TEST_P(SamplerRowsTest, RejectsBadArguments) {
          [&](SamplerParams& p) { p.random_bits = offsets.view(); });
   expect({"mirostat_mu", "int32"},
          [&](SamplerParams& p) { p.mirostat_mu = ints.view(); });
+  expect({"mirostat_places", "without mirostat_mu"},
+         [&](SamplerParams& p) { p.mirostat_places = offsets.view(); });
+  expect({"mirostat_places"}, [&](SamplerParams& p) {
+    p.mirostat_mu = floats.view();
+    p.mirostat_places = offsets.view();
+  });
   expect({"raw_logprobs", "int32"},
          [&](SamplerParams& p) { p.raw_logprobs = ints.view(); });
   expect({"processed_logprobs", "[3]"}, [&](SamplerParams& p) {
