@@ -78,11 +78,13 @@ Status Session::Impl::CreateFlights() {
   append.reserve(rows);
   logit_places.reserve(rows);
   last_drawn.Reserve(rows);
+  mirostat.Reserve(options.max_sequences);
   for (Flight& flight : flights) {
     StatusOr<Event> done = Event::Create(model->device);
     TENON_RETURN_IF_ERROR(done.status());
     flight.done = *std::move(done);
     flight.drawn.Reserve(rows);
+    flight.mirostat.reserve(rows);
     if (!options.count_experts || !model->config.HasMoeLayers()) continue;
     StatusOr<ExpertCounter> experts =
         ExpertCounter::Create(model->config, activations);
@@ -186,17 +188,34 @@ Session::~Session() {
 
 StatusOr<SequenceId> Session::CreateSequence() {
   TENON_RETURN_IF_ERROR(impl_->CheckUsable("CreateSequence"));
-  return impl_->cache.CreateSequence();
+  const StatusOr<SequenceId> created = impl_->cache.CreateSequence();
+  if (created.ok()) impl_->mirostat.Forget(*created);
+  return created;
 }
 
 StatusOr<SequenceId> Session::ForkSequence(SequenceId sequence) {
   TENON_RETURN_IF_ERROR(impl_->CheckUsable("ForkSequence"));
-  return impl_->cache.Fork(sequence);
+  Impl& s = *impl_;
+  const StatusOr<SequenceId> fork = s.cache.Fork(sequence);
+  if (!fork.ok()) return fork;
+  s.mirostat.Forget(*fork);
+  const int32_t from = s.mirostat.Find(sequence).from;
+  if (from < 0) return fork;
+  const int32_t to = s.mirostat.Find(*fork).to;
+  const Status copied = s.buffers.CopyMirostatMu(from, to, s.stream.get());
+  if (copied.ok()) {
+    s.mirostat.Moved(*fork, to);
+    return fork;
+  }
+  TENON_RETURN_IF_ERROR(s.cache.Release(*fork));
+  return copied;
 }
 
 Status Session::TruncateSequence(SequenceId sequence, int32_t length) {
   TENON_RETURN_IF_ERROR(impl_->CheckUsable("TruncateSequence"));
-  return impl_->cache.Truncate(sequence, length);
+  const Status truncated = impl_->cache.Truncate(sequence, length);
+  if (truncated.ok() && length == 0) impl_->mirostat.Forget(sequence);
+  return truncated;
 }
 
 Status Session::ReleaseSequence(SequenceId sequence) {

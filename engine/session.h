@@ -43,6 +43,9 @@ struct SessionOptions {
   // for each number of rows of DecodeBuckets (step_graphs.h), when the session
   // is created. No token depends on it.
   bool cuda_graphs = true;
+  // Steps of few tokens have norms and sums of the residual stream in the ops
+  // next to them (StepContext::fuse). No bit depends on it; for measurement.
+  bool fuse = true;
   int32_t num_threads = 0;  // CPU; 0: one per usable CPU
   // Sizes of the expert kernels on this GPU, which tools/tune measured
   // (ReadMoeKernelFile); null: those built in. No token depends on them. The
@@ -63,7 +66,14 @@ struct StepRow {
   // results of this row mean nothing.
   bool continues = false;
   bool sample = true;  // false: a chunk with more of the prompt to come
-  // `position` and kUseBitmask are set by the session. Mirostat is not offered.
+  // `position` and kUseBitmask are set by the session.
+  //
+  // Mirostat: the session keeps mu of each sequence, 2 * mirostat_tau at first,
+  // and moves it on with every row that has mirostat_tau and is sampled; a step
+  // with an error does not. A fork begins with that of its parent. Truncation
+  // leaves mu alone, but to nothing, which is a beginning: who takes tokens
+  // back gives that of the last one kept (StepRowResult::mirostat_mu), with
+  // kSetMirostatMu.
   SamplingParams sampling;
   // What changes the logits that its token is drawn from: penalties, biases,
   // bans. LogitEdits (ops/sampler/logit_edits.h) makes them from the tokens of
@@ -84,6 +94,7 @@ struct StepRowResult {
   int32_t token = -1;  // -1: not sampled, or no token could be (see status)
   float logprob = 0.0f;
   SampleStatus status = SampleStatus::kOk;
+  float mirostat_mu = 0.0f;  // after this draw; 0 without mirostat
   // The best tokens by LogprobKind::kUnfiltered, best first: as many as
   // sampling.num_top_logprobs asks for and the row has.
   int32_t num_top = 0;

@@ -39,6 +39,8 @@ struct Session::Impl {
   struct Flight {
     Event done;
     DrawnTokens drawn;
+    // Of each row: where its mirostat mu was left; -1: it has none.
+    std::vector<int32_t> mirostat;
     ExpertCounter experts;
     int32_t tokens = 0;
     double begin = 0.0;
@@ -48,6 +50,7 @@ struct Session::Impl {
   int num_in_flight = 0;  // that nobody has waited for
   // What the last step drew, or will; empty after one that failed.
   DrawnTokens last_drawn;
+  MirostatStates mirostat;
 
   // Of the step that is being enqueued; they keep their memory.
   std::vector<AppendRow> append;
@@ -60,6 +63,7 @@ struct Session::Impl {
   Status Launch(const std::vector<StepRow>& rows, bool count_experts);
   Status CopyLogits(const std::vector<StepRow>& rows);
   Status Enqueue(const std::vector<StepRow>& rows, bool count_experts);
+  void Finish(const Flight& flight);
   void Reserve(size_t rows, std::vector<StepRowResult>* results,
                StepStats* stats) const;
   void TakeResults(Flight* flight, std::vector<StepRowResult>* results,

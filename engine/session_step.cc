@@ -33,15 +33,16 @@ void Session::Impl::Recover() noexcept {
 // device will hold by then.
 Status Session::Impl::EnqueueModel() {
   const StepInputs inputs = buffers.Inputs();
-  const StepContext context{model->config,
-                            model->weights,
-                            cache,
-                            activations,
-                            inputs,
-                            cublas_lt.get(),
-                            options.batch_invariant,
-                            stream.get(),
-                            &moe_kernels};
+  StepContext context{model->config,
+                      model->weights,
+                      cache,
+                      activations,
+                      inputs,
+                      cublas_lt.get(),
+                      options.batch_invariant,
+                      stream.get(),
+                      &moe_kernels};
+  context.fuse = options.fuse;
   TENON_RETURN_IF_ERROR(DecodeStep(context));
   if (buffers.shape().sampled_rows == 0) return Status();
   return Sampler(buffers.Sampling(activations), stream.get());
@@ -103,7 +104,7 @@ Status Session::Impl::Enqueue(const std::vector<StepRow>& rows,
   try {
     cache.CommitAppend();
     buffers.Begin(side, ShapeOf(rows, buckets));
-    FillStep(rows, cache, last_drawn, &buffers, &logit_places);
+    FillStep(rows, cache, last_drawn, mirostat, &buffers, &logit_places);
     if (!rows.empty()) status = Launch(rows, count_experts);
     if (status.ok()) status = flight.done.Record(stream.get());
     if (!status.ok()) {
@@ -115,13 +116,24 @@ Status Session::Impl::Enqueue(const std::vector<StepRow>& rows,
     throw;
   }
   flight.drawn.Clear();
+  flight.mirostat.clear();
   for (size_t i = 0; i < rows.size(); ++i) {
     flight.drawn.sequences.push_back(rows[i].sequence);
     flight.drawn.places.push_back(rows[i].sample ? logit_places[i].last : -1);
+    flight.mirostat.push_back(logit_places[i].mirostat);
   }
   last_drawn = flight.drawn;
   last_side = side;
   return Status();
+}
+
+// Makes what Enqueue has begun last.
+void Session::Impl::Finish(const Flight& flight) {
+  cache.FinishAppend();
+  for (size_t i = 0; i < flight.mirostat.size(); ++i) {
+    if (flight.mirostat[i] < 0) continue;
+    mirostat.Moved(flight.drawn.sequences[i], flight.mirostat[i]);
+  }
 }
 
 // Room for the results of a step: they must not be missed at its end.
@@ -147,6 +159,9 @@ void Session::Impl::TakeResults(Flight* flight,
     (*results)[i] = {buffers.tokens(side)[at], buffers.logprobs(side)[at],
                      static_cast<SampleStatus>(buffers.statuses(side)[at])};
     StepRowResult& result = (*results)[i];
+    if (flight->mirostat[i] >= 0) {
+      result.mirostat_mu = buffers.mirostat_mu(side)[flight->mirostat[i]];
+    }
     const int32_t columns = limits.max_top_logprobs;
     const int32_t* top_tokens = buffers.top_tokens(side) + at * columns;
     const float* top_logprobs = buffers.top_logprobs(side) + at * columns;
@@ -185,7 +200,7 @@ Status Session::Step(const std::vector<StepRow>& rows,
     s.Recover();
     return status;
   }
-  s.cache.FinishAppend();
+  s.Finish(flight);
   // Only now: a row's tokens may point into the results of the last step.
   s.TakeResults(&flight, results, stats);
   return Status();
@@ -199,7 +214,7 @@ Status Session::EnqueueStep(const std::vector<StepRow>& rows) {
                                    " steps that WaitStep has not given");
   }
   TENON_RETURN_IF_ERROR(s.Enqueue(rows, s.options.count_experts));
-  s.cache.FinishAppend();
+  s.Finish(s.flights[s.last_side]);
   ++s.num_in_flight;
   return Status();
 }

@@ -36,6 +36,7 @@ StatusOr<StepBuffers> StepBuffers::Create(Device device,
   const int64_t top = logit_rows * limits.max_top_logprobs;
   b.top_tokens_ = Place(&layout, top, sizeof(int32_t));
   b.top_logprobs_ = Place(&layout, top, sizeof(float));
+  b.mirostat_mu_ = Place(&layout, 2 * int64_t{limits.max_rows}, sizeof(float));
   b.results_end_ = static_cast<int64_t>(layout.size());
   StepShape largest;
   largest.tokens = limits.max_tokens;
@@ -69,6 +70,7 @@ StepBuffers::InputArrays StepBuffers::LayOut(const StepShape& shape) const {
   a.sampling = Place(&layout, shape.logit_rows, sizeof(SamplingParams));
   a.block_table =
       Place(&layout, rows * limits_.max_pages_per_row, sizeof(int32_t));
+  a.mirostat_places = Place(&layout, shape.logit_rows, sizeof(MirostatPlaces));
   a.edit_offsets = Place(&layout, shape.logit_rows + 1, sizeof(int32_t));
   a.edits = Place(&layout, limits_.max_logit_edits, sizeof(LogitEdit));
   a.bitmask = Place(&layout, int64_t{shape.logit_rows} * limits_.bitmask_words,
@@ -87,9 +89,11 @@ void StepBuffers::Begin(int side, const StepShape& shape) {
 }
 
 void StepBuffers::AddSampledRow(const LogitEdit* edits, int32_t num_edits,
-                                const uint32_t* bitmask) {
+                                const uint32_t* bitmask,
+                                MirostatPlaces mirostat) {
   int32_t* offsets = Host<int32_t>(inputs_.edit_offsets);
   const int32_t row = rows_added_++;
+  Host<MirostatPlaces>(inputs_.mirostat_places)[row] = mirostat;
   offsets[row + 1] = offsets[row] + num_edits;
   std::copy(edits, edits + num_edits,
             Host<LogitEdit>(inputs_.edits) + offsets[row]);
@@ -101,7 +105,9 @@ void StepBuffers::AddSampledRow(const LogitEdit* edits, int32_t num_edits,
 }
 
 void StepBuffers::FinishSampledRows() {
-  while (rows_added_ < shape_.sampled_rows) AddSampledRow(nullptr, 0, nullptr);
+  while (rows_added_ < shape_.sampled_rows) {
+    AddSampledRow(nullptr, 0, nullptr, {});
+  }
 }
 
 void StepBuffers::FillPadding(int32_t first) {
@@ -115,6 +121,12 @@ void StepBuffers::FillPadding(int32_t first) {
     sampling()[i] = CheapestSampling();
   }
   query_start()[0] = 0;
+}
+
+Status StepBuffers::CopyMirostatMu(int32_t from, int32_t to, Stream stream) {
+  float* mu = At<float>(memory_, mirostat_mu_);
+  return CopyMemory(mu + to, device_, mu + from, device_, sizeof(float),
+                    stream);
 }
 
 Status StepBuffers::Upload(Stream stream) {
@@ -182,6 +194,10 @@ SamplerParams StepBuffers::Sampling(const Activations& activations) const {
   p.tokens = DeviceView(tokens_, DType::kInt32, {rows});
   p.logprobs = DeviceView(logprobs_, DType::kFloat32, {rows});
   p.statuses = DeviceView(statuses_, DType::kInt32, {rows});
+  p.mirostat_mu = DeviceView(mirostat_mu_, DType::kFloat32,
+                             {2 * int64_t{limits_.max_rows}});
+  p.mirostat_places =
+      DeviceView(inputs_.mirostat_places, DType::kInt32, {rows, 2});
   if (limits_.max_logit_edits > 0) {
     p.edits = DeviceView(inputs_.edits, DType::kUInt8, {1}).As<LogitEdit>();
     p.num_edits = limits_.max_logit_edits;

@@ -24,6 +24,12 @@ struct StepShape {
 // For rows whose token nobody wants.
 SamplingParams CheapestSampling();
 
+// Where a row's mirostat mu is and where the next one goes; -1: it has none.
+struct MirostatPlaces {
+  int32_t from = -1;
+  int32_t to = -1;
+};
+
 // The small arrays that go to the device before a step, and those that come
 // back after it. Host and device memory have one layout, so that each way is
 // one copy. The inputs lie one after the other, as the shape of the step has
@@ -50,10 +56,11 @@ class StepBuffers {
   SamplingParams* sampling() { return Host<SamplingParams>(inputs_.sampling); }
   int32_t* block_table() { return Host<int32_t>(inputs_.block_table); }
 
-  // The edits and the bitmask of a sampled row, row after row; null for none.
+  // The edits and the bitmask (null for none) and the mirostat state of a
+  // sampled row, row after row.
   void AddSampledRow(const LogitEdit* edits, int32_t num_edits,
-                     const uint32_t* bitmask);
-  // What is left of the sampled rows has neither.
+                     const uint32_t* bitmask, MirostatPlaces mirostat);
+  // What is left of the sampled rows has none of them.
   void FinishSampledRows();
 
   // Makes rows from `first` on padding, of a decode step: without experts,
@@ -79,7 +86,14 @@ class StepBuffers {
     return At<float>(host_[side], top_logprobs_);
   }
 
+  // [2 * max_rows], which the session deals out: what the mu of sequences was
+  // after that step. On the device they stay from step to step.
+  const float* mirostat_mu(int side) const {
+    return At<float>(host_[side], mirostat_mu_);
+  }
+
   // In stream order.
+  Status CopyMirostatMu(int32_t from, int32_t to, Stream stream);
   Status Upload(Stream stream);
   Status Download(Stream stream);
 
@@ -101,6 +115,7 @@ class StepBuffers {
     int64_t logit_rows = 0;
     int64_t sampling = 0;
     int64_t block_table = 0;
+    int64_t mirostat_places = 0;
     int64_t edit_offsets = 0;
     int64_t edits = 0;    // only as many as there are go to the device
     int64_t bitmask = 0;  // goes to the device where a row has one
@@ -128,6 +143,7 @@ class StepBuffers {
   int64_t statuses_ = 0;
   int64_t top_tokens_ = 0;
   int64_t top_logprobs_ = 0;
+  int64_t mirostat_mu_ = 0;
   int64_t results_end_ = 0;
   StepShape shape_;
   InputArrays inputs_;

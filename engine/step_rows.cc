@@ -47,9 +47,8 @@ Status CheckSampling(const StepRow& row, size_t i,
   };
   const Status sampling = ValidateSamplingParams(s);
   if (!sampling.ok()) return error("sampling: ", sampling.message());
-  if (s.mirostat_tau > 0.0f) {
-    return error("sampling: mirostat_tau is ", s.mirostat_tau,
-                 ", but a session has no mirostat");
+  if ((s.flags & kSetMirostatMu) != 0 && s.mirostat_tau == 0.0f) {
+    return error("sampling: flags has kSetMirostatMu, but mirostat_tau is 0");
   }
   if (row.num_edits < 0 || (row.num_edits > 0 && row.edits == nullptr)) {
     return error("num_edits is ", row.num_edits, ", edits are ",
@@ -125,40 +124,46 @@ Status CheckTotals(const std::vector<StepRow>& rows,
 
 // Has the row's next token drawn from logit row `logit_row`.
 void FillSampling(const StepRow& row, size_t i, int32_t logit_row,
-                  StepBuffers* buffers) {
+                  const MirostatStates& mirostat, StepBuffers* buffers,
+                  LogitPlace* place) {
   SamplingParams* sampling = &buffers->sampling()[logit_row];
   *sampling = row.sampling;
   sampling->position = static_cast<uint64_t>(buffers->kv_len()[i]);
   if (row.bitmask != nullptr) sampling->flags |= kUseBitmask;
-  buffers->AddSampledRow(row.edits, row.num_edits, row.bitmask);
+  MirostatPlaces places;
+  if (row.sampling.mirostat_tau > 0.0f) places = mirostat.Find(row.sequence);
+  buffers->AddSampledRow(row.edits, row.num_edits, row.bitmask, places);
+  place->last = logit_row;
+  place->mirostat = places.to;
 }
 
 // Every row has its logits, wanted or not.
-void FillDecodeLogits(const std::vector<StepRow>& rows, StepBuffers* buffers,
+void FillDecodeLogits(const std::vector<StepRow>& rows,
+                      const MirostatStates& mirostat, StepBuffers* buffers,
                       std::vector<LogitPlace>* places) {
   for (size_t i = 0; i < rows.size(); ++i) {
     const auto row = static_cast<int32_t>(i);
     buffers->logit_rows()[i] = row;
-    (*places)[i].last = row;
     if (rows[i].sample) {
-      FillSampling(rows[i], i, row, buffers);
+      FillSampling(rows[i], i, row, mirostat, buffers, &(*places)[i]);
     } else {
+      (*places)[i].last = row;
       buffers->sampling()[i] = CheapestSampling();
-      buffers->AddSampledRow(nullptr, 0, nullptr);
+      buffers->AddSampledRow(nullptr, 0, nullptr, {});
     }
   }
 }
 
 // The sampled rows come first, so that they form one matrix for the sampler.
-void FillLogits(const std::vector<StepRow>& rows, StepBuffers* buffers,
+void FillLogits(const std::vector<StepRow>& rows,
+                const MirostatStates& mirostat, StepBuffers* buffers,
                 std::vector<LogitPlace>* places) {
   const int32_t* query_start = buffers->query_start();
   int32_t next = 0;
   for (size_t i = 0; i < rows.size(); ++i) {
     if (!rows[i].sample) continue;
-    FillSampling(rows[i], i, next, buffers);
-    buffers->logit_rows()[next] = query_start[i + 1] - 1;
-    (*places)[i].last = next++;
+    FillSampling(rows[i], i, next, mirostat, buffers, &(*places)[i]);
+    buffers->logit_rows()[next++] = query_start[i + 1] - 1;
   }
   for (size_t i = 0; i < rows.size(); ++i) {
     const int32_t wanted = NumLogitRows(rows[i]);
@@ -213,8 +218,8 @@ StepShape ShapeOf(const std::vector<StepRow>& rows,
 }
 
 void FillStep(const std::vector<StepRow>& rows, const KvCache& cache,
-              const DrawnTokens& before, StepBuffers* buffers,
-              std::vector<LogitPlace>* places) {
+              const DrawnTokens& before, const MirostatStates& mirostat,
+              StepBuffers* buffers, std::vector<LogitPlace>* places) {
   int32_t tokens = 0;
   buffers->query_start()[0] = 0;
   for (size_t i = 0; i < rows.size(); ++i) {
@@ -236,9 +241,9 @@ void FillStep(const std::vector<StepRow>& rows, const KvCache& cache,
   places->assign(rows.size(), LogitPlace());
   if (buffers->shape().is_decode) {
     buffers->FillPadding(static_cast<int32_t>(rows.size()));
-    FillDecodeLogits(rows, buffers, places);
+    FillDecodeLogits(rows, mirostat, buffers, places);
   } else {
-    FillLogits(rows, buffers, places);
+    FillLogits(rows, mirostat, buffers, places);
   }
   buffers->FinishSampledRows();
 }

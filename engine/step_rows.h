@@ -47,11 +47,32 @@ StepShape DecodeShape(int32_t rows);
 StepShape ShapeOf(const std::vector<StepRow>& rows,
                   const DecodeBuckets& buckets);
 
+// The mirostat state of sequences on the device: each slot has two places, so
+// that a step that fails leaves what it has read.
+class MirostatStates {
+ public:
+  void Reserve(int32_t slots) { places_.assign(slots, -1); }
+
+  // Where mu is, -1 where there is none yet, and where a step leaves the next.
+  MirostatPlaces Find(SequenceId sequence) const {
+    const int32_t first = 2 * static_cast<int32_t>(sequence.slot);
+    const int32_t from = places_[sequence.slot];
+    return {from, from == first ? first + 1 : first};
+  }
+  // Of a step that has succeeded, or a copy.
+  void Moved(SequenceId sequence, int32_t to) { places_[sequence.slot] = to; }
+  void Forget(SequenceId sequence) { places_[sequence.slot] = -1; }
+
+ private:
+  std::vector<int32_t> places_;  // of each slot
+};
+
 // Where the logits of a row are, as rows of the matrix of all; of those that
 // are sampled also where their token is.
 struct LogitPlace {
-  int32_t last = -1;    // of its last token; -1: not computed
-  int32_t others = -1;  // from where on those before it are, with kAll
+  int32_t last = -1;      // of its last token; -1: not computed
+  int32_t others = -1;    // from where on those before it are, with kAll
+  int32_t mirostat = -1;  // where its mu is left; -1: a row without mirostat
 };
 // The logits that a row asks for or is sampled from.
 int32_t NumLogitRows(const StepRow& row);
@@ -59,8 +80,8 @@ int32_t NumLogitRows(const StepRow& row);
 // Fills the host side of `buffers`, which has the rows' shape, and `places`,
 // one for each row, for an append that is committed.
 void FillStep(const std::vector<StepRow>& rows, const KvCache& cache,
-              const DrawnTokens& before, StepBuffers* buffers,
-              std::vector<LogitPlace>* places);
+              const DrawnTokens& before, const MirostatStates& mirostat,
+              StepBuffers* buffers, std::vector<LogitPlace>* places);
 
 }  // namespace tenon
 

@@ -111,6 +111,7 @@ TEST_P(PipelinedStepTest, CompanyChangesNoToken) {
       ASSERT_TRUE(alone->Step({row}, &results).ok());
       ASSERT_EQ(results[0].token, record.tokens[i]) << "token " << i;
       ASSERT_EQ(results[0].logprob, record.logprobs[i]) << "token " << i;
+      ASSERT_EQ(results[0].mirostat_mu, record.mirostat_mus[i]) << i;
       row.tokens = &record.tokens[i];
       row.num_tokens = 1;
     }

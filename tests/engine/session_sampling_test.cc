@@ -151,6 +151,156 @@ TEST_P(SessionSamplingTest, LogitEditsKeepASequenceFromRepeating) {
   }
 }
 
+// What the sampler draws of a row's logits, and the mu that it leaves.
+StepRowResult DrawByHand(const StepRow& row, uint64_t position, float mu) {
+  SamplingParams sampling = row.sampling;
+  sampling.position = position;
+  StepRowResult result;
+  int32_t status;
+  const auto tensor = [](const void* data, DType dtype) {
+    return MakeTensor(data, dtype, Device(), {1});
+  };
+  SamplerParams p;
+  p.logits = MakeTensor(row.logits, DType::kFloat32, Device(), {1, 131});
+  p.params = &sampling;
+  p.mirostat_mu = tensor(&mu, DType::kFloat32);
+  p.tokens = tensor(&result.token, DType::kInt32);
+  p.statuses = tensor(&status, DType::kInt32);
+  p.logprobs = tensor(&result.logprob, DType::kFloat32);
+  StatusOr<Buffer> workspace =
+      Buffer::Allocate(Device(), SamplerWorkspaceBytes(p));
+  EXPECT_TRUE(workspace.ok());
+  p.workspace = workspace->data();
+  p.workspace_size = workspace->size();
+  const Status drawn = Sampler(p, Stream());
+  EXPECT_TRUE(drawn.ok()) << drawn.message();
+  result.mirostat_mu = mu;
+  return result;
+}
+
+// Rows of which each has its logits in memory of its own.
+class SessionMirostatTest : public SessionSamplingTest {
+ protected:
+  struct Sequence {
+    StepRow row;
+    std::vector<float> logits = std::vector<float>(kVocab);
+    int32_t token = 0;
+    float mu = 6.0f;  // 2 * tau
+  };
+
+  StepRow& MirostatRow(Sequence* s) {
+    s->row.logits_mode = LogitsMode::kLast;
+    s->row.logits = s->logits.data();
+    s->row.sampling.temperature = 1.3f;
+    s->row.sampling.mirostat_tau = 3.0f;
+    s->row.sampling.mirostat_eta = 0.3f;
+    return s->row;
+  }
+
+  // Steps the sequences, each by what it drew before.
+  void Go(const std::vector<Sequence*>& sequences) {
+    std::vector<StepRow> rows;
+    for (Sequence* s : sequences) rows.push_back(s->row);
+    const std::vector<StepRowResult> results = Step(rows);
+    ASSERT_EQ(results.size(), rows.size());
+    for (size_t i = 0; i < rows.size(); ++i) {
+      Sequence& s = *sequences[i];
+      const int32_t length = *session_->SequenceLength(s.row.sequence);
+      const StepRowResult expected =
+          DrawByHand(s.row, static_cast<uint64_t>(length), s.mu);
+      EXPECT_EQ(results[i].token, expected.token) << "row " << i;
+      EXPECT_EQ(results[i].logprob, expected.logprob) << "row " << i;
+      EXPECT_EQ(results[i].mirostat_mu, expected.mirostat_mu) << "row " << i;
+      EXPECT_NE(results[i].mirostat_mu, s.mu) << "row " << i;
+      s.mu = results[i].mirostat_mu;
+      s.token = results[i].token;
+      s.row.tokens = &s.token;
+      s.row.num_tokens = 1;
+    }
+  }
+};
+
+TEST_P(SessionMirostatTest, GoesOnWithItsStateInWhateverSteps) {
+  CreateSession();
+  Sequence a, b;
+  for (Sequence* s : {&a, &b}) {
+    s->row = NewRow();
+    s->row.sampling.seed = s == &a ? 11 : 12;
+    MirostatRow(s);
+  }
+  StepRow other = NewRow();  // without
+  Go({&a, &b});
+  Go({&b, &a});
+  Go({&a});
+  for (int i = 0; i < 9; ++i) Go({&a, &b});
+  EXPECT_EQ(Step({other})[0].mirostat_mu, 0.0f);
+  // Greedy steps and those that are not sampled leave it alone.
+  a.row.sampling.temperature = 0.0f;
+  EXPECT_EQ(Step({a.row})[0].mirostat_mu, a.mu);
+  a.row.sample = false;
+  EXPECT_EQ(Step({a.row})[0].mirostat_mu, 0.0f);
+  a.row.sample = true;
+  a.row.sampling.temperature = 1.3f;
+  Go({&b, &a});
+}
+
+TEST_P(SessionMirostatTest, ForksTruncationAndSetting) {
+  CreateSession();
+  Sequence a;
+  a.row = NewRow();
+  MirostatRow(&a);
+  Go({&a});
+  Go({&a});
+  const float at_7 = a.mu;  // after the draw that follows 6 tokens
+  const int32_t token_7 = a.token;
+  Sequence fork = a;
+  fork.row.logits = fork.logits.data();
+  fork.row.tokens = &fork.token;
+  fork.row.sequence = *session_->ForkSequence(a.row.sequence);
+  fork.row.sampling.seed = 5;
+  Go({&a, &fork});
+  Go({&a});
+  Go({&fork, &a});
+
+  // Truncation leaves it alone, but to nothing.
+  ASSERT_TRUE(session_->TruncateSequence(a.row.sequence, 6).ok());
+  a.token = token_7;
+  Go({&a});
+  ASSERT_TRUE(session_->TruncateSequence(a.row.sequence, 6).ok());
+  a.token = token_7;
+  a.row.sampling.flags = kSetMirostatMu;
+  a.row.sampling.mirostat_mu = a.mu = at_7;
+  Go({&a});
+  a.row.sampling.flags = 0;
+  Go({&a});
+  ASSERT_TRUE(session_->TruncateSequence(a.row.sequence, 0).ok());
+  a.mu = 6.0f;
+  Go({&a});
+
+  // So does a sequence that gets a slot after another one.
+  ASSERT_TRUE(session_->ReleaseSequence(a.row.sequence).ok());
+  ASSERT_TRUE(session_->ReleaseSequence(fork.row.sequence).ok());
+  for (Sequence* s : {&a, &fork}) {
+    s->row = NewRow();
+    MirostatRow(s);
+    s->mu = 6.0f;
+  }
+  Go({&a, &fork});
+}
+
+TEST_P(SessionMirostatTest, AStepThatIsRefusedLeavesIt) {
+  CreateSession();
+  Sequence a;
+  a.row = NewRow();
+  MirostatRow(&a);
+  Go({&a});
+  StepRow bad = NewRow();
+  bad.num_tokens = 0;
+  std::vector<StepRowResult> results;
+  EXPECT_FALSE(session_->Step({a.row, bad}, &results).ok());
+  Go({&a});
+}
+
 TEST_P(SessionSamplingTest, RejectsWhatItCannotDo) {
   CreateSession();
   const auto expect = [&](std::vector<std::string> parts, auto&& change) {
@@ -161,7 +311,9 @@ TEST_P(SessionSamplingTest, RejectsWhatItCannotDo) {
     EXPECT_TRUE(session_->ReleaseSequence(row.sequence).ok());
   };
   expect({"rows[0]", "mirostat_tau"},
-         [](StepRow& r) { r.sampling.mirostat_tau = 3.0f; });
+         [](StepRow& r) { r.sampling.mirostat_tau = -3.0f; });
+  expect({"kSetMirostatMu", "mirostat_tau is 0"},
+         [](StepRow& r) { r.sampling.flags = kSetMirostatMu; });
   // Never without effect.
   expect({"penalties", "edits"},
          [](StepRow& r) { r.sampling.repetition_penalty = 1.1f; });
@@ -193,6 +345,8 @@ TEST_P(SessionSamplingTest, RejectsWhatItCannotDo) {
                          {"max_top_logprobs", "21"});
 }
 
+INSTANTIATE_TEST_SUITE_P(Devices, SessionMirostatTest,
+                         testing::SessionDevices(), testing::SessionDeviceName);
 INSTANTIATE_TEST_SUITE_P(Devices, SessionSamplingTest,
                          testing::SessionDevices(), testing::SessionDeviceName);
 

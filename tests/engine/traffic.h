@@ -22,6 +22,7 @@ class Traffic {
     uint64_t seed = 0;
     std::vector<int32_t> tokens;  // drawn
     std::vector<float> logprobs;
+    std::vector<float> mirostat_mus;
   };
 
   Traffic(Session* session, int32_t max_sequences, int32_t max_length)
@@ -57,6 +58,8 @@ class Traffic {
     SamplingParams sampling;
     sampling.temperature = seed % 3 == 0 ? 0.0f : 0.9f;
     sampling.top_k = seed % 5 == 0 ? 7 : 0;
+    sampling.mirostat_tau = seed % 4 == 0 ? 2.5f : 0.0f;
+    sampling.mirostat_eta = 0.2f;
     sampling.seed = seed;
     return sampling;
   }
@@ -144,6 +147,7 @@ class Traffic {
       ASSERT_EQ(results_[i].status, SampleStatus::kOk);
       records_[places[i]].tokens.push_back(results_[i].token);
       records_[places[i]].logprobs.push_back(results_[i].logprob);
+      records_[places[i]].mirostat_mus.push_back(results_[i].mirostat_mu);
     }
     logits_.insert(logits_.end(), step_logits_.front().begin(),
                    step_logits_.front().end());
@@ -181,7 +185,7 @@ class Traffic {
 
 inline bool operator==(const Traffic::Record& a, const Traffic::Record& b) {
   return a.prompt == b.prompt && a.seed == b.seed && a.tokens == b.tokens &&
-         a.logprobs == b.logprobs;
+         a.logprobs == b.logprobs && a.mirostat_mus == b.mirostat_mus;
 }
 
 // Expects that both had the same results, bit for bit.
