@@ -67,6 +67,9 @@ template <>
 inline constexpr size_t kFirstSize<tenon_step_row> = offsetof(tenon_step_row,
                                                               edits);
 template <>
+inline constexpr size_t kFirstSize<tenon_step_args> = offsetof(tenon_step_args,
+                                                               mirostat_mu);
+template <>
 inline constexpr size_t kFirstSize<tenon_sampler_args> =
     offsetof(tenon_sampler_args, vocab_size);
 template <>

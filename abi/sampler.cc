@@ -49,6 +49,7 @@ TENON_SAME_FIELD(dry_allowed_length);
 TENON_SAME_FIELD(dry_range);
 TENON_SAME_FIELD(flags);
 TENON_SAME_FIELD(num_top_logprobs);
+TENON_SAME_FIELD(mirostat_mu);
 TENON_SAME_FIELD(reserved);
 #undef TENON_SAME_FIELD
 
@@ -63,6 +64,7 @@ static_assert(TENON_EDIT_BAN == LogitEdit::kBan &&
               TENON_EDIT_IN_PROMPT == LogitEdit::kInPrompt);
 static_assert(TENON_SAMPLING_USE_BITMASK == kUseBitmask &&
               TENON_SAMPLING_ONLY_ALLOWED == kOnlyAllowed &&
+              TENON_SAMPLING_SET_MIROSTAT_MU == kSetMirostatMu &&
               TENON_MAX_TOP_LOGPROBS == kMaxTopLogprobs);
 static_assert(TENON_LOGPROB_UNFILTERED ==
                   static_cast<int>(LogprobKind::kUnfiltered) &&

@@ -111,6 +111,7 @@ Status QuerySession(tenon_session handle, tenon_session_info* to) {
   info.max_top_logprobs = options.max_top_logprobs;
   info.num_cuda_graphs = static_cast<int32_t>(s->session->num_graphs());
   info.cuda_graph_bytes = s->session->graph_bytes();
+  info.num_steps_in_flight = s->session->num_steps_in_flight();
   return WriteStruct("info", info, to);
 }
 

@@ -27,6 +27,9 @@ struct SessionObject {
   uint64_t num_steps = 0;
   uint64_t num_tokens = 0;  // of all steps
 
+  // Of the steps in flight, the oldest first.
+  int32_t rows_in_flight[kMaxStepsInFlight] = {};
+
   // Of the step under way; all have the memory for the largest one.
   std::vector<StepRow> rows;
   std::vector<StepRowResult> results;

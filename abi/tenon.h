@@ -83,7 +83,7 @@ extern "C" {
 
 /* This header's version; tenon_abi_version() has the library's. */
 #define TENON_ABI_MAJOR 1
-#define TENON_ABI_MINOR 3
+#define TENON_ABI_MINOR 4
 
 /* Status codes; equal to absl::StatusCode and to gRPC's. */
 #define TENON_OK 0
@@ -664,9 +664,11 @@ TENON_API int32_t tenon_moe(tenon_context context, const tenon_moe_args* args,
 
 /* Bits of tenon_sampling_params.flags (since ABI 1.3): the row of
  * tenon_sampler_args.bitmask applies; only ids whose edit has TENON_EDIT_ALLOW
- * can be drawn. */
+ * can be drawn; mirostat goes on from mirostat_mu, in place of what was kept
+ * (since ABI 1.4). */
 #define TENON_SAMPLING_USE_BITMASK 1u
 #define TENON_SAMPLING_ONLY_ALLOWED 2u
+#define TENON_SAMPLING_SET_MIROSTAT_MU 4u
 
 /* Since ABI 1.3. */
 #define TENON_MAX_TOP_LOGPROBS 20
@@ -704,7 +706,9 @@ typedef struct tenon_sampling_params {
   uint32_t flags;             /* TENON_SAMPLING_* */
   int32_t num_top_logprobs;   /* best tokens to list, at most
                                  TENON_MAX_TOP_LOGPROBS */
-  uint32_t reserved[7];
+  /* Since ABI 1.4. */
+  float mirostat_mu; /* with TENON_SAMPLING_SET_MIROSTAT_MU */
+  uint32_t reserved[6];
 } tenon_sampling_params;
 
 /* Writes {temperature 1, top_p 1, the rest 0}: the model's own distribution. At
@@ -1016,6 +1020,9 @@ typedef struct tenon_session_info {
   int32_t max_top_logprobs;
   int32_t num_cuda_graphs;  /* captured */
   int64_t cuda_graph_bytes; /* of device memory that they took */
+  /* Since ABI 1.4. */
+  int32_t num_steps_in_flight; /* enqueued and not yet waited for */
+  int32_t reserved;
 } tenon_session_info;
 
 /* Runs a model: owns the paged KV cache, the activations and a stream. All
@@ -1048,7 +1055,8 @@ TENON_THREAD(turns)
 TENON_API int32_t tenon_sequence_fork(tenon_session session,
                                       tenon_sequence sequence,
                                       tenon_sequence* fork, tenon_error* error);
-/* Forgets all tokens but the first num_tokens. */
+/* Forgets all tokens but the first num_tokens; mirostat's state (see
+ * tenon_step_row) with the last one. */
 TENON_THREAD(turns)
 TENON_API int32_t tenon_sequence_truncate(tenon_session session,
                                           tenon_sequence sequence,
@@ -1068,8 +1076,20 @@ TENON_API int32_t tenon_sequence_release(tenon_session session,
 #define TENON_LOGITS_LAST 1
 #define TENON_LOGITS_ALL 2
 
+/* Bits of tenon_step_row.flags, since ABI 1.4. CONTINUES: in place of `tokens`
+ * (NULL, with num_tokens 1) the row has the token that the step before, waited
+ * for or not, drew for its sequence; the device knows it before the host does.
+ * Where that step drew none (status), results of the row mean nothing. */
+#define TENON_ROW_CONTINUES 1u
+
 /* What a step does with one sequence: appends tokens (one: decode; several: a
- * chunk of prefill) and, usually, draws the next one. */
+ * chunk of prefill) and, usually, draws the next one.
+ *
+ * Mirostat (since ABI 1.4): the session keeps mu of each sequence, 2 *
+ * mirostat_tau at first, and moves it on with every row that has mirostat_tau
+ * and draws a token. A fork begins with that of its parent. Who takes tokens
+ * back with tenon_sequence_truncate gives the mu of the last one that is kept
+ * (tenon_step_args.mirostat_mu) with TENON_SAMPLING_SET_MIROSTAT_MU. */
 typedef struct tenon_step_row {
   uint32_t struct_size; /* the same in all rows of a call */
   int32_t num_tokens;   /* >= 1 */
@@ -1081,7 +1101,7 @@ typedef struct tenon_step_row {
   float* logits;       /* out: [vocab_size] with TENON_LOGITS_LAST, [num_tokens,
                           vocab_size] with TENON_LOGITS_ALL */
   int32_t logits_mode; /* TENON_LOGITS_* */
-  uint32_t reserved;
+  uint32_t flags;      /* TENON_ROW_*; 0 before ABI 1.4 */
   /* Since ABI 1.3; all optional, and read before the call returns. */
   const tenon_logit_edit* edits; /* [num_edits], aligned to 16 bytes, in the
                                     order of tenon_logit_edits_sort; penalties
@@ -1108,6 +1128,9 @@ typedef struct tenon_step_args {
                                 that each layer used, 0 for a dense layer; needs
                                 TENON_SESSION_COUNT_EXPERTS */
   double* microseconds;      /* out, optional: of the whole step */
+  /* Since ABI 1.4. */
+  float* mirostat_mu; /* [num_rows], out, optional: mu after the draw; 0 for
+                         rows without mirostat */
 } tenon_step_args;
 
 /* Runs the model over the new tokens of all rows in one pass. All or nothing:
@@ -1117,11 +1140,69 @@ typedef struct tenon_step_args {
  *                             sequence in two rows, bad sampling parameters
  *   TENON_NOT_FOUND           a sequence
  *   TENON_RESOURCE_EXHAUSTED  more rows, tokens, logits, context or pages than
- *                             the session has */
+ *                             the session has
+ *   TENON_FAILED_PRECONDITION  steps are in flight, see below */
 TENON_THREAD(turns)
 TENON_API int32_t tenon_session_step(tenon_session session,
                                      const tenon_step_args* args,
                                      tenon_error* error);
+
+/* The same in two parts (since ABI 1.4), so that the next step is on its way to
+ * the device before the host has read the tokens of the last one:
+ *
+ *   enqueue step 1
+ *   enqueue step 2, its rows with TENON_ROW_CONTINUES    (at most 2 in flight)
+ *   wait: the results of step 1
+ *   enqueue step 3, wait: the results of step 2, ...
+ *
+ * Enqueuing checks the rows as tenon_session_step does and starts their step,
+ * or does nothing at all. Of the arguments only num_rows and rows are given;
+ * results, the rows' top_tokens and top_logprobs among them, are NULL:
+ * tenon_session_wait_step has them. All that rows point to is read before the
+ * call returns, but for `logits`, which are written until the step has been
+ * waited for (with them this call may wait for its own step).
+ *
+ * Sequences are then as after all steps in flight. They may be created, forked,
+ * truncated and released meanwhile: one whose token was the last may be
+ * released at once though the step after it is under way, whose results for it
+ * mean nothing. Destroying the session waits for its steps.
+ *   TENON_FAILED_PRECONDITION  enqueue: TENON_MAX_STEPS_IN_FLIGHT are in
+ *                              flight; wait: none is
+ *   TENON_INVALID_ARGUMENT     enqueue: also a row that continues where the
+ *                              step before drew no token for its sequence;
+ *                              wait: another num_rows than that of the step
+ *   TENON_UNAVAILABLE          wait: an error of the device; the session cannot
+ *                              go on */
+#define TENON_MAX_STEPS_IN_FLIGHT 2
+
+/* What tenon_session_wait_step fills in; all pointers are host memory. */
+typedef struct tenon_step_results {
+  uint32_t struct_size;
+  int32_t num_rows;          /* those of the step */
+  int32_t* tokens;           /* [num_rows], out; -1: none was drawn */
+  float* logprobs;           /* [num_rows], out, optional */
+  int32_t* statuses;         /* [num_rows], out, optional; TENON_SAMPLE_* */
+  float* mirostat_mu;        /* [num_rows], out, optional */
+  int32_t* top_tokens;       /* [num_rows, top_columns], out, optional: the best
+                                of each row, as many as its sampling asked for,
+                                best first, then -1 */
+  float* top_logprobs;       /* the same, out, optional; NaN behind the last */
+  int32_t* distinct_experts; /* as in tenon_step_args */
+  double* microseconds;      /* out, optional: since the step was enqueued */
+  int32_t top_columns;       /* 1 to TENON_MAX_TOP_LOGPROBS, with top_tokens or
+                                top_logprobs */
+  uint32_t reserved;
+} tenon_step_results;
+
+TENON_THREAD(turns)
+TENON_API int32_t tenon_session_enqueue_step(tenon_session session,
+                                             const tenon_step_args* args,
+                                             tenon_error* error);
+/* Waits for the step that was enqueued first. */
+TENON_THREAD(turns)
+TENON_API int32_t tenon_session_wait_step(tenon_session session,
+                                          const tenon_step_results* results,
+                                          tenon_error* error);
 
 #ifdef __cplusplus
 }

@@ -4,4 +4,7 @@
 TENON_VERSION = "0.1.0"
 
 # Every released ABI version, oldest first; history/ has their headers.
-ABI_VERSIONS = ["1_0"]
+ABI_VERSIONS = [
+    "1_0",
+    "1_3",
+]

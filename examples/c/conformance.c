@@ -2,6 +2,7 @@
  * through libtenon.so on the CPU. Exit code 0: all passed. */
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "loader.h"
@@ -71,6 +72,39 @@ static int32_t generate(const tenon_library* library, tenon_session session,
   return code;
 }
 
+/* The same with two steps in flight: tokens go from step to step without us. */
+static int32_t generate_pipelined(const tenon_library* library,
+                                  tenon_session session,
+                                  const tenon_sampling_params* sampling,
+                                  const int32_t* prompt, int32_t prompt_size,
+                                  int32_t* tokens, int64_t count,
+                                  tenon_error* error) {
+  tenon_sequence sequence;
+  int32_t code = library->sequence_create(session, &sequence, error);
+  if (code != TENON_OK) return code;
+  tenon_step_row row = {.struct_size = sizeof(row)};
+  row.sequence = sequence;
+  row.tokens = prompt;
+  row.num_tokens = prompt_size;
+  row.sampling = sampling;
+  tenon_step_args step = {.struct_size = sizeof(step)};
+  step.num_rows = 1;
+  step.rows = &row;
+  tenon_step_results results = {.struct_size = sizeof(results)};
+  results.num_rows = 1;
+  for (int64_t i = 0; i <= count && code == TENON_OK; ++i) {
+    if (i < count) code = library->session_enqueue_step(session, &step, error);
+    row.tokens = NULL;
+    row.num_tokens = 1;
+    row.flags = TENON_ROW_CONTINUES;
+    if (i == 0 || code != TENON_OK) continue;
+    results.tokens = &tokens[i - 1];
+    code = library->session_wait_step(session, &results, error);
+  }
+  library->sequence_release(session, sequence, NULL);
+  return code;
+}
+
 static void print_bytes(const int32_t* tokens, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     if (tokens[i] > 0) putchar(tokens[i]);
@@ -89,9 +123,22 @@ static int32_t run_generate(const tenon_library* library,
   sampling.seed = case_unsigned(test, "seed");
   const DLTensor* const prompt = case_tensor(test, "prompt");
   const DLTensor* const tokens = case_tensor(test, "tokens");
-  const int32_t code = generate(library, engine->session, &sampling,
-                                prompt->data, (int32_t)prompt->shape[0],
-                                tokens->data, tokens->shape[0], error);
+  const int32_t prompt_size = (int32_t)prompt->shape[0];
+  const int64_t count = tokens->shape[0];
+  int32_t code = generate(library, engine->session, &sampling, prompt->data,
+                          prompt_size, tokens->data, count, error);
+  if (code != TENON_OK) return code;
+  int32_t* const again = calloc((size_t)count, sizeof(*again));
+  if (again == NULL) return TENON_RESOURCE_EXHAUSTED;
+  code = generate_pipelined(library, engine->session, &sampling, prompt->data,
+                            prompt_size, again, count, error);
+  if (code == TENON_OK &&
+      memcmp(again, tokens->data, (size_t)count * sizeof(*again)) != 0) {
+    code = TENON_INTERNAL;
+    snprintf(error->message, sizeof(error->message),
+             "two steps in flight give other tokens");
+  }
+  free(again);
   if (code != TENON_OK) return code;
   printf("%s: ", test->name);
   print_bytes(prompt->data, prompt->shape[0]);

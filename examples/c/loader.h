@@ -38,7 +38,9 @@
   X(session_destroy)                   \
   X(sequence_create)                   \
   X(sequence_release)                  \
-  X(session_step)
+  X(session_step)                      \
+  X(session_enqueue_step)              \
+  X(session_wait_step)
 
 /* tenon_abi_version() is library.abi_version(), and so on. The types are those
  * of the header's declarations. */

@@ -213,6 +213,33 @@ void Generate(tenon::Session* session, const tenon_sampling_params& sampling,
   }
 }
 
+// The same with two steps in flight: tokens go from step to step without us.
+void GeneratePipelined(tenon::Session* session,
+                       const tenon_sampling_params& sampling,
+                       const std::vector<int32_t>& prompt,
+                       std::vector<int32_t>* tokens) {
+  const tenon::Sequence sequence(*session);
+  auto row = tenon::Make<tenon_step_row>();
+  row.sequence = sequence.get();
+  row.tokens = prompt.data();
+  row.num_tokens = static_cast<int32_t>(prompt.size());
+  row.sampling = &sampling;
+  auto step = tenon::Make<tenon_step_args>();
+  step.num_rows = 1;
+  step.rows = &row;
+  session->EnqueueStep(step);
+  row.tokens = nullptr;
+  row.num_tokens = 1;
+  row.flags = TENON_ROW_CONTINUES;
+  auto results = tenon::Make<tenon_step_results>();
+  results.num_rows = 1;
+  for (int32_t& token : *tokens) {
+    if (&token != &tokens->back()) session->EnqueueStep(step);
+    results.tokens = &token;
+    session->WaitStep(results);
+  }
+}
+
 std::vector<int32_t> Tokens(const CaseTensor& tensor) {
   std::vector<int32_t> tokens(tensor.memory.size() / sizeof(int32_t));
   std::memcpy(tokens.data(), tensor.memory.data(), tensor.memory.size());
@@ -231,6 +258,11 @@ void RunGenerate(tenon::Session* session, Case* c) {
   std::vector<uint8_t>& memory = c->tensors.at("tokens").memory;
   std::vector<int32_t> tokens(memory.size() / sizeof(int32_t));
   Generate(session, sampling, prompt, &tokens);
+  std::vector<int32_t> pipelined(tokens.size());
+  GeneratePipelined(session, sampling, prompt, &pipelined);
+  if (pipelined != tokens) {
+    throw std::runtime_error("two steps in flight give other tokens");
+  }
   std::memcpy(memory.data(), tokens.data(), memory.size());
   // Of this model a token is a byte; 0 begins a text.
   const std::string text = std::string(prompt.begin() + 1, prompt.end()) +

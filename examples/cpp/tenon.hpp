@@ -95,7 +95,9 @@ Struct Make() {
   X(sequence_truncate)                 \
   X(sequence_length)                   \
   X(sequence_release)                  \
-  X(session_step)
+  X(session_step)                      \
+  X(session_enqueue_step)              \
+  X(session_wait_step)
 
 // tenon_rms_norm is functions.rms_norm.
 struct Functions {
@@ -376,6 +378,15 @@ class Session {
   // Runs a step; args.rows and the outputs are the caller's.
   void Step(const tenon_step_args& args) {
     library().Call(library()->session_step, get(), &args);
+  }
+
+  // The same in two parts, of which two may be in flight: args have rows alone,
+  // and what comes of them is the caller's `results` of the wait.
+  void EnqueueStep(const tenon_step_args& args) {
+    library().Call(library()->session_enqueue_step, get(), &args);
+  }
+  void WaitStep(const tenon_step_results& results) {
+    library().Call(library()->session_wait_step, get(), &results);
   }
 
   tenon_session get() const { return handle_.get(); }

@@ -7,6 +7,7 @@ import "C"
 
 import (
 	"runtime/cgo"
+	"sync"
 	"unsafe"
 )
 
@@ -149,6 +150,8 @@ type SessionOptions struct {
 type Session struct {
 	handle    C.tenon_session
 	vocabSize int
+	mutex     sync.Mutex // of inFlight
+	inFlight  []*step    // the oldest first
 }
 
 // NewSession creates a session, until Close.
@@ -193,9 +196,16 @@ func (m *Model) NewSession(options SessionOptions) (*Session, error) {
 
 // Close ends the session and its sequences.
 func (s *Session) Close() error {
+	s.mutex.Lock()
+	defer s.mutex.Unlock()
 	handle := s.handle
 	s.handle = 0
-	return check(func(e *C.tenon_error) C.int32_t {
+	err := check(func(e *C.tenon_error) C.int32_t {
 		return C.tenon_session_destroy(handle, e)
 	})
+	for _, step := range s.inFlight { // nothing writes there any more
+		step.arena.free()
+	}
+	s.inFlight = nil
+	return err
 }

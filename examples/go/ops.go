@@ -23,6 +23,7 @@ const (
 	FilterLlamaCpp           = C.TENON_FILTER_LLAMA_CPP
 	SamplingUseBitmask       = C.TENON_SAMPLING_USE_BITMASK
 	SamplingOnlyAllowed      = C.TENON_SAMPLING_ONLY_ALLOWED
+	SamplingSetMirostatMu    = C.TENON_SAMPLING_SET_MIROSTAT_MU
 	MaxTopLogprobs           = C.TENON_MAX_TOP_LOGPROBS
 	SampleOK                 = C.TENON_SAMPLE_OK
 	SampleNoSupport          = C.TENON_SAMPLE_NO_SUPPORT

@@ -74,6 +74,7 @@ type SamplingParams struct {
 	XTCThreshold      float32
 	MirostatTau       float32
 	MirostatEta       float32
+	MirostatMu        float32 // with SamplingSetMirostatMu in Flags
 	RepetitionPenalty float32
 	FrequencyPenalty  float32
 	PresencePenalty   float32
@@ -106,6 +107,10 @@ type Row struct {
 	Sequence *Sequence
 	Tokens   []int32 // to append
 
+	// Continues: in place of Tokens, the token that the step before, waited for or
+	// not, drew for the sequence.
+	Continues bool
+
 	// Sampling is how the next token is drawn; nil: it is not, for a chunk with
 	// more of the prompt to come.
 	Sampling *SamplingParams
@@ -132,6 +137,10 @@ type Sampled struct {
 	// Top are the best tokens, best first: SamplingParams.NumTopLogprobs of them,
 	// or as many as may be drawn.
 	Top []TokenLogprob
+
+	// MirostatMu is mu after the draw; 0 without mirostat. A row that goes on
+	// from here after Truncate gives it as SamplingParams.MirostatMu.
+	MirostatMu float32
 }
 
 // A TokenLogprob is a token and its logprob.
@@ -143,56 +152,197 @@ type TokenLogprob struct {
 // Step appends each row's tokens to its sequence and draws the next ones, in one
 // pass over the model. After an error every sequence is as it was.
 func (s *Session) Step(rows []Row) ([]Sampled, error) {
-	var a arena
-	defer a.free()
-	rawRows := arenaSlice[C.tenon_step_row](&a, len(rows))
-	logits := make([][]float32, len(rows))
-	for i, row := range rows {
-		raw := &rawRows[i]
-		raw.struct_size = C.sizeof_tenon_step_row
-		raw.sequence = row.Sequence.handle
-		raw.num_tokens = C.int32_t(len(row.Tokens))
-		if len(row.Tokens) > 0 {
-			raw.tokens = (*C.int32_t)(&arenaCopy(&a, row.Tokens)[0])
-		}
-		if row.Sampling != nil {
-			raw.sampling = &arenaCopy(&a, []C.tenon_sampling_params{row.Sampling.raw()})[0]
-		}
-		if row.Logits != nil {
-			switch len(row.Logits) {
-			case s.vocabSize:
-				raw.logits_mode = C.TENON_LOGITS_LAST
-			case s.vocabSize * len(row.Tokens):
-				raw.logits_mode = C.TENON_LOGITS_ALL
-			default:
-				return nil, invalidArgument("row %d: room for %d logits, expected %d or %d times that",
-					i, len(row.Logits), s.vocabSize, len(row.Tokens))
-			}
-			logits[i] = arenaSlice[float32](&a, len(row.Logits))
-			raw.logits = (*C.float)(&logits[i][0])
-		}
-		if err := s.setEdits(&a, &row, raw); err != nil {
-			return nil, err
-		}
-	}
-	results, err := s.step(&a, rawRows)
-	if err != nil {
+	step := newStep(rows)
+	defer step.arena.free()
+	if err := step.fill(s); err != nil {
 		return nil, err
 	}
 	for i, row := range rows {
-		copy(row.Logits, logits[i])
-		results[i].Top = topOf(&rawRows[i])
+		if row.Sampling != nil && row.Sampling.NumTopLogprobs != 0 {
+			step.rawRows[i].top_tokens = &step.topTokens[i*C.TENON_MAX_TOP_LOGPROBS]
+			step.rawRows[i].top_logprobs = &step.topLogprobs[i*C.TENON_MAX_TOP_LOGPROBS]
+		}
 	}
-	return results, nil
+	args := C.tenon_step_args{
+		struct_size: C.sizeof_tenon_step_args,
+		num_rows:    C.int32_t(len(rows)),
+		rows:        &step.rawRows[0],
+		tokens:      &step.tokens[0],
+		logprobs:    &step.logprobs[0],
+		statuses:    &step.statuses[0],
+		mirostat_mu: &step.mirostatMu[0],
+	}
+	err := check(func(e *C.tenon_error) C.int32_t {
+		return C.tenon_session_step(s.handle, &args, e)
+	})
+	if err != nil {
+		return nil, err
+	}
+	return step.results(), nil
 }
 
-// setEdits gives the raw row what changes or lists the logits of its token.
-func (s *Session) setEdits(a *arena, row *Row, raw *C.tenon_step_row) error {
-	if row.Sampling != nil && row.Sampling.NumTopLogprobs != 0 {
-		// The library refuses to write more.
-		raw.top_tokens = &arenaSlice[C.int32_t](a, C.TENON_MAX_TOP_LOGPROBS)[0]
-		raw.top_logprobs = &arenaSlice[C.float](a, C.TENON_MAX_TOP_LOGPROBS)[0]
+// EnqueueStep starts a step, or does nothing at all: Step in two parts, so that a
+// step is on its way before the tokens of the last one are read. Two may be in
+// flight; WaitStep gives the results of the first. Sequences may come and go
+// meanwhile: one that has ended may be released at once though its next step is
+// under way.
+func (s *Session) EnqueueStep(rows []Row) error {
+	s.mutex.Lock()
+	defer s.mutex.Unlock()
+	step := newStep(rows)
+	err := step.fill(s)
+	if err == nil {
+		args := C.tenon_step_args{
+			struct_size: C.sizeof_tenon_step_args,
+			num_rows:    C.int32_t(len(rows)),
+			rows:        &step.rawRows[0],
+		}
+		err = check(func(e *C.tenon_error) C.int32_t {
+			return C.tenon_session_enqueue_step(s.handle, &args, e)
+		})
 	}
+	if err != nil {
+		step.arena.free()
+		return err
+	}
+	s.inFlight = append(s.inFlight, step)
+	return nil
+}
+
+// WaitStep waits for the step that was enqueued first. The rows' Logits are
+// filled in then.
+func (s *Session) WaitStep() ([]Sampled, error) {
+	s.mutex.Lock()
+	defer s.mutex.Unlock()
+	results := C.tenon_step_results{struct_size: C.sizeof_tenon_step_results}
+	var step *step
+	if len(s.inFlight) > 0 {
+		step = s.inFlight[0]
+		results.num_rows = C.int32_t(len(step.rows))
+		results.tokens = &step.tokens[0]
+		results.logprobs = &step.logprobs[0]
+		results.statuses = &step.statuses[0]
+		results.mirostat_mu = &step.mirostatMu[0]
+		results.top_tokens = &step.topTokens[0]
+		results.top_logprobs = &step.topLogprobs[0]
+		results.top_columns = C.TENON_MAX_TOP_LOGPROBS
+	}
+	err := check(func(e *C.tenon_error) C.int32_t {
+		return C.tenon_session_wait_step(s.handle, &results, e)
+	})
+	if err != nil {
+		return nil, err
+	}
+	s.inFlight = s.inFlight[1:]
+	defer step.arena.free()
+	return step.results(), nil
+}
+
+// A step is the memory that a step reads and writes.
+type step struct {
+	arena       arena
+	rows        []Row
+	rawRows     []C.tenon_step_row
+	logits      [][]float32
+	tokens      []C.int32_t
+	logprobs    []C.float
+	statuses    []C.int32_t
+	mirostatMu  []C.float
+	topTokens   []C.int32_t // TENON_MAX_TOP_LOGPROBS of each row
+	topLogprobs []C.float
+}
+
+func newStep(rows []Row) *step {
+	t := &step{rows: rows, logits: make([][]float32, len(rows))}
+	room := len(rows) + 1 // so that none have an address too
+	t.rawRows = arenaSlice[C.tenon_step_row](&t.arena, room)
+	t.tokens = arenaSlice[C.int32_t](&t.arena, room)
+	t.logprobs = arenaSlice[C.float](&t.arena, room)
+	t.statuses = arenaSlice[C.int32_t](&t.arena, room)
+	t.mirostatMu = arenaSlice[C.float](&t.arena, room)
+	t.topTokens = arenaSlice[C.int32_t](&t.arena, room*C.TENON_MAX_TOP_LOGPROBS)
+	t.topLogprobs = arenaSlice[C.float](&t.arena, room*C.TENON_MAX_TOP_LOGPROBS)
+	return t
+}
+
+// fill gives the raw rows all but what they list of their results.
+func (t *step) fill(s *Session) error {
+	if len(t.rows) == 0 {
+		return invalidArgument("no rows")
+	}
+	for i := range t.rows {
+		if err := t.fillRow(s, i); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (t *step) fillRow(s *Session, i int) error {
+	row, raw := &t.rows[i], &t.rawRows[i]
+	raw.struct_size = C.sizeof_tenon_step_row
+	raw.sequence = row.Sequence.handle
+	raw.num_tokens = C.int32_t(len(row.Tokens))
+	if row.Continues {
+		raw.flags = C.TENON_ROW_CONTINUES
+		raw.num_tokens++
+	}
+	if len(row.Tokens) > 0 {
+		raw.tokens = (*C.int32_t)(&arenaCopy(&t.arena, row.Tokens)[0])
+	}
+	if row.Sampling != nil {
+		raw.sampling = &arenaCopy(&t.arena, []C.tenon_sampling_params{row.Sampling.raw()})[0]
+	}
+	if row.Logits != nil {
+		switch len(row.Logits) {
+		case s.vocabSize:
+			raw.logits_mode = C.TENON_LOGITS_LAST
+		case s.vocabSize * len(row.Tokens):
+			raw.logits_mode = C.TENON_LOGITS_ALL
+		default:
+			return invalidArgument("row %d: room for %d logits, expected %d or %d times that",
+				i, len(row.Logits), s.vocabSize, len(row.Tokens))
+		}
+		t.logits[i] = arenaSlice[float32](&t.arena, len(row.Logits))
+		raw.logits = (*C.float)(&t.logits[i][0])
+	}
+	return s.setEdits(&t.arena, row, raw)
+}
+
+// results reads what has come of the step.
+func (t *step) results() []Sampled {
+	results := make([]Sampled, len(t.rows))
+	for i, row := range t.rows {
+		copy(row.Logits, t.logits[i])
+		results[i] = Sampled{
+			Token:      int32(t.tokens[i]),
+			Logprob:    float32(t.logprobs[i]),
+			Status:     int32(t.statuses[i]),
+			Top:        t.top(i),
+			MirostatMu: float32(t.mirostatMu[i]),
+		}
+	}
+	return results
+}
+
+// top reads the best tokens of a row.
+func (t *step) top(i int) []TokenLogprob {
+	sampling := t.rawRows[i].sampling
+	if sampling == nil {
+		return nil
+	}
+	var top []TokenLogprob
+	for j := i * C.TENON_MAX_TOP_LOGPROBS; len(top) < int(sampling.num_top_logprobs); j++ {
+		if t.topTokens[j] < 0 {
+			break
+		}
+		top = append(top, TokenLogprob{int32(t.topTokens[j]), float32(t.topLogprobs[j])})
+	}
+	return top
+}
+
+// setEdits gives the raw row what changes the logits of its token.
+func (s *Session) setEdits(a *arena, row *Row, raw *C.tenon_step_row) error {
 	if row.Bitmask != nil {
 		if words := (s.vocabSize + 31) / 32; len(row.Bitmask) != words {
 			return invalidArgument("a bitmask of %d words, expected %d", len(row.Bitmask), words)
@@ -220,54 +370,6 @@ func (s *Session) setEdits(a *arena, row *Row, raw *C.tenon_step_row) error {
 	})
 }
 
-// topOf reads the best tokens of a row after its step.
-func topOf(row *C.tenon_step_row) []TokenLogprob {
-	if row.sampling == nil || row.sampling.num_top_logprobs == 0 {
-		return nil
-	}
-	count := int(row.sampling.num_top_logprobs)
-	logprobs := unsafe.Slice(row.top_logprobs, count)
-	var top []TokenLogprob
-	for i, token := range unsafe.Slice(row.top_tokens, count) {
-		if token >= 0 {
-			top = append(top, TokenLogprob{int32(token), float32(logprobs[i])})
-		}
-	}
-	return top
-}
-
-func (s *Session) step(a *arena, rows []C.tenon_step_row) ([]Sampled, error) {
-	if len(rows) == 0 {
-		return nil, invalidArgument("no rows")
-	}
-	tokens := arenaSlice[C.int32_t](a, len(rows))
-	logprobs := arenaSlice[C.float](a, len(rows))
-	statuses := arenaSlice[C.int32_t](a, len(rows))
-	args := C.tenon_step_args{
-		struct_size: C.sizeof_tenon_step_args,
-		num_rows:    C.int32_t(len(rows)),
-		rows:        &rows[0],
-		tokens:      &tokens[0],
-		logprobs:    &logprobs[0],
-		statuses:    &statuses[0],
-	}
-	err := check(func(e *C.tenon_error) C.int32_t {
-		return C.tenon_session_step(s.handle, &args, e)
-	})
-	if err != nil {
-		return nil, err
-	}
-	results := make([]Sampled, len(rows))
-	for i := range results {
-		results[i] = Sampled{
-			Token:   int32(tokens[i]),
-			Logprob: float32(logprobs[i]),
-			Status:  int32(statuses[i]),
-		}
-	}
-	return results, nil
-}
-
 func (p *SamplingParams) raw() C.tenon_sampling_params {
 	return C.tenon_sampling_params{
 		temperature:  C.float(p.Temperature),
@@ -284,6 +386,7 @@ func (p *SamplingParams) raw() C.tenon_sampling_params {
 		xtc_threshold:      C.float(p.XTCThreshold),
 		mirostat_tau:       C.float(p.MirostatTau),
 		mirostat_eta:       C.float(p.MirostatEta),
+		mirostat_mu:        C.float(p.MirostatMu),
 		repetition_penalty: C.float(p.RepetitionPenalty),
 		frequency_penalty:  C.float(p.FrequencyPenalty),
 		presence_penalty:   C.float(p.PresencePenalty),

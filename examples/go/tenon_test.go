@@ -4,6 +4,7 @@ import (
 	"errors"
 	"math"
 	"os"
+	"reflect"
 	"sync"
 	"testing"
 )
@@ -318,6 +319,102 @@ func TestEditsBitmasksAndTopTokens(t *testing.T) {
 		sampling.NumTopLogprobs = count
 		_, err = step(Row{Edits: bans})
 		expectCode(t, err, InvalidArgument)
+	}
+}
+
+func TestTwoStepsInFlight(t *testing.T) {
+	m := model(t)
+	info, err := m.Info()
+	if err != nil {
+		t.Fatal(err)
+	}
+	session, err := m.NewSession(SessionOptions{MaxTopLogprobs: 2})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer session.Close()
+	prompt := []int32{'S', 'h', 'e', ' ', 'w', 'a', 's'}
+	sampling := SamplingParams{Temperature: 0.9, TopP: 1, Seed: 3,
+		MirostatTau: 3, MirostatEta: 0.2, NumTopLogprobs: 2}
+	newRow := func() Row {
+		sequence, err := session.NewSequence()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return Row{Sequence: sequence, Tokens: prompt, Sampling: &sampling,
+			Logits: make([]float32, info.VocabSize)}
+	}
+	goOn := func(row Row) Row {
+		row.Tokens, row.Continues = nil, true
+		row.Logits = make([]float32, info.VocabSize)
+		return row
+	}
+	row := newRow()
+	var expected []Sampled
+	var logits [][]float32
+	for i := 0; i < 5; i++ {
+		sampled, err := session.Step([]Row{row})
+		if err != nil {
+			t.Fatal(err)
+		}
+		expected = append(expected, sampled...)
+		logits = append(logits, row.Logits)
+		row = goOn(row)
+	}
+	if expected[0].MirostatMu == expected[1].MirostatMu || len(expected[0].Top) != 2 {
+		t.Errorf("got %v", expected)
+	}
+
+	other := newRow()
+	rows := []Row{other}
+	if err := session.EnqueueStep(rows); err != nil {
+		t.Fatal(err)
+	}
+	var got []Sampled
+	for i := 0; i < 5; i++ {
+		other = goOn(other)
+		rows = append(rows, other)
+		if i < 4 {
+			if err := session.EnqueueStep([]Row{other}); err != nil {
+				t.Fatal(err)
+			}
+			expectCode(t, session.EnqueueStep([]Row{other}), FailedPrecondition)
+		} else {
+			_, err := session.Step([]Row{other})
+			expectCode(t, err, FailedPrecondition)
+			if err := other.Sequence.Release(); err != nil { // its last step may go on
+				t.Fatal(err)
+			}
+		}
+		sampled, err := session.WaitStep()
+		if err != nil {
+			t.Fatal(err)
+		}
+		got = append(got, sampled...)
+		if !reflect.DeepEqual(rows[i].Logits, logits[i]) {
+			t.Errorf("step %d has other logits", i)
+		}
+	}
+	if !reflect.DeepEqual(got, expected) {
+		t.Errorf("got %v, expected %v", got, expected)
+	}
+	_, err = session.WaitStep()
+	expectCode(t, err, FailedPrecondition)
+
+	// Back to where two tokens had been drawn.
+	if err := row.Sequence.Truncate(len(prompt) + 1); err != nil {
+		t.Fatal(err)
+	}
+	set := sampling
+	set.Flags = SamplingSetMirostatMu
+	set.MirostatMu = expected[1].MirostatMu
+	again, err := session.Step([]Row{{Sequence: row.Sequence, Tokens: []int32{expected[1].Token},
+		Sampling: &set}})
+	if err != nil || !reflect.DeepEqual(again[0], expected[2]) {
+		t.Errorf("got %v, %v, expected %v", again, err, expected[2])
+	}
+	if err := session.EnqueueStep([]Row{goOn(row)}); err != nil { // ends with the session
+		t.Fatal(err)
 	}
 }
 

@@ -1,16 +1,23 @@
 import java.nio.ByteBuffer;
 import java.nio.file.Path;
 import java.util.ArrayList;
+import java.util.Collections;
 import java.util.List;
 import java.util.function.Consumer;
+import java.util.function.Function;
+import java.util.function.UnaryOperator;
+import java.util.stream.IntStream;
 import tenon.Context;
 import tenon.DType;
+import tenon.Layout;
+import tenon.LogitEdit;
 import tenon.Model;
 import tenon.Op;
 import tenon.Ops;
 import tenon.SamplingParams;
 import tenon.Sequence;
 import tenon.Session;
+import tenon.SessionOptions;
 import tenon.Status;
 import tenon.Tenon;
 import tenon.TenonException;
@@ -36,6 +43,8 @@ public final class BindingTest {
     measureOverhead();
     testProgress(modelDirectory);
     testSequences(modelDirectory);
+    testEditsMasksAndTop(modelDirectory);
+    testTwoStepsInFlight(modelDirectory);
     System.out.println(failures == 0 ? "PASS" : failures + " failures");
     System.exit(failures == 0 ? 0 : 1);
   }
@@ -185,6 +194,134 @@ public final class BindingTest {
     }
     expect(TenonException.class, "session", closed::createSequence);
     orphan.close(); // after its session: nothing is left to do
+  }
+
+  private static void testEditsMasksAndTop(Path directory) {
+    int[] prompt = {'S', 'h', 'e', ' ', 'w', 'a', 's'};
+    SessionOptions options =
+        new SessionOptions()
+            .flags(Layout.SESSION_LOGIT_BITMASKS)
+            .maxLogitEdits(3)
+            .maxTopLogprobs(3);
+    try (Model model = Model.load(directory);
+        Session session = Session.create(model, options)) {
+      // Draws behind a row that has nothing else.
+      Function<UnaryOperator<Session.Row>, Session.Result> draw =
+          with -> {
+            try (Sequence plain = session.createSequence();
+                Sequence other = session.createSequence()) {
+              SamplingParams top = SamplingParams.greedy().topLogprobs(3);
+              List<Session.Result> results =
+                  session.step(
+                      new Session.Row(plain, prompt, SamplingParams.greedy()),
+                      with.apply(new Session.Row(other, prompt, top)));
+              check(results.get(0).top().isEmpty(), "a row without best tokens: " + results);
+              return results.get(1);
+            }
+          };
+      Session.Result first = draw.apply(row -> row);
+      List<Integer> best = first.top().stream().map(Session.TokenLogprob::token).toList();
+      check(best.size() == 3 && best.get(0) == first.token(), "the best tokens: " + first);
+      check(
+          first.top().get(0).logprob() == first.logprob()
+              && first.top().get(1).logprob() >= first.top().get(2).logprob(),
+          "their logprobs: " + first);
+
+      // In any order.
+      List<LogitEdit> bans =
+          new ArrayList<>(List.of(LogitEdit.ban(best.get(0)), LogitEdit.ban(best.get(1))));
+      for (int i = 0; i < 2; ++i) {
+        int token = draw.apply(row -> row.withEdits(bans)).token();
+        check(token == best.get(2), "with two bans: " + token);
+        Collections.reverse(bans);
+      }
+      int biased = draw.apply(row -> row.withEdits(List.of(LogitEdit.bias(7, 100)))).token();
+      check(biased == 7, "with a bias: " + biased);
+      int[] mask = new int[256 / 32];
+      for (int token : best.subList(1, 3)) mask[token / 32] |= 1 << token % 32;
+      Session.Result masked = draw.apply(row -> row.withBitmask(mask));
+      check(masked.token() == best.get(1) && masked.top().size() == 2, "masked: " + masked);
+      Session.Result both = draw.apply(row -> row.withBitmask(mask).withEdits(bans));
+      check(both.token() == best.get(2) && both.top().size() == 1, "both: " + both);
+      check(draw.apply(row -> row.withEdits(List.of())).equals(first), "nothing stays behind");
+
+      UnaryOperator<Session.Row> penalised =
+          row ->
+              new Session.Row(
+                  row.sequence(), prompt, SamplingParams.greedy().presencePenalty(100));
+      expect(TenonException.class, "need edits", () -> draw.apply(penalised));
+      List<LogitEdit> once = List.of(new LogitEdit(best.get(0), 1, 0, 0));
+      int other = draw.apply(row -> penalised.apply(row).withEdits(once)).token();
+      check(other == best.get(1), "with a penalty: " + other);
+      expect(
+          TenonException.class,
+          "twice",
+          () -> draw.apply(row -> row.withEdits(List.of(LogitEdit.ban(1), LogitEdit.ban(1)))));
+      expect(
+          TenonException.class,
+          "more than max_logit_edits 3",
+          () ->
+              draw.apply(
+                  row -> row.withEdits(IntStream.range(0, 4).mapToObj(LogitEdit::ban).toList())));
+      expect(
+          IllegalArgumentException.class,
+          "1 words, expected 8",
+          () -> draw.apply(row -> row.withBitmask(1)));
+      for (int count : new int[] {-1, 4, 1 << 30}) {
+        expect(
+            TenonException.class,
+            "num_top_logprobs",
+            () ->
+                draw.apply(
+                    row ->
+                        new Session.Row(
+                            row.sequence(),
+                            prompt,
+                            SamplingParams.greedy().topLogprobs(count))));
+      }
+    }
+  }
+
+  private static void testTwoStepsInFlight(Path directory) {
+    int[] prompt = {'S', 'h', 'e', ' ', 'w', 'a', 's'};
+    try (Model model = Model.load(directory);
+        Session session = Session.create(model, new SessionOptions().maxTopLogprobs(2))) {
+      SamplingParams sampling = SamplingParams.random(3).mirostat(3, 0.2f).topLogprobs(2);
+      Sequence first = session.createSequence();
+      List<Session.Result> expected = new ArrayList<>();
+      for (int i = 0; i < 5; ++i) {
+        Session.Row row = new Session.Row(first, i == 0 ? prompt : null, sampling);
+        expected.addAll(session.step(row));
+      }
+      check(expected.get(0).mirostatMu() != expected.get(1).mirostatMu(), "mu: " + expected);
+      check(expected.get(0).top().size() == 2, "the best two: " + expected);
+
+      Sequence second = session.createSequence();
+      Session.Row next = Session.Row.next(second, sampling);
+      List<Session.Result> results = new ArrayList<>();
+      session.enqueueStep(new Session.Row(second, prompt, sampling));
+      for (int i = 0; i < 4; ++i) {
+        session.enqueueStep(next);
+        expect(TenonException.class, "num_steps_in_flight is 2", () -> session.enqueueStep(next));
+        results.addAll(session.waitStep());
+      }
+      expect(TenonException.class, "num_steps_in_flight is 1", () -> session.step(next));
+      second.close(); // it has ended; its last step may go on
+      results.addAll(session.waitStep());
+      check(results.equals(expected), results + " are not " + expected);
+      expect(TenonException.class, "num_steps_in_flight is 0", session::waitStep);
+
+      // Back to where two tokens had been drawn.
+      first.truncate(prompt.length + 1);
+      SamplingParams set =
+          SamplingParams.random(3)
+              .mirostat(3, 0.2f)
+              .topLogprobs(2)
+              .mirostatMu(expected.get(1).mirostatMu());
+      Session.Row again = new Session.Row(first, new int[] {expected.get(1).token()}, set);
+      check(session.step(again).get(0).equals(expected.get(2)), "again from the second token");
+      session.enqueueStep(Session.Row.next(first, sampling)); // ends with the session
+    }
   }
 
   /** A call that does nothing: what is left is the way there and back. */

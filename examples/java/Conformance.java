@@ -184,17 +184,27 @@ public final class Conformance {
     int[] prompt = new int[Math.toIntExact(test.tensors.get("prompt").shape()[0])];
     test.tensors.get("prompt").ints().get(prompt);
 
-    try (Session session = Session.create(model, new SessionOptions().maxSequences(1));
-        Sequence sequence = session.createSequence()) {
+    int count = Math.toIntExact(tokens.shape()[0]);
+    try (Session session = Session.create(model, new SessionOptions().maxSequences(2));
+        Sequence one = session.createSequence();
+        Sequence two = session.createSequence()) {
       int[] next = prompt;
-      for (int i = 0; i < tokens.shape()[0]; ++i) {
-        int token = session.step(new Session.Row(sequence, next, sampling)).get(0).token();
+      for (int i = 0; i < count; ++i) {
+        int token = session.step(new Session.Row(one, next, sampling)).get(0).token();
         tokens.ints().put(i, token);
         next = new int[] {token};
       }
+      System.out.printf("%s: %s%s%n", test.name, text(test, "prompt"), text(test, "tokens"));
+      compare(test, "tokens", tokens, test.expected.get("tokens"));
+
+      // With two steps in flight: tokens go from step to step without us.
+      session.enqueueStep(new Session.Row(two, prompt, sampling));
+      for (int i = 0; i < count; ++i) {
+        if (i + 1 < count) session.enqueueStep(Session.Row.next(two, sampling));
+        tokens.ints().put(i, session.waitStep().get(0).token());
+      }
+      compare(test, "tokens", tokens, test.expected.get("tokens"));
     }
-    System.out.printf("%s: %s%s%n", test.name, text(test, "prompt"), text(test, "tokens"));
-    compare(test, "tokens", tokens, test.expected.get("tokens"));
   }
 
   /** A token of this model is a byte; 0 begins a text. */

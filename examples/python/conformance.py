@@ -155,9 +155,26 @@ class Case:
             setattr(sampling, field, value)
         with model.session(max_sequences=1) as session:
             tokens = list(session.generate(prompt, len(expected), sampling, stop=()))
+            pipelined = generate_pipelined(session, prompt, len(expected), sampling)
         if tokens != expected:
             raise Mismatch(f"tokens are {tokens}, expected {expected}")
+        if pipelined != expected:
+            raise Mismatch(f"two steps in flight give {pipelined}, expected {expected}")
         return bytes(prompt + tokens).decode("ascii")
+
+
+def generate_pipelined(
+    session: tenon.Session, prompt: list[int], count: int, sampling: tenon.SamplingParams
+) -> list[int]:
+    """With two steps in flight: tokens go from step to step without us."""
+    tokens: list[int] = []
+    with session.sequence() as sequence:
+        session.enqueue([tenon.StepRow(sequence, prompt, sampling)])
+        while len(tokens) < count:
+            if len(tokens) + 1 < count:
+                session.enqueue([tenon.StepRow(sequence, None, sampling)])
+            tokens += session.wait().tokens
+    return tokens
 
 
 def read_cases(path: str) -> list[Case]:

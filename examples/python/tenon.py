@@ -36,6 +36,7 @@ TENON_LIBRARY names, this folder, ../lib and ../../lib, the system's.
 """
 
 import array
+import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -61,7 +62,7 @@ from typing import (
 # The ABI that this module was written for: a library of the same major version
 # and at least this minor version will do.
 ABI_MAJOR = 1
-ABI_MINOR = 3
+ABI_MINOR = 4
 
 OK = 0
 CANCELLED = 1
@@ -103,6 +104,7 @@ FILTER_JOINT = 1
 FILTER_LLAMA_CPP = 2
 SAMPLING_USE_BITMASK = 1
 SAMPLING_ONLY_ALLOWED = 2
+SAMPLING_SET_MIROSTAT_MU = 4
 MAX_TOP_LOGPROBS = 20
 WEIGHTS_STORED = 0
 WEIGHTS_FP8 = 1
@@ -130,6 +132,9 @@ KV_CACHE_FLOAT8_E4M3 = 1
 LOGITS_NONE = 0
 LOGITS_LAST = 1
 LOGITS_ALL = 2
+
+ROW_CONTINUES = 1
+MAX_STEPS_IN_FLIGHT = 2
 
 
 class TenonError(RuntimeError):
@@ -172,13 +177,13 @@ if TYPE_CHECKING:
     _f32 = float
     _ptr = Union[int, None]
     _char128 = _char512 = bytes
-    _i32x8 = _u32x7 = SequenceOf[int]
+    _i32x8 = _u32x6 = SequenceOf[int]
 else:
     _i32, _u32, _i64, _u64 = c_int32, ctypes.c_uint32, c_int64, c_uint64
     _u8, _u16 = ctypes.c_uint8, ctypes.c_uint16
     _f32, _ptr = ctypes.c_float, c_void_p
     _char128, _char512 = c_char * 128, c_char * 512
-    _i32x8, _u32x7 = c_int32 * 8, ctypes.c_uint32 * 7
+    _i32x8, _u32x6 = c_int32 * 8, ctypes.c_uint32 * 6
 
 
 class _Struct(ctypes.Structure):
@@ -279,7 +284,8 @@ class SamplingParams(_Struct):
     dry_range: _i32
     flags: _u32
     num_top_logprobs: _i32
-    reserved: _u32x7
+    mirostat_mu: _f32
+    reserved: _u32x6
 
     def __init__(self, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, **fields: Any):
         super().__init__(temperature, top_k, top_p, **fields)
@@ -370,6 +376,8 @@ class SessionInfo(_Struct):
     max_top_logprobs: _i32
     num_cuda_graphs: _i32
     cuda_graph_bytes: _i64
+    num_steps_in_flight: _i32
+    reserved: _i32
 
 
 def _fields(name: str, fields: str) -> Any:
@@ -474,13 +482,18 @@ SessionOptions = _fields(
 _StepRow = _fields(
     "_StepRow",
     "u32 struct_size; i32 num_tokens; u64 sequence; ptr tokens sampling logits; i32 "
-    "logits_mode; u32 reserved; ptr edits bitmask top_tokens top_logprobs; i32 "
+    "logits_mode; u32 flags; ptr edits bitmask top_tokens top_logprobs; i32 "
     "num_edits; u32 reserved1",
 )
 _StepArgs = _fields(
     "_StepArgs",
     "u32 struct_size; i32 num_rows; ptr rows tokens logprobs statuses "
-    "distinct_experts microseconds",
+    "distinct_experts microseconds mirostat_mu",
+)
+_StepResults = _fields(
+    "_StepResults",
+    "u32 struct_size; i32 num_rows; ptr tokens logprobs statuses mirostat_mu "
+    "top_tokens top_logprobs distinct_experts microseconds; i32 top_columns; u32 reserved",
 )
 
 # ------------------------------------------------------------------- Library
@@ -2123,10 +2136,15 @@ class Sequence(_Object):
 @dataclasses.dataclass(slots=True)
 class StepRow:
     """What a step does with one sequence: appends tokens and, with sampling,
-    draws the next one."""
+    draws the next one.
+
+    Mirostat: the session keeps mu of each sequence. After truncate(), the mu of the
+    last token that is left goes into sampling.mirostat_mu, with
+    SAMPLING_SET_MIROSTAT_MU in sampling.flags."""
 
     sequence: Sequence
-    tokens: int | SequenceOf[int]
+    #: None: the token that the step before, waited for or not, drew for the sequence
+    tokens: int | SequenceOf[int] | None
     sampling: SamplingParams | None = None  #: None: a chunk with more to come
     logits: int = LOGITS_NONE
     # For the token that is drawn.
@@ -2146,6 +2164,14 @@ class StepResult(NamedTuple):
     #: (token, logprob), best first, as many as num_top_logprobs of the row's
     #: sampling asks for and may be drawn
     top: list[list[tuple[int, float]]]
+    mirostat_mu: list[float]  #: after the draw; 0 for rows without mirostat
+
+
+class _Flight(NamedTuple):
+    """What an enqueued step keeps for its results."""
+
+    logits: list[memoryview | None]
+    num_top: list[int]
 
 
 class Session(_Object):
@@ -2210,6 +2236,7 @@ class Session(_Object):
         self._model_info = model.info
         self._count_experts = count_experts
         self._lock = threading.Lock()  # for the buffers; the library has its own
+        self._flights: collections.deque[_Flight] = collections.deque()
         self._reserve(self.info.max_sequences)
 
     @property
@@ -2233,9 +2260,7 @@ class Session(_Object):
         self._statuses = (c_int32 * num_rows)()
         self._top_tokens = (c_int32 * MAX_TOP_LOGPROBS * num_rows)()
         self._top_logprobs = (ctypes.c_float * MAX_TOP_LOGPROBS * num_rows)()
-        for i, row in enumerate(self._rows):
-            row.top_tokens = addressof(self._top_tokens[i])
-            row.top_logprobs = addressof(self._top_logprobs[i])
+        self._mirostat_mu = (ctypes.c_float * num_rows)()
         self._experts = (c_int32 * self._model_info.num_layers)()
         self._microseconds = ctypes.c_double()
         self._args = _StepArgs(
@@ -2245,6 +2270,19 @@ class Session(_Object):
             statuses=addressof(self._statuses),
             distinct_experts=addressof(self._experts) if self._count_experts else None,
             microseconds=addressof(self._microseconds),
+            mirostat_mu=addressof(self._mirostat_mu),
+        )
+        self._rows_alone = _StepArgs(rows=self._args.rows)
+        self._results = _StepResults(
+            tokens=self._args.tokens,
+            logprobs=self._args.logprobs,
+            statuses=self._args.statuses,
+            mirostat_mu=self._args.mirostat_mu,
+            top_tokens=addressof(self._top_tokens),
+            top_logprobs=addressof(self._top_logprobs),
+            distinct_experts=self._args.distinct_experts,
+            microseconds=self._args.microseconds,
+            top_columns=MAX_TOP_LOGPROBS,
         )
 
     def step(self, rows: SequenceOf[StepRow]) -> StepResult:
@@ -2252,50 +2290,88 @@ class Session(_Object):
         and chunks of prefill together. All or nothing: after an error every
         sequence is as it was."""
         with self._lock:
-            return self._step(rows)
+            flight, keep = self._fill(rows)
+            for i, count in enumerate(flight.num_top):
+                if count:
+                    self._rows[i].top_tokens = addressof(self._top_tokens[i])
+                    self._rows[i].top_logprobs = addressof(self._top_logprobs[i])
+            self._args.num_rows = len(rows)
+            self._check(_library.tenon_session_step, self._args)
+            del keep  # which the library has read
+            return self._result(flight)
 
-    def _step(self, rows: SequenceOf[StepRow]) -> StepResult:
-        n = len(rows)
-        if n > len(self._rows):
-            self._reserve(n)
+    def enqueue(self, rows: SequenceOf[StepRow]) -> None:
+        """Starts a step, or does nothing at all: step() in two parts, so that a step
+        is on its way before the tokens of the last one are read. Two may be in flight;
+        wait() gives the results of the first. Rows whose tokens are None go on with
+        what the step before drew. Sequences may come and go meanwhile: one that has
+        ended may be closed at once though its next step is under way."""
+        with self._lock:
+            flight, keep = self._fill(rows)
+            self._rows_alone.num_rows = len(rows)
+            self._check(_library.tenon_session_enqueue_step, self._rows_alone)
+            del keep
+            self._flights.append(flight)
+
+    def wait(self) -> StepResult:
+        """Waits for the step that was enqueued first."""
+        with self._lock:
+            flight = self._flights[0] if self._flights else _Flight([], [])
+            self._results.num_rows = len(flight.num_top)
+            self._check(_library.tenon_session_wait_step, self._results)
+            self._flights.popleft()
+            return self._result(flight)
+
+    def _check(self, function: Any, args: Any) -> None:
+        _check(function, c_uint64(self._handle), ctypes.byref(args))
+
+    def _fill(self, rows: SequenceOf[StepRow]) -> tuple[_Flight, list]:
+        """Fills self._rows in. What comes second the library reads in the call."""
+        if len(rows) > len(self._rows):
+            self._reserve(len(rows))
         tokens = array.array("i")
-        starts = []
+        counts = []
         for row in rows:
-            starts.append(len(tokens))
+            begin = len(tokens)
             if hasattr(row.tokens, "__len__"):
                 tokens.extend(row.tokens)
-            else:
+            elif row.tokens is not None:
                 tokens.append(row.tokens)
-        starts.append(len(tokens))
+            counts.append(1 if row.tokens is None else len(tokens) - begin)
         address = tokens.buffer_info()[0]
-        logits: list[memoryview | None] = []
-        num_top = []
-        keep: list = []  # while the library reads it
-        for i, row in enumerate(rows):
-            begin, count = starts[i], starts[i + 1] - starts[i]
-            out = self._rows[i]
+        flight = _Flight([], [])
+        keep: list = [tokens]
+        for row, out, count in zip(rows, self._rows, counts):
+            continues = row.tokens is None
+            out.flags = ROW_CONTINUES * continues
             out.num_tokens = count
             out.sequence = row.sequence._handle
-            out.tokens = address + begin * tokens.itemsize
+            out.tokens = None if continues else address
+            address += 0 if continues else count * tokens.itemsize
             out.sampling = None if row.sampling is None else addressof(row.sampling)
             out.logits_mode = row.logits
             out.logits = None
-            logits.append(None)
+            logits = None
             if row.logits != LOGITS_NONE:
-                logits[i], out.logits = self._logit_memory(row.logits, count)
-            num_top.append(0 if row.sampling is None else row.sampling.num_top_logprobs)
+                logits, out.logits = self._logit_memory(row.logits, count)
+            flight.logits.append(logits)
+            flight.num_top.append(0 if row.sampling is None else row.sampling.num_top_logprobs)
+            out.top_tokens = out.top_logprobs = None
             out.edits, out.num_edits = self._edit_memory(row.edits, keep)
             out.bitmask = self._bitmask_memory(row.bitmask, keep)
-        self._args.num_rows = n
-        _check(_library.tenon_session_step, c_uint64(self._handle), ctypes.byref(self._args))
+        return flight, keep
+
+    def _result(self, flight: _Flight) -> StepResult:
+        n = len(flight.num_top)
         return StepResult(
             self._tokens[:n],
             self._logprobs[:n],
             self._statuses[:n],
-            logits,
+            flight.logits,
             self._experts[:] if self._count_experts else None,
             self._microseconds.value,
-            [self._top(i, count) for i, count in enumerate(num_top)],
+            [self._top(i, count) for i, count in enumerate(flight.num_top)],
+            self._mirostat_mu[:n],
         )
 
     def _top(self, row: int, count: int) -> list[tuple[int, float]]:

@@ -175,6 +175,7 @@ fn sequences_fork_truncate_and_give_logits() {
     let drawn = session.step(&mut [Row {
         sequence: &first,
         tokens: &prompt,
+        continues: false,
         sampling: Some(&greedy),
         logits: Logits::All(&mut all),
         edits: None,
@@ -195,6 +196,7 @@ fn sequences_fork_truncate_and_give_logits() {
     let again = session.step(&mut [Row {
         sequence: &second,
         tokens: &prompt[prompt.len() - 1..],
+        continues: false,
         sampling: Some(&greedy),
         logits: Logits::Last(&mut logits),
         edits: None,
@@ -205,6 +207,7 @@ fn sequences_fork_truncate_and_give_logits() {
     let wrong = session.step(&mut [Row {
         sequence: &second,
         tokens: &[0],
+        continues: false,
         sampling: None,
         logits: Logits::Last(&mut logits[1..]),
         edits: None,
@@ -227,6 +230,7 @@ fn draw(
     let row = |i: usize| Row {
         sequence: &sequences[i],
         tokens: &prompt,
+        continues: false,
         sampling: Some(sampling),
         logits: Logits::None,
         edits,
@@ -321,6 +325,94 @@ fn rows_have_edits_bitmasks_and_best_tokens() {
 }
 
 #[test]
+fn two_steps_are_in_flight() {
+    let model = Model::load(library(), &model_directory(), LoadOptions::default()).unwrap();
+    let options = SessionOptions {
+        max_top_logprobs: 2,
+        ..Default::default()
+    };
+    let session = Session::new(&model, &options).unwrap();
+    let sampling = SamplingParams {
+        temperature: 0.9,
+        top_p: 1.0,
+        seed: 3,
+        mirostat_tau: 3.0,
+        mirostat_eta: 0.2,
+        num_top_logprobs: 2,
+        ..Default::default()
+    };
+    let prompt: Vec<i32> = b"She was".iter().map(|&byte| byte.into()).collect();
+    fn next<'a>(
+        sequence: &'a Sequence<'a>,
+        tokens: &'a [i32],
+        sampling: &'a SamplingParams,
+    ) -> Row<'a> {
+        Row {
+            sequence,
+            tokens,
+            continues: tokens.is_empty(),
+            sampling: Some(sampling),
+            logits: Logits::None,
+            edits: None,
+            bitmask: None,
+        }
+    }
+    let first = session.sequence().unwrap();
+    let mut expected: Vec<Sampled> = Vec::new();
+    for i in 0..5 {
+        let tokens = if i == 0 { &prompt[..] } else { &[] };
+        expected.extend(
+            session
+                .step(&mut [next(&first, tokens, &sampling)])
+                .unwrap(),
+        );
+    }
+    assert_ne!(expected[0].mirostat_mu, expected[1].mirostat_mu);
+    assert_eq!(expected[0].top.len(), 2);
+
+    let second = session.sequence().unwrap();
+    session
+        .enqueue(&mut [next(&second, &prompt, &sampling)])
+        .unwrap();
+    let mut sampled = Vec::new();
+    for _ in 0..4 {
+        session
+            .enqueue(&mut [next(&second, &[], &sampling)])
+            .unwrap();
+        let third = session.enqueue(&mut [next(&second, &[], &sampling)]);
+        assert_eq!(code(third), sys::TENON_FAILED_PRECONDITION);
+        sampled.extend(session.wait().unwrap());
+    }
+    let meanwhile = session.step(&mut [next(&second, &[], &sampling)]);
+    assert_eq!(code(meanwhile), sys::TENON_FAILED_PRECONDITION);
+    drop(second); // it has ended; its last step may go on
+    sampled.extend(session.wait().unwrap());
+    assert_eq!(sampled, expected);
+    assert_eq!(code(session.wait()), sys::TENON_FAILED_PRECONDITION);
+
+    let mut logits = vec![0.0; model.info().unwrap().vocab_size as usize];
+    let mut row = next(&first, &[], &sampling);
+    row.logits = Logits::Last(&mut logits);
+    assert_eq!(
+        code(session.enqueue(&mut [row])),
+        sys::TENON_INVALID_ARGUMENT
+    );
+
+    // Back to where two tokens had been drawn.
+    first.truncate(prompt.len() + 1).unwrap();
+    let set = SamplingParams {
+        flags: sys::TENON_SAMPLING_SET_MIROSTAT_MU,
+        mirostat_mu: expected[1].mirostat_mu,
+        ..sampling
+    };
+    let again = session.step(&mut [next(&first, &[expected[1].token], &set)]);
+    assert_eq!(again.unwrap()[0], expected[2]);
+    session
+        .enqueue(&mut [next(&first, &[], &sampling)])
+        .unwrap(); // ends with the session
+}
+
+#[test]
 fn threads_share_a_session() {
     let library = library();
     let model = Model::load(library, &model_directory(), LoadOptions::default()).unwrap();
@@ -333,6 +425,7 @@ fn threads_share_a_session() {
             let sampled = session.step(&mut [Row {
                 sequence: &sequence,
                 tokens: &tokens[tokens.len() - 1..],
+                continues: false,
                 sampling: Some(&greedy),
                 logits: Logits::None,
                 edits: None,

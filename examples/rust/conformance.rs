@@ -8,7 +8,7 @@ mod vectors;
 use calls::Fields;
 use std::process::ExitCode;
 use tenon::{sys, Context, ContextOptions, Library, LoadOptions, Logits, Model, Row};
-use tenon::{SamplingParams, Session, SessionOptions};
+use tenon::{SamplingParams, Sequence, Session, SessionOptions};
 use vectors::{Case, TensorData};
 
 fn main() -> ExitCode {
@@ -80,16 +80,18 @@ fn check_generation(library: Library, directory: &str, case: &mut Case) -> Resul
     let sampling = sampling_params(case)?;
     let prompt = tokens(case.tensor("prompt")?.memory.bytes());
     let expected = tokens(case.tensor("tokens")?.expected.bytes());
-    let actual = generate(library, directory, &prompt, &sampling, expected.len())
-        .map_err(|e| e.to_string())?;
-    println!("{}: {}{}", case.name, text(&prompt), text(&actual));
-    match (0..expected.len()).find(|&i| actual[i] != expected[i]) {
-        None => Ok(()),
-        Some(i) => Err(format!(
-            "token {} is {}, expected {}",
-            i, actual[i], expected[i]
-        )),
+    println!("{}: {}{}", case.name, text(&prompt), text(&expected));
+    for draw in [step_by_step, pipelined] {
+        let actual = generate(library, directory, &prompt, &sampling, expected.len(), draw)
+            .map_err(|e| e.to_string())?;
+        if let Some(i) = (0..expected.len()).find(|&i| actual[i] != expected[i]) {
+            return Err(format!(
+                "token {} is {}, expected {}",
+                i, actual[i], expected[i]
+            ));
+        }
     }
+    Ok(())
 }
 
 /// The model's tokens are bytes; 0 begins a text.
@@ -118,6 +120,7 @@ fn generate(
     prompt: &[i32],
     sampling: &SamplingParams,
     count: usize,
+    draw: Draw,
 ) -> tenon::Result<Vec<i32>> {
     let model = Model::load(library, directory, LoadOptions::default())?;
     let options = SessionOptions {
@@ -126,19 +129,58 @@ fn generate(
     };
     let session = Session::new(&model, &options)?;
     let sequence = session.sequence()?;
+    draw(&session, &sequence, prompt, sampling, count)
+}
+
+/// Draws `count` tokens after a prompt.
+type Draw = fn(&Session, &Sequence, &[i32], &SamplingParams, usize) -> tenon::Result<Vec<i32>>;
+
+fn step_by_step(
+    session: &Session,
+    sequence: &Sequence,
+    prompt: &[i32],
+    sampling: &SamplingParams,
+    count: usize,
+) -> tenon::Result<Vec<i32>> {
     let mut drawn: Vec<i32> = Vec::new();
     while drawn.len() < count {
-        let sampled = session.step(&mut [Row {
-            sequence: &sequence,
-            tokens: drawn.last().map_or(prompt, std::slice::from_ref),
-            sampling: Some(sampling),
-            logits: Logits::None,
-            edits: None,
-            bitmask: None,
-        }])?;
+        let tokens = drawn.last().map_or(prompt, std::slice::from_ref);
+        let sampled = session.step(&mut [row(sequence, tokens, sampling)])?;
         drawn.push(sampled[0].token);
     }
     Ok(drawn)
+}
+
+/// With two steps in flight: tokens go from step to step without us.
+fn pipelined(
+    session: &Session,
+    sequence: &Sequence,
+    prompt: &[i32],
+    sampling: &SamplingParams,
+    count: usize,
+) -> tenon::Result<Vec<i32>> {
+    session.enqueue(&mut [row(sequence, prompt, sampling)])?;
+    let mut drawn: Vec<i32> = Vec::new();
+    while drawn.len() < count {
+        if drawn.len() + 1 < count {
+            session.enqueue(&mut [row(sequence, &[], sampling)])?;
+        }
+        drawn.push(session.wait()?[0].token);
+    }
+    Ok(drawn)
+}
+
+/// Without tokens it continues.
+fn row<'a>(sequence: &'a Sequence<'a>, tokens: &'a [i32], sampling: &'a SamplingParams) -> Row<'a> {
+    Row {
+        sequence,
+        tokens,
+        continues: tokens.is_empty(),
+        sampling: Some(sampling),
+        logits: Logits::None,
+        edits: None,
+        bitmask: None,
+    }
 }
 
 fn tokens(bytes: &[u8]) -> Vec<i32> {

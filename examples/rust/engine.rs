@@ -1,9 +1,11 @@
 //! Models, and sessions that run them.
 
 use crate::{c_string, sys, Error, Library, LogitEdit, Result, SamplingParams, SessionOptions};
+use std::collections::VecDeque;
 use std::ffi::{c_void, CStr};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::ptr::{null, null_mut};
+use std::sync::Mutex;
 
 /// Where and how a model is loaded; the default is the CPU.
 pub struct LoadOptions<'a> {
@@ -90,6 +92,8 @@ pub struct Session {
     library: Library,
     handle: sys::tenon_session,
     vocab_size: usize,
+    /// Rows of the steps in flight, the oldest first.
+    in_flight: Mutex<VecDeque<usize>>,
 }
 
 impl Session {
@@ -122,6 +126,7 @@ impl Session {
             library,
             handle,
             vocab_size,
+            in_flight: Mutex::default(),
         })
     }
 
@@ -152,30 +157,103 @@ impl Session {
         let raw_rows = rows
             .iter_mut()
             .zip(&mut space)
-            .map(|(row, space)| row.raw(self, space))
+            .map(|(row, space)| {
+                let raw = row.raw(self, space)?;
+                Ok(sys::tenon_step_row {
+                    top_tokens: space.top_tokens.as_mut_ptr(),
+                    top_logprobs: space.top_logprobs.as_mut_ptr(),
+                    ..raw
+                })
+            })
             .collect::<Result<Vec<_>>>()?;
         let mut tokens = vec![0; rows.len()];
         let mut logprobs = vec![0.0; rows.len()];
         let mut statuses = vec![0; rows.len()];
+        let mut mirostat_mu = vec![0.0; rows.len()];
         let args = sys::tenon_step_args {
             num_rows: length(rows.len())?,
             rows: raw_rows.as_ptr(),
             tokens: tokens.as_mut_ptr(),
             logprobs: logprobs.as_mut_ptr(),
             statuses: statuses.as_mut_ptr(),
+            mirostat_mu: mirostat_mu.as_mut_ptr(),
             ..Default::default()
         };
         self.library.call(|error| unsafe {
             (self.library.api.tenon_session_step)(self.handle, &args, error)
         })?;
-        let results = tokens.into_iter().zip(logprobs).zip(statuses);
-        Ok(results
-            .zip(rows.iter().zip(&space))
-            .map(|(((token, logprob), status), (row, space))| Sampled {
-                token,
-                logprob,
-                status,
-                top: space.top(row),
+        Ok((0..rows.len())
+            .map(|i| Sampled {
+                token: tokens[i],
+                logprob: logprobs[i],
+                status: statuses[i],
+                top: space[i].top(&rows[i]),
+                mirostat_mu: mirostat_mu[i],
+            })
+            .collect())
+    }
+
+    /// Starts a step, or does nothing at all: `step` in two parts, so that a step is
+    /// on its way before the tokens of the last one are read. Two may be in flight;
+    /// `wait` gives the results of the first. Sequences may come and go meanwhile:
+    /// one that has ended may be dropped at once though its next step is under way.
+    /// The rows have no logits: they would be written after this call.
+    pub fn enqueue(&self, rows: &mut [Row]) -> Result<()> {
+        if rows.iter().any(|row| !matches!(row.logits, Logits::None)) {
+            let message = "an enqueued row with logits".to_string();
+            return Err(Error::invalid_argument(message));
+        }
+        let mut space: Vec<_> = rows.iter().map(|_| RowSpace::default()).collect();
+        let raw_rows = rows
+            .iter_mut()
+            .zip(&mut space)
+            .map(|(row, space)| row.raw(self, space))
+            .collect::<Result<Vec<_>>>()?;
+        let args = sys::tenon_step_args {
+            num_rows: length(rows.len())?,
+            rows: raw_rows.as_ptr(),
+            ..Default::default()
+        };
+        let mut in_flight = self.in_flight.lock().unwrap();
+        self.library.call(|error| unsafe {
+            (self.library.api.tenon_session_enqueue_step)(self.handle, &args, error)
+        })?;
+        in_flight.push_back(rows.len());
+        Ok(())
+    }
+
+    /// Waits for the step that was enqueued first.
+    pub fn wait(&self) -> Result<Vec<Sampled>> {
+        let mut in_flight = self.in_flight.lock().unwrap();
+        let rows = in_flight.front().copied().unwrap_or(0);
+        let mut tokens = vec![0; rows];
+        let mut logprobs = vec![0.0; rows];
+        let mut statuses = vec![0; rows];
+        let mut mirostat_mu = vec![0.0; rows];
+        let mut top_tokens = vec![[0; MAX_TOP]; rows];
+        let mut top_logprobs = vec![[0.0; MAX_TOP]; rows];
+        let results = sys::tenon_step_results {
+            num_rows: length(rows)?,
+            tokens: tokens.as_mut_ptr(),
+            logprobs: logprobs.as_mut_ptr(),
+            statuses: statuses.as_mut_ptr(),
+            mirostat_mu: mirostat_mu.as_mut_ptr(),
+            top_tokens: top_tokens.as_mut_ptr() as *mut i32,
+            top_logprobs: top_logprobs.as_mut_ptr() as *mut f32,
+            top_columns: length(MAX_TOP)?,
+            ..Default::default()
+        };
+        self.library.call(|error| unsafe {
+            (self.library.api.tenon_session_wait_step)(self.handle, &results, error)
+        })?;
+        in_flight.pop_front();
+        Ok((0..rows)
+            .map(|i| Sampled {
+                token: tokens[i],
+                logprob: logprobs[i],
+                status: statuses[i],
+                top: top_of(&top_tokens[i], &top_logprobs[i]),
+                mirostat_mu: mirostat_mu[i],
             })
             .collect())
     }
@@ -246,6 +324,9 @@ pub enum Logits<'a> {
 pub struct Row<'a> {
     pub sequence: &'a Sequence<'a>,
     pub tokens: &'a [i32],
+    /// In place of `tokens`, the token that the step before, waited for or not, drew
+    /// for the sequence.
+    pub continues: bool,
     /// None: no token is drawn, for a chunk with more of the prompt to come.
     pub sampling: Option<&'a SamplingParams>,
     pub logits: Logits<'a>,
@@ -288,10 +369,14 @@ impl RowSpace {
 
     fn top(&self, row: &Row) -> Vec<(i32, f32)> {
         let count = row.sampling.map_or(0, |s| s.num_top_logprobs as usize);
-        let tokens = self.top_tokens.iter().copied();
-        let top = tokens.zip(self.top_logprobs).take(count);
-        top.filter(|&(token, _)| token >= 0).collect()
+        top_of(&self.top_tokens[..count], &self.top_logprobs)
     }
+}
+
+/// Those that there are, each with its logprob.
+fn top_of(tokens: &[i32], logprobs: &[f32]) -> Vec<(i32, f32)> {
+    let top = tokens.iter().copied().zip(logprobs.iter().copied());
+    top.filter(|&(token, _)| token >= 0).collect()
 }
 
 impl Row<'_> {
@@ -309,6 +394,7 @@ impl Row<'_> {
                 room, wanted, vocab_size
             )));
         }
+        let num_tokens = self.tokens.len() + usize::from(self.continues);
         let words = (vocab_size + 31) / 32;
         if self.bitmask.map_or(false, |bitmask| bitmask.len() != words) {
             return Err(Error::invalid_argument(format!(
@@ -321,17 +407,19 @@ impl Row<'_> {
             None => null(),
         };
         Ok(sys::tenon_step_row {
-            num_tokens: length(self.tokens.len())?,
+            num_tokens: length(num_tokens)?,
+            flags: sys::TENON_ROW_CONTINUES * u32::from(self.continues),
             sequence: self.sequence.handle,
-            tokens: self.tokens.as_ptr(),
+            tokens: match self.tokens {
+                [] => null(),
+                tokens => tokens.as_ptr(),
+            },
             sampling: self.sampling.map_or(null(), |s| s),
             logits: logits.map_or(null_mut(), |slice| slice.as_mut_ptr()),
             logits_mode,
             edits,
             num_edits: length(self.edits.map_or(0, <[_]>::len))?,
             bitmask: self.bitmask.map_or(null(), <[_]>::as_ptr),
-            top_tokens: space.top_tokens.as_mut_ptr(),
-            top_logprobs: space.top_logprobs.as_mut_ptr(),
             ..Default::default()
         })
     }
@@ -348,6 +436,9 @@ pub struct Sampled {
     /// The best tokens and their logprobs, best first: `num_top_logprobs` of them,
     /// or as many as may be drawn. See `SessionOptions::max_top_logprobs`.
     pub top: Vec<(i32, f32)>,
+    /// Mirostat's mu after the draw; 0 without mirostat. A row that goes on from here
+    /// after `truncate` gives it, with `sys::TENON_SAMPLING_SET_MIROSTAT_MU`.
+    pub mirostat_mu: f32,
 }
 
 fn length(number: usize) -> Result<i32> {

@@ -16,7 +16,7 @@ pub const TENON_DL_FLOAT: u8 = 2;
 pub const TENON_DL_BFLOAT: u8 = 4;
 pub const TENON_DL_FLOAT8_E4M3FN: u8 = 10;
 pub const TENON_ABI_MAJOR: u32 = 1;
-pub const TENON_ABI_MINOR: u32 = 3;
+pub const TENON_ABI_MINOR: u32 = 4;
 pub const TENON_OK: i32 = 0;
 pub const TENON_CANCELLED: i32 = 1;
 pub const TENON_UNKNOWN: i32 = 2;
@@ -56,6 +56,7 @@ pub const TENON_FILTER_JOINT: i32 = 1;
 pub const TENON_FILTER_LLAMA_CPP: i32 = 2;
 pub const TENON_SAMPLING_USE_BITMASK: u32 = 1;
 pub const TENON_SAMPLING_ONLY_ALLOWED: u32 = 2;
+pub const TENON_SAMPLING_SET_MIROSTAT_MU: u32 = 4;
 pub const TENON_MAX_TOP_LOGPROBS: i32 = 20;
 pub const TENON_SAMPLE_OK: i32 = 0;
 pub const TENON_SAMPLE_NO_SUPPORT: i32 = 1;
@@ -83,6 +84,8 @@ pub const TENON_KV_CACHE_FLOAT8_E4M3: i32 = 1;
 pub const TENON_LOGITS_NONE: i32 = 0;
 pub const TENON_LOGITS_LAST: i32 = 1;
 pub const TENON_LOGITS_ALL: i32 = 2;
+pub const TENON_ROW_CONTINUES: u32 = 1;
+pub const TENON_MAX_STEPS_IN_FLIGHT: i32 = 2;
 
 pub type DLDeviceType = i32;
 pub type tenon_context = u64;
@@ -600,7 +603,8 @@ pub struct tenon_sampling_params {
     pub dry_range: i32,
     pub flags: u32,
     pub num_top_logprobs: i32,
-    pub reserved: [u32; 7],
+    pub mirostat_mu: f32,
+    pub reserved: [u32; 6],
 }
 
 impl Default for tenon_sampling_params {
@@ -840,6 +844,8 @@ pub struct tenon_session_info {
     pub max_top_logprobs: i32,
     pub num_cuda_graphs: i32,
     pub cuda_graph_bytes: i64,
+    pub num_steps_in_flight: i32,
+    pub reserved: i32,
 }
 
 impl Default for tenon_session_info {
@@ -864,7 +870,7 @@ pub struct tenon_step_row {
     pub sampling: *const tenon_sampling_params,
     pub logits: *mut f32,
     pub logits_mode: i32,
-    pub reserved: u32,
+    pub flags: u32,
     pub edits: *const tenon_logit_edit,
     pub bitmask: *const u32,
     pub top_tokens: *mut i32,
@@ -896,9 +902,39 @@ pub struct tenon_step_args {
     pub statuses: *mut i32,
     pub distinct_experts: *mut i32,
     pub microseconds: *mut f64,
+    pub mirostat_mu: *mut f32,
 }
 
 impl Default for tenon_step_args {
+    /// All zero, but for struct_size.
+    fn default() -> Self {
+        // SAFETY: zero is a value of every field.
+        let zero: Self = unsafe { std::mem::zeroed() };
+        Self {
+            struct_size: std::mem::size_of::<Self>() as u32,
+            ..zero
+        }
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct tenon_step_results {
+    pub struct_size: u32,
+    pub num_rows: i32,
+    pub tokens: *mut i32,
+    pub logprobs: *mut f32,
+    pub statuses: *mut i32,
+    pub mirostat_mu: *mut f32,
+    pub top_tokens: *mut i32,
+    pub top_logprobs: *mut f32,
+    pub distinct_experts: *mut i32,
+    pub microseconds: *mut f64,
+    pub top_columns: i32,
+    pub reserved: u32,
+}
+
+impl Default for tenon_step_results {
     /// All zero, but for struct_size.
     fn default() -> Self {
         // SAFETY: zero is a value of every field.
@@ -1138,6 +1174,16 @@ pub struct Api {
         args: *const tenon_step_args,
         error: *mut tenon_error,
     ) -> i32,
+    pub tenon_session_enqueue_step: unsafe extern "C" fn(
+        session: tenon_session,
+        args: *const tenon_step_args,
+        error: *mut tenon_error,
+    ) -> i32,
+    pub tenon_session_wait_step: unsafe extern "C" fn(
+        session: tenon_session,
+        results: *const tenon_step_results,
+        error: *mut tenon_error,
+    ) -> i32,
 }
 
 extern "C" {
@@ -1237,6 +1283,8 @@ impl Api {
             tenon_sequence_length: function(library, "tenon_sequence_length\0")?,
             tenon_sequence_release: function(library, "tenon_sequence_release\0")?,
             tenon_session_step: function(library, "tenon_session_step\0")?,
+            tenon_session_enqueue_step: function(library, "tenon_session_enqueue_step\0")?,
+            tenon_session_wait_step: function(library, "tenon_session_wait_step\0")?,
         })
     }
 }
@@ -1479,7 +1527,8 @@ pub fn check_layout() -> Result<(), String> {
         dry_range = 88,
         flags = 92,
         num_top_logprobs = 96,
-        reserved = 100);
+        mirostat_mu = 100,
+        reserved = 104);
     expect_layout!(tenon_logit_edit, 16,
         id = 0,
         state = 4,
@@ -1580,7 +1629,7 @@ pub fn check_layout() -> Result<(), String> {
         max_logit_edits = 68,
         max_top_logprobs = 72,
         reserved = 76);
-    expect_layout!(tenon_session_info, 96,
+    expect_layout!(tenon_session_info, 104,
         struct_size = 0,
         flags = 4,
         max_sequences = 8,
@@ -1598,7 +1647,9 @@ pub fn check_layout() -> Result<(), String> {
         max_logit_edits = 76,
         max_top_logprobs = 80,
         num_cuda_graphs = 84,
-        cuda_graph_bytes = 88);
+        cuda_graph_bytes = 88,
+        num_steps_in_flight = 96,
+        reserved = 100);
     expect_layout!(tenon_step_row, 88,
         struct_size = 0,
         num_tokens = 4,
@@ -1607,14 +1658,14 @@ pub fn check_layout() -> Result<(), String> {
         sampling = 24,
         logits = 32,
         logits_mode = 40,
-        reserved = 44,
+        flags = 44,
         edits = 48,
         bitmask = 56,
         top_tokens = 64,
         top_logprobs = 72,
         num_edits = 80,
         reserved1 = 84);
-    expect_layout!(tenon_step_args, 56,
+    expect_layout!(tenon_step_args, 64,
         struct_size = 0,
         num_rows = 4,
         rows = 8,
@@ -1622,6 +1673,20 @@ pub fn check_layout() -> Result<(), String> {
         logprobs = 24,
         statuses = 32,
         distinct_experts = 40,
-        microseconds = 48);
+        microseconds = 48,
+        mirostat_mu = 56);
+    expect_layout!(tenon_step_results, 80,
+        struct_size = 0,
+        num_rows = 4,
+        tokens = 8,
+        logprobs = 16,
+        statuses = 24,
+        mirostat_mu = 32,
+        top_tokens = 40,
+        top_logprobs = 48,
+        distinct_experts = 56,
+        microseconds = 64,
+        top_columns = 72,
+        reserved = 76);
     Ok(())
 }

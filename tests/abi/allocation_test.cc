@@ -67,6 +67,43 @@ TEST_P(SessionAllocationTest, StepsAllocateNothing) {
   }
 }
 
+TEST_P(SessionAllocationTest, StepsInFlightAllocateNothing) {
+  tenon_sampling_params sampling = Seeded(1);
+  sampling.mirostat_tau = 3.0f;
+  sampling.mirostat_eta = 0.1f;
+  const std::vector<int32_t> prompt = Prompt(13, 1);
+  tenon_step_row row = Row(NewSequence(session_), prompt, &sampling);
+  auto args = Make<tenon_step_args>();
+  args.num_rows = 1;
+  args.rows = &row;
+  int32_t token, experts[16];
+  float mu;
+  double microseconds;
+  auto results = Make<tenon_step_results>();
+  results.num_rows = 1;
+  results.tokens = &token;
+  results.mirostat_mu = &mu;
+  results.distinct_experts = experts;
+  results.microseconds = &microseconds;
+  int32_t worst = TENON_OK;
+  EXPECT_EQ(Allocations([&] {
+              for (int step = 0; step < 12; ++step) {
+                const int32_t enqueued =
+                    tenon_session_enqueue_step(session_, &args, nullptr);
+                row.tokens = nullptr;
+                row.num_tokens = 1;
+                row.flags = TENON_ROW_CONTINUES;
+                if (step > 0) {
+                  worst = std::max(worst, tenon_session_wait_step(
+                                              session_, &results, nullptr));
+                }
+                worst = std::max(worst, enqueued);
+              }
+            }),
+            0);
+  EXPECT_EQ(worst, TENON_OK);
+}
+
 TEST_P(SessionAllocationTest, SequencesAllocateNothing) {
   const std::vector<int32_t> prompt = Prompt(13, 1);
   const tenon_sampling_params greedy = Greedy();

@@ -354,8 +354,9 @@ TEST_P(StepRejectionTest, Rows) {
   constexpr int32_t kInvalid = TENON_INVALID_ARGUMENT;
   rejects(kInvalid, {"rows[1].struct_size is 0"},
           [](Row* row) { row->struct_size = 0; });
-  rejects(kInvalid, {"rows[1].reserved is 1"},
-          [](Row* row) { row->reserved = 1; });
+  rejects(kInvalid, {"rows[1].flags is 2"}, [](Row* row) { row->flags = 2; });
+  rejects(kInvalid, {"rows[1] continues and has tokens"},
+          [](Row* row) { row->flags = TENON_ROW_CONTINUES; });
   rejects(kInvalid, {"rows[1].logits_mode is 3"},
           [](Row* row) { row->logits_mode = 3; });
   rejects(kInvalid, {"rows[1].logits is null"},
@@ -391,10 +392,10 @@ TEST_P(StepRejectionTest, Rows) {
   rejects_sampling("top_k is -2", [](Params* p) { p->top_k = -2; });
   rejects_sampling("filter_order is 3", [](Params* p) { p->filter_order = 3; });
   rejects_sampling("reserved0 is 1", [](Params* p) { p->reserved0 = 1; });
-  rejects_sampling("reserved is 9", [](Params* p) { p->reserved[6] = 9; });
+  rejects_sampling("reserved is 9", [](Params* p) { p->reserved[5] = 9; });
 
-  rejects_sampling("mirostat_tau is 5",
-                   [](Params* p) { p->mirostat_tau = 5.0f; });
+  rejects_sampling("mirostat_tau is -5",
+                   [](Params* p) { p->mirostat_tau = -5.0f; });
   const auto rejects_row = [&](const char* why, const auto& spoil) {
     bad = Greedy();
     rejects(kInvalid, {"rows[1]", why}, [&](Row* row) {

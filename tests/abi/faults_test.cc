@@ -65,7 +65,9 @@ class Work {
       : session_(session), prompt_(Prompt(prompt_tokens, 2)) {
     parent_ = NewSequence(session);
     const std::vector<int32_t> begin = Prompt(11, 1);  // ends inside a page
-    Step(session, {Row(parent_, begin, nullptr)});
+    sampling_.mirostat_tau = 3.0f;  // a step that fails leaves its state
+    sampling_.mirostat_eta = 0.3f;
+    Step(session, {Row(parent_, begin, &sampling_)});
     tenon_sequence fork = 0;
     ExpectOk([&](tenon_error* e) {
       return tenon_sequence_fork(session, parent_, &fork, e);
@@ -114,7 +116,7 @@ class Work {
   tenon_sequence parent_;
   const std::vector<int32_t> one_ = {5};
   const std::vector<int32_t> prompt_;
-  const tenon_sampling_params sampling_ = Seeded(9);
+  tenon_sampling_params sampling_ = Seeded(9);
   std::vector<float> logits_;
   std::vector<tenon_step_row> rows_;
   std::vector<int32_t> tokens_;

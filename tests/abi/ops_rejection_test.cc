@@ -536,7 +536,7 @@ TEST(SamplingParamsTest, Validate) {
   expect("min_p is 2", [](Params& p) { p.min_p = 2.0f; });
   expect("filter_order is 3", [](Params& p) { p.filter_order = 3; });
   expect("reserved0 is 1", [](Params& p) { p.reserved0 = 1; });
-  expect("reserved is 1", [](Params& p) { p.reserved[6] = 1; });
+  expect("reserved is 1", [](Params& p) { p.reserved[5] = 1; });
   EXPECT_EQ(tenon_sampling_params_validate(nullptr, &error),
             TENON_INVALID_ARGUMENT);
   const tenon_sampling_params greedy = {};

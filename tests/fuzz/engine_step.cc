@@ -35,6 +35,27 @@ std::vector<Row> World::MakeRows(SessionOracle& s) {
   return rows;
 }
 
+int32_t World::EnqueueAndWait(tenon_session session,
+                              const tenon_step_args& args) {
+  auto rows = Zeroed<tenon_step_args>();
+  rows.num_rows = args.num_rows;
+  rows.rows = args.rows;
+  const int32_t code =
+      Call("tenon_session_enqueue_step", false, [&](tenon_error* error) {
+        return tenon_session_enqueue_step(session, &rows, error);
+      });
+  if (code != TENON_OK) return code;
+  auto results = Zeroed<tenon_step_results>();
+  results.num_rows = args.num_rows;
+  results.tokens = args.tokens;
+  results.logprobs = args.logprobs;
+  results.statuses = args.statuses;
+  results.distinct_experts = args.distinct_experts;
+  return Call("tenon_session_wait_step", false, [&](tenon_error* error) {
+    return tenon_session_wait_step(session, &results, error);
+  });
+}
+
 int32_t World::RunStep(tenon_session session, std::vector<Row>& rows,
                        const tenon_step_args& given, bool is_hostile,
                        bool wants_experts, uint32_t stride) {
@@ -56,10 +77,13 @@ int32_t World::RunStep(tenon_session session, std::vector<Row>& rows,
   if (in_.OneIn(2)) args.logprobs = logprobs.get();
   if (in_.OneIn(2)) args.statuses = statuses.get();
   if (wants_experts) args.distinct_experts = experts.get();
+  // In one part, or in two.
+  const bool in_two = !is_hostile && in_.OneIn(3);
   const int32_t code =
-      Call("tenon_session_step", is_hostile, [&](tenon_error* error) {
-        return tenon_session_step(session, &args, error);
-      });
+      in_two ? EnqueueAndWait(session, args)
+             : Call("tenon_session_step", is_hostile, [&](tenon_error* error) {
+                 return tenon_session_step(session, &args, error);
+               });
   if (code != TENON_OK) {
     bool untouched = tokens.IsUntouched() && logprobs.IsUntouched() &&
                      statuses.IsUntouched() && experts.IsUntouched();
@@ -191,7 +215,7 @@ void World::MakeHostile(SessionOracle& s, std::vector<Row>& rows) {
       row.logits = nullptr;
       break;
     default:
-      row.reserved = 1;
+      row.flags = in_.Pick<uint32_t>({2, 0x80000000u, TENON_ROW_CONTINUES});
   }
 }
 

@@ -162,6 +162,8 @@ class World {
   int32_t RunStep(tenon_session session, std::vector<Row>& rows,
                   const tenon_step_args& given, bool is_hostile,
                   bool wants_experts, uint32_t stride);
+  // The step of tenon_session_step in two parts.
+  int32_t EnqueueAndWait(tenon_session session, const tenon_step_args& args);
   void Step();
   void HostileStep();
   void MakeHostile(SessionOracle& s, std::vector<Row>& rows);

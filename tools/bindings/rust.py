@@ -32,6 +32,7 @@ CONSTANT_TYPES = {
     "TENON_SAMPLING_": "u32",
     "TENON_SAMPLER_": "u32",
     "TENON_EDIT_": "u32",
+    "TENON_ROW_": "u32",
     "TENON_DL_INT": "u8",
     "TENON_DL_UINT": "u8",
     "TENON_DL_FLOAT": "u8",

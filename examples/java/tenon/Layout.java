@@ -18,7 +18,7 @@ public final class Layout {
   public static final int DL_BFLOAT = 4;
   public static final int DL_FLOAT8_E4M3FN = 10;
   public static final int ABI_MAJOR = 1;
-  public static final int ABI_MINOR = 3;
+  public static final int ABI_MINOR = 4;
   public static final int OK = 0;
   public static final int CANCELLED = 1;
   public static final int UNKNOWN = 2;
@@ -58,6 +58,7 @@ public final class Layout {
   public static final int FILTER_LLAMA_CPP = 2;
   public static final int SAMPLING_USE_BITMASK = 1;
   public static final int SAMPLING_ONLY_ALLOWED = 2;
+  public static final int SAMPLING_SET_MIROSTAT_MU = 4;
   public static final int MAX_TOP_LOGPROBS = 20;
   public static final int SAMPLE_OK = 0;
   public static final int SAMPLE_NO_SUPPORT = 1;
@@ -85,6 +86,8 @@ public final class Layout {
   public static final int LOGITS_NONE = 0;
   public static final int LOGITS_LAST = 1;
   public static final int LOGITS_ALL = 2;
+  public static final int ROW_CONTINUES = 1;
+  public static final int MAX_STEPS_IN_FLIGHT = 2;
 
   static final Struct.Type DL_TENSOR =
       new Struct.Type("DLTensor", 48)
@@ -330,7 +333,8 @@ public final class Layout {
           .field("dry_range", Kind.INT32, 88)
           .field("flags", Kind.UINT32, 92)
           .field("num_top_logprobs", Kind.INT32, 96)
-          .field("reserved", Kind.UINT32, 100, 7);
+          .field("mirostat_mu", Kind.FLOAT32, 100)
+          .field("reserved", Kind.UINT32, 104, 6);
 
   static final Struct.Type LOGIT_EDIT =
       new Struct.Type("tenon_logit_edit", 16)
@@ -447,7 +451,7 @@ public final class Layout {
           .field("reserved", Kind.UINT32, 76);
 
   static final Struct.Type SESSION_INFO =
-      new Struct.Type("tenon_session_info", 96)
+      new Struct.Type("tenon_session_info", 104)
           .field("struct_size", Kind.UINT32, 0)
           .field("flags", Kind.UINT32, 4)
           .field("max_sequences", Kind.INT32, 8)
@@ -465,7 +469,9 @@ public final class Layout {
           .field("max_logit_edits", Kind.INT32, 76)
           .field("max_top_logprobs", Kind.INT32, 80)
           .field("num_cuda_graphs", Kind.INT32, 84)
-          .field("cuda_graph_bytes", Kind.INT64, 88);
+          .field("cuda_graph_bytes", Kind.INT64, 88)
+          .field("num_steps_in_flight", Kind.INT32, 96)
+          .field("reserved", Kind.INT32, 100);
 
   static final Struct.Type STEP_ROW =
       new Struct.Type("tenon_step_row", 88)
@@ -476,7 +482,7 @@ public final class Layout {
           .field("sampling", Kind.POINTER, 24)
           .field("logits", Kind.POINTER, 32)
           .field("logits_mode", Kind.INT32, 40)
-          .field("reserved", Kind.UINT32, 44)
+          .field("flags", Kind.UINT32, 44)
           .field("edits", Kind.POINTER, 48)
           .field("bitmask", Kind.POINTER, 56)
           .field("top_tokens", Kind.POINTER, 64)
@@ -485,7 +491,7 @@ public final class Layout {
           .field("reserved1", Kind.UINT32, 84);
 
   static final Struct.Type STEP_ARGS =
-      new Struct.Type("tenon_step_args", 56)
+      new Struct.Type("tenon_step_args", 64)
           .field("struct_size", Kind.UINT32, 0)
           .field("num_rows", Kind.INT32, 4)
           .field("rows", Kind.POINTER, 8)
@@ -493,7 +499,23 @@ public final class Layout {
           .field("logprobs", Kind.POINTER, 24)
           .field("statuses", Kind.POINTER, 32)
           .field("distinct_experts", Kind.POINTER, 40)
-          .field("microseconds", Kind.POINTER, 48);
+          .field("microseconds", Kind.POINTER, 48)
+          .field("mirostat_mu", Kind.POINTER, 56);
+
+  static final Struct.Type STEP_RESULTS =
+      new Struct.Type("tenon_step_results", 80)
+          .field("struct_size", Kind.UINT32, 0)
+          .field("num_rows", Kind.INT32, 4)
+          .field("tokens", Kind.POINTER, 8)
+          .field("logprobs", Kind.POINTER, 16)
+          .field("statuses", Kind.POINTER, 24)
+          .field("mirostat_mu", Kind.POINTER, 32)
+          .field("top_tokens", Kind.POINTER, 40)
+          .field("top_logprobs", Kind.POINTER, 48)
+          .field("distinct_experts", Kind.POINTER, 56)
+          .field("microseconds", Kind.POINTER, 64)
+          .field("top_columns", Kind.INT32, 72)
+          .field("reserved", Kind.UINT32, 76);
 
   static final List<Struct.Type> ALL =
       List.of(
@@ -524,5 +546,6 @@ public final class Layout {
           SESSION_OPTIONS,
           SESSION_INFO,
           STEP_ROW,
-          STEP_ARGS);
+          STEP_ARGS,
+          STEP_RESULTS);
 }

@@ -202,6 +202,73 @@ class EngineTest(unittest.TestCase):
             with self.assertRaisesRegex(tenon.TenonError, "bitmask"):
                 self.draw(session, tenon.SamplingParams(), bitmask=bitmask)
 
+    def test_two_steps_in_flight(self):
+        options = {"max_top_logprobs": 2, "count_experts": True}
+        sampling = tenon.SamplingParams(0.9, seed=3, num_top_logprobs=2)
+        sampling.mirostat_tau, sampling.mirostat_eta = 3, 0.2
+        greedy = tenon.SamplingParams.greedy()
+        with self.model.session(**options) as session:
+            a, b = session.sequence(), session.sequence()
+            rows = [
+                tenon.StepRow(a, PROMPT, sampling, tenon.LOGITS_LAST),
+                tenon.StepRow(b, PROMPT[:3], greedy),
+            ]
+            wanted = [session.step(rows)]
+            for _ in range(5):
+                rows = [
+                    tenon.StepRow(a, None, sampling, tenon.LOGITS_LAST),
+                    tenon.StepRow(b, wanted[-1].tokens[1], greedy),
+                ]
+                wanted.append(session.step(rows))
+            self.assertNotIn(6.0, [r.mirostat_mu[0] for r in wanted])
+            self.assertEqual({r.mirostat_mu[1] for r in wanted}, {0.0})
+
+            c, d = session.sequence(), session.sequence()
+            first = [
+                tenon.StepRow(c, PROMPT, sampling, tenon.LOGITS_LAST),
+                tenon.StepRow(d, PROMPT[:3], greedy),
+            ]
+            then = [
+                tenon.StepRow(c, None, sampling, tenon.LOGITS_LAST),
+                tenon.StepRow(d, None, greedy),
+            ]
+            session.enqueue(first)
+            got = []
+            for _ in range(5):
+                session.enqueue(then)
+                self.assertEqual(session.info.num_steps_in_flight, 2)
+                got.append(session.wait())
+            with self.assertRaisesRegex(tenon.TenonError, "num_steps_in_flight is 1"):
+                session.step(then)
+            session.enqueue(then)
+            with self.assertRaisesRegex(tenon.TenonError, "num_steps_in_flight is 2"):
+                session.enqueue(then)
+            d.close()  # one step too far
+            got += [session.wait(), session.wait()]
+            with self.assertRaisesRegex(tenon.TenonError, "num_steps_in_flight is 0"):
+                session.wait()
+            for mine, theirs in zip(got, wanted):
+                self.assertEqual(mine[:3], theirs[:3])
+                self.assertEqual(mine.logits[0].tolist(), theirs.logits[0].tolist())
+                self.assertEqual(mine.distinct_experts, theirs.distinct_experts)
+                self.assertEqual(mine.top, theirs.top)
+                self.assertEqual(mine.mirostat_mu, theirs.mirostat_mu)
+            with self.assertRaisesRegex(tenon.TenonError, "drew no token"):
+                session.step([tenon.StepRow(session.sequence(), None, greedy)])
+
+            # Back to where two tokens had been drawn.
+            a.truncate(len(PROMPT) + 1)
+            sampling.flags = tenon.SAMPLING_SET_MIROSTAT_MU
+            sampling.mirostat_mu = wanted[1].mirostat_mu[0]
+            row = tenon.StepRow(a, wanted[1].tokens[0], sampling)
+            again = session.step([row])
+            self.assertEqual(again.tokens[0], wanted[2].tokens[0])
+            self.assertEqual(again.mirostat_mu[0], wanted[2].mirostat_mu[0])
+
+            # What is in flight may end with its session.
+            session.enqueue([tenon.StepRow(c, 32, greedy, tenon.LOGITS_LAST)])
+            session.enqueue([tenon.StepRow(c, None, greedy)])
+
     def test_fork_and_truncate(self):
         with self.model.session() as session:
             greedy = tenon.SamplingParams.greedy()

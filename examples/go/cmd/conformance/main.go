@@ -116,17 +116,58 @@ func checkGeneration(modelDir string, c *testCase) error {
 		return f.err
 	}
 	start, want := tokens(prompt.memory), tokens(expected.expected)
-	got, err := generate(modelDir, start, &sampling, len(want))
-	if err != nil {
-		return err
-	}
-	fmt.Printf("%s: %s%s\n", c.name, text(start), text(got))
-	for i := range want {
-		if got[i] != want[i] {
-			return fmt.Errorf("token %d is %d, expected %d", i, got[i], want[i])
+	fmt.Printf("%s: %s%s\n", c.name, text(start), text(want))
+	for _, draw := range []func(*tenon.Session, tenon.Row, int) ([]int32, error){
+		stepByStep, pipelined,
+	} {
+		got, err := generate(modelDir, start, &sampling, len(want), draw)
+		if err != nil {
+			return err
+		}
+		for i := range want {
+			if got[i] != want[i] {
+				return fmt.Errorf("token %d is %d, expected %d", i, got[i], want[i])
+			}
 		}
 	}
 	return nil
+}
+
+// stepByStep draws count tokens, the first of them by the row of the prompt.
+func stepByStep(session *tenon.Session, row tenon.Row, count int) ([]int32, error) {
+	var drawn []int32
+	for len(drawn) < count {
+		sampled, err := session.Step([]tenon.Row{row})
+		if err != nil {
+			return nil, err
+		}
+		row.Tokens = []int32{sampled[0].Token}
+		drawn = append(drawn, row.Tokens...)
+	}
+	return drawn, nil
+}
+
+// pipelined does so with two steps in flight: tokens go from step to step
+// without us.
+func pipelined(session *tenon.Session, row tenon.Row, count int) ([]int32, error) {
+	if err := session.EnqueueStep([]tenon.Row{row}); err != nil {
+		return nil, err
+	}
+	row.Tokens, row.Continues = nil, true
+	var drawn []int32
+	for len(drawn) < count {
+		if len(drawn)+1 < count {
+			if err := session.EnqueueStep([]tenon.Row{row}); err != nil {
+				return nil, err
+			}
+		}
+		sampled, err := session.WaitStep()
+		if err != nil {
+			return nil, err
+		}
+		drawn = append(drawn, sampled[0].Token)
+	}
+	return drawn, nil
 }
 
 // text has the model's tokens as what they are, bytes; 0 begins a text.
@@ -141,7 +182,8 @@ func text(tokens []int32) string {
 }
 
 // generate continues the prompt by count tokens.
-func generate(modelDir string, prompt []int32, sampling *tenon.SamplingParams, count int) ([]int32, error) {
+func generate(modelDir string, prompt []int32, sampling *tenon.SamplingParams, count int,
+	draw func(*tenon.Session, tenon.Row, int) ([]int32, error)) ([]int32, error) {
 	model, err := tenon.Load(modelDir, tenon.LoadOptions{})
 	if err != nil {
 		return nil, err
@@ -157,16 +199,6 @@ func generate(modelDir string, prompt []int32, sampling *tenon.SamplingParams, c
 		return nil, err
 	}
 	defer sequence.Release()
-
-	var drawn []int32
-	next := prompt
-	for len(drawn) < count {
-		sampled, err := session.Step([]tenon.Row{{Sequence: sequence, Tokens: next, Sampling: sampling}})
-		if err != nil {
-			return nil, err
-		}
-		next = []int32{sampled[0].Token}
-		drawn = append(drawn, next...)
-	}
-	return drawn, nil
+	row := tenon.Row{Sequence: sequence, Tokens: prompt, Sampling: sampling}
+	return draw(session, row, count)
 }
