@@ -32,7 +32,7 @@ Status ExpertCounter::Enqueue(int64_t tokens, Stream stream) {
   if (config_ == nullptr) return Status();
   ids_per_layer_ = tokens * config_->num_experts_per_tok;
   const TensorView first = activations_->TopkIds(0, tokens);
-  return CopyMemory(ids_.data(), Device(), first.data, first.device,
+  return CopyPinned(ids_.data(), first.data, first.device,
                     static_cast<size_t>(config_->num_layers * ids_per_layer_) *
                         sizeof(int32_t),
                     stream);

@@ -131,8 +131,8 @@ Status StepBuffers::CopyMirostatMu(int32_t from, int32_t to, Stream stream) {
 
 Status StepBuffers::Upload(Stream stream) {
   const auto copy = [&](int64_t begin, int64_t end) {
-    return CopyMemory(At<char>(memory_, begin), device_, Host<char>(begin),
-                      Device(), static_cast<size_t>(end - begin), stream);
+    return CopyPinned(At<char>(memory_, begin), Host<char>(begin), device_,
+                      static_cast<size_t>(end - begin), stream);
   };
   const int64_t num_edits =
       Host<int32_t>(inputs_.edit_offsets)[shape_.sampled_rows];
@@ -146,7 +146,7 @@ Status StepBuffers::Upload(Stream stream) {
 }
 
 Status StepBuffers::Download(Stream stream) {
-  return CopyMemory(Host<char>(0), Device(), memory_.data(), device_,
+  return CopyPinned(Host<char>(0), memory_.data(), device_,
                     static_cast<size_t>(results_end_), stream);
 }
 

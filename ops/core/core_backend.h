@@ -17,6 +17,8 @@ Status Allocate(Device device, MemoryKind kind, size_t bytes, void** data);
 void Free(Device device, MemoryKind kind, void* data);
 Status Copy(Device device, void* to, const void* from, size_t bytes,
             Stream stream);
+Status CopyPinned(Device device, void* to, const void* from, size_t bytes,
+                  Stream stream);
 Status Fill(Device device, void* data, int byte, size_t bytes, Stream stream);
 Status Synchronize(Device device, Stream stream);
 Status CreateStream(Device device, void** stream);

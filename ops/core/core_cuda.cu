@@ -2,6 +2,27 @@
 #include "ops/core/core_cuda.cuh"
 
 namespace tenon::cuda {
+namespace {
+
+constexpr int kCopyThreads = 256;
+// Beyond this the copy engine's bandwidth outweighs its latency.
+constexpr size_t kMaxKernelCopy = size_t{64} << 10;
+
+// `from` may be the host's: read past the caches.
+__global__ void __launch_bounds__(kCopyThreads)
+    CopyKernel(void* to, const void* from, unsigned bytes) {
+  WaitForPreviousKernels();
+  const unsigned i = blockIdx.x * kCopyThreads + threadIdx.x;
+  const unsigned chunks = bytes / sizeof(uint4);
+  if (i < chunks) {
+    static_cast<uint4*>(to)[i] = __ldcv(static_cast<const uint4*>(from) + i);
+  } else if (i - chunks < bytes % sizeof(uint4)) {
+    const unsigned at = bytes - 1 - (i - chunks);
+    static_cast<char*>(to)[at] = __ldcv(static_cast<const char*>(from) + at);
+  }
+}
+
+}  // namespace
 
 int NumDevices() {
   int count = 0;
@@ -64,6 +85,22 @@ Status Copy(Device device, void* to, const void* from, size_t bytes,
   return ToStatus(
       cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, Native(stream)),
       "CopyMemory");
+}
+
+Status CopyPinned(Device device, void* to, const void* from, size_t bytes,
+                  Stream stream) {
+  const bool aligned = reinterpret_cast<uintptr_t>(to) % sizeof(uint4) == 0 &&
+                       reinterpret_cast<uintptr_t>(from) % sizeof(uint4) == 0;
+  if (!aligned || bytes > kMaxKernelCopy) {
+    return Copy(device, to, from, bytes, stream);
+  }
+  const DeviceGuard guard(device);
+  TENON_RETURN_IF_ERROR(guard.status());
+  const auto count = static_cast<unsigned>(bytes);
+  const unsigned threads = count / sizeof(uint4) + count % sizeof(uint4);
+  return LaunchDependent("CopyPinned", stream,
+                         dim3(CeilDiv(threads, unsigned{kCopyThreads})),
+                         dim3(kCopyThreads), 0, CopyKernel, to, from, count);
 }
 
 Status Fill(Device device, void* data, int byte, size_t bytes, Stream stream) {

@@ -80,6 +80,22 @@ Status CopyMemory(void* to, Device to_device, const void* from,
   return NoBackendError("CopyMemory", device);
 }
 
+Status CopyPinned(void* to, const void* from, Device device, size_t bytes,
+                  Stream stream) {
+  if (bytes == 0) return Status();
+  switch (device.type) {
+    case DeviceType::kCpu:
+      std::memcpy(to, from, bytes);
+      return Status();
+    case DeviceType::kCuda:
+      if constexpr (kCudaBuilt) {
+        return cuda::CopyPinned(device, to, from, bytes, stream);
+      }
+      break;
+  }
+  return NoBackendError("CopyPinned", device);
+}
+
 Status FillMemory(void* data, Device device, int byte, size_t bytes,
                   Stream stream) {
   if (bytes == 0) return Status();

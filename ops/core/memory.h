@@ -59,6 +59,12 @@ class Buffer {
 Status CopyMemory(void* to, Device to_device, const void* from,
                   Device from_device, size_t bytes, Stream stream);
 
+// Copies between the device's memory and pinned host memory (of
+// HostMemoryKind), in stream order. Few bytes are copied by a kernel: the copy
+// engine takes longer to be handed the stream and to hand it back.
+Status CopyPinned(void* to, const void* from, Device device, size_t bytes,
+                  Stream stream);
+
 // Sets `bytes` bytes, in stream order on a CUDA device.
 Status FillMemory(void* data, Device device, int byte, size_t bytes,
                   Stream stream);

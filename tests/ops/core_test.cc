@@ -388,6 +388,41 @@ TEST_P(MemoryTest, CopiesAndFills) {
   EXPECT_TRUE(FillMemory(nullptr, device(), 0, 0, stream()).ok());
 }
 
+// There and back, by the kernel and by the copy engine, without a byte beyond.
+TEST_P(MemoryTest, CopiesPinned) {
+  constexpr size_t kRoom = 100000;
+  constexpr uint8_t kGuard = 0x5a;
+  const Buffer there = Allocate(kRoom);
+  const Buffer from = Allocate(kRoom, HostMemoryKind(device()));
+  const Buffer back = Allocate(kRoom, HostMemoryKind(device()));
+  auto* const source = static_cast<uint8_t*>(from.data());
+  auto* const result = static_cast<uint8_t*>(back.data());
+  auto* const middle = static_cast<uint8_t*>(there.data());
+  for (const size_t offset : {0, 4}) {
+    for (const size_t bytes : {0, 1, 15, 16, 17, 4099, 65536, 65537, 90001}) {
+      for (size_t i = 0; i < kRoom; ++i) {
+        source[i] = static_cast<uint8_t>(i * 31 + bytes);
+        result[i] = kGuard;
+      }
+      ASSERT_TRUE(FillMemory(middle, device(), kGuard, kRoom, stream()).ok());
+      ASSERT_TRUE(CopyPinned(middle + offset, source + offset, device(), bytes,
+                             stream())
+                      .ok());
+      // With what follows, which is to be as it was.
+      ASSERT_TRUE(CopyPinned(result + offset, middle + offset, device(),
+                             bytes + 16, stream())
+                      .ok());
+      Finish();
+      for (size_t i = offset; i < offset + bytes; ++i) {
+        ASSERT_EQ(result[i], source[i]) << "byte " << i << " of " << bytes;
+      }
+      for (size_t i = offset + bytes; i < offset + bytes + 32; ++i) {
+        ASSERT_EQ(result[i], kGuard) << "byte " << i << " beyond " << bytes;
+      }
+    }
+  }
+}
+
 TEST_P(MemoryTest, StreamsMove) {
   StatusOr<OwnedStream> created = OwnedStream::Create(device(), 3);
   ASSERT_TRUE(created.ok());
