@@ -50,7 +50,8 @@ uint64_t Digest(const v1::StepRequest& request) {
       (s.has_dry_multiplier() ? 1 << 13 : 0) |
       (s.has_dry_base() ? 1 << 14 : 0) |
       (s.has_dry_allowed_length() ? 1 << 15 : 0) |
-      (s.has_dry_range() ? 1 << 16 : 0);
+      (s.has_dry_range() ? 1 << 16 : 0) | (s.has_mirostat_tau() ? 1 << 17 : 0) |
+      (s.has_mirostat_eta() ? 1 << 18 : 0);
   hash.Add(present);
   hash.Add(s.temperature());
   hash.Add(static_cast<uint64_t>(s.top_k()));
@@ -69,6 +70,8 @@ uint64_t Digest(const v1::StepRequest& request) {
   hash.Add(s.dry_base());
   hash.Add(static_cast<uint64_t>(s.dry_allowed_length()));
   hash.Add(static_cast<uint64_t>(s.dry_range()));
+  hash.Add(s.mirostat_tau());
+  hash.Add(s.mirostat_eta());
   return hash.state();
 }
 

@@ -127,6 +127,12 @@ SamplingParams MergeSampling(const SamplingParams& base,
     merged.dry_allowed_length = sampling.dry_allowed_length();
   }
   if (sampling.has_dry_range()) merged.dry_range = sampling.dry_range();
+  if (sampling.has_mirostat_tau()) {
+    merged.mirostat_tau = sampling.mirostat_tau();
+  }
+  if (sampling.has_mirostat_eta()) {
+    merged.mirostat_eta = sampling.mirostat_eta();
+  }
   return merged;
 }
 

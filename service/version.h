@@ -6,7 +6,7 @@
 namespace tenon::service {
 
 // Of tenon.v1: raised with every addition to decode.proto.
-constexpr uint32_t kProtocolMinor = 2;
+constexpr uint32_t kProtocolMinor = 3;
 constexpr char kServerVersion[] = TENON_SERVER_VERSION;
 
 }  // namespace tenon::service

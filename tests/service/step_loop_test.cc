@@ -68,7 +68,9 @@ TEST_P(StepLoopTest, AStepTakesEffectOnce) {
         Set(&v1::Sampling::set_repetition_penalty),
         Set(&v1::Sampling::set_frequency_penalty),
         Set(&v1::Sampling::set_presence_penalty),
-        Set(&v1::Sampling::set_dry_multiplier)}) {
+        Set(&v1::Sampling::set_dry_multiplier),
+        Set(&v1::Sampling::set_mirostat_tau),
+        Set(&v1::Sampling::set_mirostat_eta)}) {
     other = request;
     (other.mutable_overrides()->*set)(0.25f);
     EXPECT_EQ(Send(other).code, StatusCode::kAborted);

@@ -124,6 +124,12 @@ TEST_F(ValidatorTest, SamplingParameters) {
     request = Step();
     request.mutable_overrides()->set_xtc_threshold(bad);
     Expect(request, StatusCode::kInvalidArgument, "overrides");
+    request = Step();
+    request.mutable_overrides()->set_mirostat_tau(bad);
+    Expect(request, StatusCode::kInvalidArgument, "overrides");
+    request = Step();
+    request.mutable_overrides()->set_mirostat_eta(bad);
+    Expect(request, StatusCode::kInvalidArgument, "overrides");
   }
 }
 
@@ -163,6 +169,8 @@ TEST_F(ValidatorTest, EveryParameterArrives) {
   sampling.set_xtc_probability(0.4f);
   sampling.set_xtc_threshold(0.5f);
   sampling.set_filter_order(v1::FILTER_ORDER_LLAMA_CPP);
+  sampling.set_mirostat_tau(0.6f);
+  sampling.set_mirostat_eta(0.7f);
   const SamplingParams merged = MergeSampling(SamplingParams(), sampling);
   EXPECT_EQ(merged.min_p, 0.1f);
   EXPECT_EQ(merged.typical_p, 0.2f);
@@ -170,6 +178,8 @@ TEST_F(ValidatorTest, EveryParameterArrives) {
   EXPECT_EQ(merged.xtc_probability, 0.4f);
   EXPECT_EQ(merged.xtc_threshold, 0.5f);
   EXPECT_EQ(merged.filter_order, FilterOrder::kLlamaCpp);
+  EXPECT_EQ(merged.mirostat_tau, 0.6f);
+  EXPECT_EQ(merged.mirostat_eta, 0.7f);
 }
 
 TEST_F(ValidatorTest, Steps) {
