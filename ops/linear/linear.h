@@ -50,12 +50,12 @@ struct LinearNorm {
 // fp8: weight may be float8_e4m3, x as above. Then weight_scales says what its
 // elements stand for, element * scale: [ceil(out_features / 128),
 // ceil(in_features / 128)], one for each block of 128 x 128 (the last ones may
-// be partial), or [out_features], one for each row. x is quantised first, in
-// the workspace, as by QuantizeFp8 in groups of 128 columns. For every group
-// products and sum are in float32 (or in the accumulators of tensor cores),
-// times (scale of the group of x * scale of the block of weight), and the
-// groups are added in float32 in ascending order; the scale of a row of weight
-// is multiplied at the end, before the bias is added.
+// be partial), or [out_features], one for each row. x is quantised first, as by
+// QuantizeFp8 in groups of 128 columns. For every group products and sum are in
+// float32 (or in the accumulators of tensor cores), times (scale of the group
+// of x * scale of the block of weight), and the groups are added in float32 in
+// ascending order; the scale of a row of weight is multiplied at the end,
+// before the bias is added.
 //
 // Speed on CUDA: rows that start at multiples of 16 bytes and in_features that
 // fill whole 16 bytes. Others work, slowly. For cuBLASLt to take an fp8 call,

@@ -33,7 +33,10 @@ Status LinearTile(const LinearParams& params, LinearKernel kernel,
 Status LinearCublasLt(const LinearParams& params, const float* x_scales,
                       Stream stream, bool* done);
 
-// fp8 weights.
+// fp8 weights. The first two are as LinearStreams and LinearStream; the others
+// take what those do not.
+bool LinearFp8Streams(const LinearParams& params);
+Status LinearFp8Stream(const LinearParams& params, Stream stream);
 Status LinearFp8Cuda(const LinearParams& params, Stream stream);
 Status LinearFp8Gemv(const linear_fp8::Args& args, Stream stream);
 // Quantises x itself.

@@ -23,9 +23,15 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 bool CanStream(const LinearParams& p) {
+  if (p.weight.dtype == DType::kFloat8E4M3) return LinearFp8Streams(p);
   LinearProblem problem = MakeLinearProblem(p);
   problem.can_stream = LinearStreams(p);
   return SelectLinearKernel(problem) == LinearKernel::kStream;
+}
+
+Status MultiplyStreaming(const LinearParams& p, Stream stream) {
+  return p.weight.dtype == DType::kFloat8E4M3 ? LinearFp8Stream(p, stream)
+                                              : LinearStream(p, stream);
 }
 
 // Whether the kernel that takes the call adds a residual itself.
@@ -55,12 +61,12 @@ Status Multiply(const LinearParams& p, Stream stream) {
 Status LinearCuda(const LinearParams& params, Stream stream) {
   const cuda::DeviceGuard guard(params.x.device);
   TENON_RETURN_IF_ERROR(guard.status());
-  if (CanStream(params)) return LinearStream(params, stream);
+  if (CanStream(params)) return MultiplyStreaming(params, stream);
   LinearParams p = params;
   if (p.norm.present()) {
     // Then as without a norm, with the same bits.
     TENON_RETURN_IF_ERROR(NormalizeLinearInput(&p, stream));
-    if (CanStream(p)) return LinearStream(p, stream);
+    if (CanStream(p)) return MultiplyStreaming(p, stream);
   }
   const LinearCudaWorkspace workspace = CutLinearCudaWorkspace(p, nullptr);
   p.workspace = workspace.rest;

@@ -24,40 +24,49 @@ struct Args {
 
 inline constexpr int kBlock = kFp8GroupSize;
 
-// Adds 64 products to each element of a 16 x 8 tile. Lane l holds bytes
-// [l % 4 * 16, + 16) of the 64: of rows l / 4 (low) and l / 4 + 8 (high) of
-// weight, and of token l / 4. Which place of an instruction's depth a product
-// has does not matter as long as both operands agree, so the bytes are used as
-// they come from memory, four of each lane at a time.
+// Adds products to a 16 x 8 tile. Of 64 bytes of depth lane l holds bytes [l %
+// 4 * 16, + 16): of rows l / 4 (low) and l / 4 + 8 (high) of weight, and of
+// token l / 4. Which place of an instruction's depth a product has does not
+// matter as long as both operands agree, so the bytes are used as they come
+// from memory, four of each lane (one word) at a time.
 //
 // c has rows l / 4 (c[0], c[1]) and l / 4 + 8 (c[2], c[3]) of weight, tokens
 // l % 4 * 2 (c[0], c[2]) and the next.
+
+__device__ __forceinline__ uint32_t Word(const uint4& v, int j) {
+  return j == 0 ? v.x : j == 1 ? v.y : j == 2 ? v.z : v.w;
+}
+
+// A word of both rows of weight, as the left operand of an instruction.
+__device__ __forceinline__ void WeightsToHalf(uint32_t low, uint32_t high,
+                                              uint32_t (&a)[4]) {
+  uint32_t of_low[2];
+  uint32_t of_high[2];
+  cuda::Fp8x4ToHalf(low, of_low);
+  cuda::Fp8x4ToHalf(high, of_high);
+  a[0] = of_low[0];
+  a[1] = of_high[0];
+  a[2] = of_low[1];
+  a[3] = of_high[1];
+}
+
+// All words, in order: 64 products to each element of the tiles.
 template <int kTilesM, int kTilesN>
 __device__ __forceinline__ void MultiplyAdd64(float (&c)[kTilesM][kTilesN][4],
                                               const uint4 (&low)[kTilesM],
                                               const uint4 (&high)[kTilesM],
                                               const uint4 (&x)[kTilesN]) {
-  const auto word = [](const uint4& v, int j) {
-    return j == 0 ? v.x : j == 1 ? v.y : j == 2 ? v.z : v.w;
-  };
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     uint32_t a[kTilesM][4];
 #pragma unroll
     for (int i = 0; i < kTilesM; ++i) {
-      uint32_t of_low[2];
-      uint32_t of_high[2];
-      cuda::Fp8x4ToHalf(word(low[i], j), of_low);
-      cuda::Fp8x4ToHalf(word(high[i], j), of_high);
-      a[i][0] = of_low[0];
-      a[i][1] = of_high[0];
-      a[i][2] = of_low[1];
-      a[i][3] = of_high[1];
+      WeightsToHalf(Word(low[i], j), Word(high[i], j), a[i]);
     }
 #pragma unroll
     for (int n = 0; n < kTilesN; ++n) {
       uint32_t b[2];
-      cuda::Fp8x4ToHalf(word(x[n], j), b);
+      cuda::Fp8x4ToHalf(Word(x[n], j), b);
 #pragma unroll
       for (int i = 0; i < kTilesM; ++i) {
         cuda::Mma<__half>(c[i][n], a[i], b[0], b[1]);

@@ -42,10 +42,10 @@ LinearProblem MakeLinearProblem(const LinearParams& params);
 inline constexpr int64_t kLinearGemvTokens = 4;
 LinearKernel SelectLinearKernel(const LinearProblem& problem);
 
-// The same for fp8 weights, measured on an H100 (docs/kernels/linear_fp8.md):
-// kGemv up to kLinearFp8GemvTokens tokens, quantising x itself up to
-// kLinearFp8QuantizingTokens; beyond, cuBLASLt where it can read the scales.
-// kGemv and tiles give an element the same bits.
+// The same for fp8 weights that LinearFp8Streams does not take, measured on an
+// H100 (docs/kernels/linear_fp8.md): kGemv up to kLinearFp8GemvTokens tokens,
+// quantising x itself up to kLinearFp8QuantizingTokens; beyond, cuBLASLt where
+// it can read the scales. All but cuBLASLt give an element the same bits.
 inline constexpr int64_t kLinearFp8QuantizingTokens = 8;
 inline constexpr int64_t kLinearFp8GemvTokens = 32;
 LinearKernel SelectLinearFp8Kernel(const LinearParams& params);

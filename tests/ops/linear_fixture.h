@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "ops/core/memory.h"
 #include "ops/linear/cublas_lt.h"
 #include "ops/linear/linear.h"
 #include "tests/reference/linear_reference.h"
@@ -173,6 +174,10 @@ class LinearTestBase : public OpTest {
     p.workspace_size = LinearWorkspaceBytes(p);
     StatusOr<Buffer> workspace = Buffer::Allocate(device(), p.workspace_size);
     ASSERT_TRUE(workspace.ok()) << workspace.status().message();
+    // What the workspace holds before does not matter: NaN in every dtype.
+    const Status filled =
+        FillMemory(workspace->data(), device(), 0xff, p.workspace_size, on);
+    ASSERT_TRUE(filled.ok()) << filled.message();
     p.workspace = workspace->data();
     const Status status = Linear(p, on);
     ASSERT_TRUE(status.ok()) << status.message();

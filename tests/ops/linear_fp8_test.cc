@@ -8,11 +8,9 @@
 #include "ops/linear/cublas_lt.h"
 #include "ops/linear/linear.h"
 #include "ops/linear/linear_kernel.h"
-#include "tests/reference/linear_reference.h"
-#include "tests/reference/quantize_reference.h"
+#include "tests/ops/linear_fp8_fixture.h"
 #include "tests/testing/compare.h"
 #include "tests/testing/cuda_graph.h"
-#include "tests/testing/op_test.h"
 #include "tests/testing/random.h"
 #include "tests/testing/test_tensor.h"
 
@@ -24,157 +22,13 @@ namespace {
 using testing::Normal;
 using testing::TestTensor;
 
-enum class Mode { kDefault, kBatchInvariant, kCublasLt };
-constexpr const char* kModeNames[] = {"default", "batch-invariant", "cuBLASLt"};
+using Call = testing::LinearFp8Call;
+using Mode = testing::LinearMode;
+using Options = testing::LinearFp8Options;
+using Shape = testing::LinearShape;
 
-struct Shape {
-  int64_t tokens;
-  int64_t out_features;
-  int64_t in_features;
-};
-
-struct Options {
-  bool per_channel = false;
-  bool bias = false;
-  bool float_out = false;
-  int64_t padding = 0;  // elements between rows; odd ones make them unaligned
-};
-
-int64_t Blocks(int64_t size) { return (size + 127) / 128; }
-
-// Positive scales, far from each other, so that a wrong one shows.
-std::vector<float> Scales(int64_t count, uint64_t seed) {
-  std::vector<float> scales = Normal(count, seed);
-  for (float& s : scales) s = std::exp2(s) / 64;
-  return scales;
-}
-
-// The tensors of one call.
-class Call {
- public:
-  Call(Device device, DType dtype, Shape s, Options o, uint64_t seed = 1)
-      : x_(Matrix(device, dtype, s.tokens, s.in_features, o.padding,
-                  Normal(s.tokens * s.in_features, seed))),
-        weight_(Matrix(
-            device, DType::kFloat8E4M3, s.out_features, s.in_features,
-            o.padding,
-            Normal(s.out_features * s.in_features, seed + 1, 0.0f, 30.0f))),
-        out_(Matrix(device, o.float_out ? DType::kFloat32 : dtype, s.tokens,
-                    s.out_features, o.padding, {})),
-        shape_(s),
-        options_(o) {
-    if (o.bias) {
-      bias_ = TestTensor(device, dtype, {s.out_features},
-                         Normal(s.out_features, seed + 2));
-    }
-    if (o.per_channel) {
-      scales_ = TestTensor(device, DType::kFloat32, {s.out_features},
-                           Scales(s.out_features, seed + 3));
-      return;
-    }
-    const int64_t rows = Blocks(s.out_features);
-    const int64_t cols = Blocks(s.in_features);
-    // As cuBLASLt likes them.
-    scales_ =
-        TestTensor(device, DType::kFloat32, {rows, cols},
-                   {(cols + 3) / 4 * 4, 1}, Scales(rows * cols, seed + 3));
-  }
-
-  LinearParams params() const {
-    LinearParams p;
-    p.x = x_.view();
-    p.weight = weight_.view();
-    p.weight_scales = scales_.view();
-    p.bias = bias_.view();
-    p.out = out_.view();
-    return p;
-  }
-
-  std::vector<double> Values() const { return out_.Values(); }
-
-  // Of x and weight as quantised.
-  reference::LinearResult Expected() const {
-    const auto [tokens, rows, cols] = shape_;
-    std::vector<double> weight = weight_.InitialValues();
-    const std::vector<double> scales = scales_.InitialValues();
-    for (int64_t i = 0; i < rows * cols; ++i) {
-      const int64_t row = i / cols;
-      weight[i] *= options_.per_channel
-                       ? scales[row]
-                       : scales[row / 128 * Blocks(cols) + i % cols / 128];
-    }
-    const std::vector<double> x =
-        reference::QuantizeFp8(x_.InitialValues(), tokens, cols, 1, 128)
-            .Dequantized();
-    return reference::Linear(
-        x, weight,
-        options_.bias ? bias_.InitialValues() : std::vector<double>(), tokens,
-        rows, cols);
-  }
-
-  void ExpectOnlyOutChanged() const {
-    EXPECT_EQ(x_.Bytes(), x_.InitialBytes());
-    EXPECT_EQ(weight_.Bytes(), weight_.InitialBytes());
-    EXPECT_EQ(scales_.Bytes(), scales_.InitialBytes());
-    EXPECT_EQ(out_.NumStrayWrites(), 0);
-  }
-
- private:
-  static TestTensor Matrix(Device device, DType dtype, int64_t rows,
-                           int64_t cols, int64_t padding,
-                           const std::vector<float>& values) {
-    return TestTensor(device, dtype, {rows, cols}, {cols + padding, 1}, values);
-  }
-
-  TestTensor x_;
-  TestTensor weight_;
-  TestTensor scales_;
-  TestTensor bias_;
-  TestTensor out_;
-  Shape shape_;
-  Options options_;
-};
-
-class LinearFp8Test : public testing::OpTest {
+class LinearFp8Test : public testing::LinearFp8TestBase {
  protected:
-  static void TearDownTestSuite() { cublas_lt_.reset(); }
-
-  void SetUp() override {
-    OpTest::SetUp();
-    if (IsSkipped() || device().type == DeviceType::kCpu || cublas_lt_) return;
-    StatusOr<std::unique_ptr<CublasLt>> lt = CublasLt::Create(device());
-    if (lt.ok()) cublas_lt_ = *std::move(lt);
-  }
-
-  std::vector<Mode> Modes() const {
-    if (device().type == DeviceType::kCpu) return {Mode::kDefault};
-    std::vector<Mode> modes = {Mode::kDefault, Mode::kBatchInvariant};
-    if (cublas_lt_) modes.push_back(Mode::kCublasLt);
-    return modes;
-  }
-
-  void Run(const LinearParams& p, Mode mode) { Run(p, mode, stream()); }
-  void Run(LinearParams p, Mode mode, Stream on) {
-    p.batch_invariant = mode == Mode::kBatchInvariant;
-    p.cublas_lt = mode == Mode::kCublasLt ? cublas_lt_.get() : nullptr;
-    p.workspace_size = LinearWorkspaceBytes(p);
-    StatusOr<Buffer> workspace = Buffer::Allocate(device(), p.workspace_size);
-    ASSERT_TRUE(workspace.ok()) << workspace.status().message();
-    // What the workspace holds before does not matter: NaN in every dtype.
-    ASSERT_TRUE(
-        FillMemory(workspace->data(), device(), 0xff, p.workspace_size, on)
-            .ok());
-    p.workspace = workspace->data();
-    const Status status = Linear(p, on);
-    ASSERT_TRUE(status.ok()) << status.message();
-    Finish();
-  }
-
-  std::vector<double> OutOf(const Call& call, Mode mode) {
-    Run(call.params(), mode);
-    return call.Values();
-  }
-
   void CheckShape(Shape shape, Options options) {
     SCOPED_TRACE(StrCat(
         shape.tokens, "x", shape.out_features, "x", shape.in_features,
@@ -183,7 +37,7 @@ class LinearFp8Test : public testing::OpTest {
         " padding ", options.padding));
     reference::LinearResult expected;
     for (Mode mode : Modes()) {
-      SCOPED_TRACE(kModeNames[static_cast<int>(mode)]);
+      SCOPED_TRACE(LinearModeName(mode));
       const Call call(device(), dtype(), shape, options);
       if (mode == Mode::kDefault) expected = call.Expected();
       const std::vector<double> actual = OutOf(call, mode);
@@ -219,10 +73,7 @@ class LinearFp8Test : public testing::OpTest {
                      : out_dtype == DType::kFloat32 ? 1e-5
                                                     : 4e-3);
   }
-
-  static std::unique_ptr<CublasLt> cublas_lt_;
 };
-std::unique_ptr<CublasLt> LinearFp8Test::cublas_lt_;
 
 // The options take turns, so that all of them meet all kinds of sizes.
 TEST_P(LinearFp8Test, MatchesReference) {
@@ -285,7 +136,7 @@ TEST_P(LinearFp8Test, MatchesCpuAtModelShapes) {
     ASSERT_TRUE(Linear(p, Stream()).ok());
     const std::vector<double> expected = on_cpu.Values();
     for (Mode mode : Modes()) {
-      SCOPED_TRACE(kModeNames[static_cast<int>(mode)]);
+      SCOPED_TRACE(LinearModeName(mode));
       for (bool float_out : {false, true}) {
         const Call call(device(), dtype(), shape, {false, true, float_out, 0});
         const bool exact = float_out || dtype() == DType::kFloat32;
@@ -300,8 +151,7 @@ TEST_P(LinearFp8Test, SameCallGivesTheSameBits) {
   for (Shape shape : {Shape{1, 520, 2048}, Shape{6, 64, 784},
                       Shape{24, 136, 1024}, Shape{150, 272, 512}}) {
     for (Mode mode : Modes()) {
-      SCOPED_TRACE(StrCat(shape.tokens, " tokens, ",
-                          kModeNames[static_cast<int>(mode)]));
+      SCOPED_TRACE(StrCat(shape.tokens, " tokens, ", LinearModeName(mode)));
       const Call call(device(), dtype(), shape, {false, true, true, 0});
       const std::vector<double> first = OutOf(call, mode);
       for (int i = 0; i < 3; ++i) EXPECT_EQ(OutOf(call, mode), first);
@@ -314,8 +164,7 @@ TEST_P(LinearFp8Test, RowDoesNotDependOnTheContentOfOthers) {
   constexpr int64_t kOut = 80;
   for (int64_t tokens : {2, 8, 16, 32, 64, 132}) {
     for (Mode mode : Modes()) {
-      SCOPED_TRACE(
-          StrCat(tokens, " tokens, ", kModeNames[static_cast<int>(mode)]));
+      SCOPED_TRACE(StrCat(tokens, " tokens, ", LinearModeName(mode)));
       const Call call(device(), dtype(), {tokens, kOut, kIn}, {});
       std::vector<double> rows[2];
       for (int i = 0; i < 2; ++i) {
@@ -381,8 +230,7 @@ TEST_P(LinearFp8Test, AlignmentDoesNotChangeBits) {
 TEST_P(LinearFp8Test, NanInARowStaysThere) {
   for (int64_t tokens : {3, 12, 24, 40, 100}) {
     for (Mode mode : Modes()) {
-      SCOPED_TRACE(
-          StrCat(tokens, " tokens, ", kModeNames[static_cast<int>(mode)]));
+      SCOPED_TRACE(StrCat(tokens, " tokens, ", LinearModeName(mode)));
       const Call call(device(), dtype(), {tokens, 48, 272}, {});
       std::vector<float> x = Normal(tokens * 272, 30);
       x[2 * 272 + 200] = NAN;
@@ -405,8 +253,7 @@ TEST_P(LinearFp8Test, CallsInAGraphWaitForEachOther) {
   if constexpr (kCudaBuilt) {
     for (int64_t tokens : {1, 8, 16, 32, 40, 128}) {
       for (Mode mode : Modes()) {
-        SCOPED_TRACE(
-            StrCat(tokens, " tokens, ", kModeNames[static_cast<int>(mode)]));
+        SCOPED_TRACE(StrCat(tokens, " tokens, ", LinearModeName(mode)));
         const Call first(device(), dtype(), {tokens, 1024, 1024}, {});
         const Call second(device(), dtype(), {tokens, 1024, 1024}, {}, 7);
         LinearParams p[2] = {first.params(), second.params()};
