@@ -11,6 +11,13 @@
 
 namespace tenon::testing {
 
+// Which rows get their logits.
+enum class TrafficLogits {
+  kSome,  // one of every second step
+  kAll,   // with which, on CUDA, EnqueueStep waits for its own step
+  kNone,
+};
+
 // A simulated host of a session: sequences come with a prompt, go on with what
 // was drawn, and leave. When they do follows from a seed alone, so two sessions
 // get the same steps.
@@ -25,8 +32,10 @@ class Traffic {
     std::vector<float> mirostat_mus;
   };
 
-  Traffic(Session* session, int32_t max_sequences, int32_t max_length)
+  Traffic(Session* session, int32_t max_sequences, int32_t max_length,
+          TrafficLogits which_logits = TrafficLogits::kSome)
       : session_(session),
+        which_logits_(which_logits),
         vocab_(static_cast<int32_t>(session->model().config.vocab_size)),
         max_sequences_(max_sequences),
         max_length_(max_length) {}
@@ -48,6 +57,12 @@ class Traffic {
       }
     }
     while (session_->num_steps_in_flight() > 0) Wait();
+  }
+
+  // Between two runs: those that are still here leave.
+  void ReleaseAll() {
+    for (Live& live : live_) live.steps_left = 0;
+    Leave();
   }
 
   const std::vector<Record>& records() const { return records_; }
@@ -125,12 +140,26 @@ class Traffic {
       places.push_back(live.record);
     }
     enqueued_.push_back(places);
-    // One of them wants its logits, each time in memory of its own.
-    step_logits_.emplace_back(static_cast<size_t>(vocab_), 0.0f);
-    StepRow& with_logits = rows_[Random() % rows_.size()];
-    if (Random() % 2 == 0) return;
-    with_logits.logits_mode = LogitsMode::kLast;
-    with_logits.logits = step_logits_.back().data();
+    WantLogits();
+  }
+
+  // Each time in memory of their own.
+  void WantLogits() {
+    const size_t one = Random() % rows_.size();
+    const bool is_wanted = Random() % 2 != 0;
+    const bool all = which_logits_ == TrafficLogits::kAll;
+    const size_t count = all ? rows_.size() : 1;
+    if (which_logits_ == TrafficLogits::kNone) {
+      step_logits_.emplace_back();
+      return;
+    }
+    step_logits_.emplace_back(count * static_cast<size_t>(vocab_), 0.0f);
+    if (!all && !is_wanted) return;
+    for (size_t i = 0; i < count; ++i) {
+      StepRow& row = rows_[all ? i : one];
+      row.logits_mode = LogitsMode::kLast;
+      row.logits = step_logits_.back().data() + i * static_cast<size_t>(vocab_);
+    }
   }
 
   void Wait() {
@@ -166,6 +195,7 @@ class Traffic {
   }
 
   Session* session_;
+  TrafficLogits which_logits_;
   int32_t vocab_;
   int32_t max_sequences_;
   int32_t max_length_;
