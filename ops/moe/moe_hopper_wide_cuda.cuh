@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "ops/moe/moe_hopper_multiplier_cuda.cuh"
+#include "ops/moe/moe_kernel_config.h"
 #include "ops/quantize/quantize_cuda.cuh"
 
 // The warpgroups that multiply, for many tokens. Each of the two has 64 tokens,
@@ -136,10 +137,26 @@ class WideMultiplier : private MultiplierBase<S> {
     for (int q = 0; q < 2; ++q) {
       scales[q] = BlockScales(tile.expert, FirstRow(tile, q), q);
     }
+    const auto scale_of = [&](int q, int step) {
+      return scales[q] != nullptr ? scales[q][step] : 1.0f;
+    };
+    // Only where both have tokens.
+    const bool turns = kMoeFp8Turns > 0 && tile.count > 64;
+    if (turns && group_ == 1) PassTurn();
+    float ahead[2] = {};
+    if (kMoeFp8Turns > 0) ahead[0] = scale_of(0, 0), ahead[1] = scale_of(1, 0);
 #pragma unroll 1
     for (int step = 0; step < p_.depth_steps; ++step) {
-      const float scale[2] = {scales[0] != nullptr ? scales[0][step] : 1.0f,
-                              scales[1] != nullptr ? scales[1][step] : 1.0f};
+      float scale[2];
+#pragma unroll
+      for (int q = 0; q < 2; ++q) {
+        if (kMoeFp8Turns == 0) {
+          scale[q] = scale_of(q, step);
+          continue;
+        }
+        scale[q] = ahead[q];
+        if (step + 1 < p_.depth_steps) ahead[q] = scale_of(q, step + 1);
+      }
       const Operands operands = WaitFor(*stage);
       const uint32_t token_scales = Scales(stage->index);
       const float token_scale[2] = {
@@ -147,6 +164,9 @@ class WideMultiplier : private MultiplierBase<S> {
           cuda::LoadShared<float>(token_scales + TokenOf(1) * 4)};
 #pragma unroll
       for (int q = 0; q < 2; ++q) {
+        const bool passes =
+            turns && !(group_ == 1 && q == 1 && step + 1 == p_.depth_steps);
+        if (turns) cuda::SyncThreads(1 + group_, 256);
         float products[kCols / 2];
         cuda::FenceWgmma();
 #pragma unroll
@@ -155,7 +175,9 @@ class WideMultiplier : private MultiplierBase<S> {
                                 operands.b + q * kNextBlock + 2 * k, k > 0);
         }
         cuda::CommitWgmma();
+        if (kMoeFp8Turns == 1 && passes) PassTurn();
         cuda::WaitForWgmma<0>();
+        if (kMoeFp8Turns == 2 && passes) PassTurn();
         if (q == 1) Release(stage->index);
         const float s0 = token_scale[0] * scale[q];
         const float s1 = token_scale[1] * scale[q];
@@ -170,6 +192,11 @@ class WideMultiplier : private MultiplierBase<S> {
       stage->Next();
     }
     ScaleRows(tile, acc);
+  }
+
+  // Lets the other warpgroup ask for its next products.
+  __device__ __forceinline__ void PassTurn() const {
+    cuda::ArriveThreads(2 - group_, 256);
   }
 
   // First row of weights of product q.

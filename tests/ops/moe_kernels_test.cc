@@ -29,6 +29,11 @@ class MoeKernelsTest : public Fixture {
       config.mma_tile_rows = rows;
       configs.push_back(config);
     }
+    for (int32_t stages : {kMoeMinFewStages, 7, kMoeMaxFewStages}) {
+      MoeKernelConfig config;
+      config.few_stages = stages;
+      configs.push_back(config);
+    }
     return configs;
   }
 
@@ -41,21 +46,40 @@ class MoeKernelsTest : public Fixture {
     return table;
   }
 
-  void ExpectSameBits(const Problem& problem) {
+  // All launches on their own, the first size of each kernel.
+  static MoeKernelConfig FirstConfig() {
+    MoeKernelConfig config;
+    config.few_stages = 0;
+    return config;
+  }
+
+  void ExpectSameBits(const Problem& problem, bool with_residual = false) {
     SCOPED_TRACE(problem.Text());
+    const testing::TestTensor residual(
+        device(), dtype(), {problem.tokens, problem.hidden},
+        {problem.hidden + problem.padding, 1},
+        Normal(problem.tokens * problem.hidden, 9));
     Call call(device(), dtype(), problem);
+    if (with_residual) call.params().residual = residual.view();
+    MoeKernelRow first;
+    first.config = FirstConfig();
+    const MoeKernelTable first_table =
+        TableFor(call.params().gate.dtype, first);
+    call.params().kernels = &first_table;
     Run(call);
     const std::vector<uint8_t> expected = call.out().Bytes();
     const DType weights = call.params().gate.dtype;
     for (const MoeKernelConfig& config : AllConfigs(weights)) {
       SCOPED_TRACE(StrCat("token tiles ", config.gate_up.token_tile, ", ",
                           config.down.token_tile, ", rows ",
-                          config.mma_tile_rows));
+                          config.mma_tile_rows, ", few stages ",
+                          config.few_stages));
       MoeKernelRow row;
       row.config = config;
       const MoeKernelTable table = TableFor(weights, row);
       Call again(device(), dtype(), problem);
       again.params().kernels = &table;
+      if (with_residual) again.params().residual = residual.view();
       Run(again);
       EXPECT_EQ(again.out().Bytes(), expected);
       EXPECT_EQ(again.workspace().NumStrayWrites(), 0);
@@ -79,6 +103,54 @@ TEST_P(MoeKernelsTest, NoSizeChangesABit) {
     problem.hidden = 36;  // 16 bytes at a time is not possible
     problem.intermediate = 20;
     ExpectSameBits(problem);
+  }
+}
+
+// Every kernel with little to do, as for tools that watch each access.
+TEST_P(MoeKernelsTest, NoSizeChangesABitOfASmallCall) {
+  Problem problem;
+  problem.num_experts = 2;
+  problem.top_k = 2;
+  problem.tokens = 3;
+  problem.hidden = problem.intermediate = 128;
+  for (Experts experts :
+       {Experts::kAsX, Experts::kFp8Blocks, Experts::kFp8Rows}) {
+    problem.experts = experts;
+    ExpectSameBits(problem, true);
+  }
+}
+
+// Few tokens may have all of the layer in one launch.
+TEST_P(MoeKernelsTest, NoSizeChangesABitOfFewTokens) {
+  for (Experts experts :
+       {Experts::kAsX, Experts::kFp8Blocks, Experts::kFp8Rows}) {
+    for (int64_t tokens : {1, 2, 5, 8, 9, 17, 32}) {
+      Problem problem;
+      problem.experts = experts;
+      problem.tokens = tokens;
+      problem.num_experts = on_cuda() ? 40 : 5;
+      problem.top_k = tokens == 5 ? 16 : 8;
+      problem.hidden = !on_cuda() ? 32 : tokens == 2 ? 640 : 256;
+      problem.intermediate = !on_cuda() ? 16 : tokens == 1 ? 384 : 128;
+      problem.padding = 16;
+      ExpectSameBits(problem, tokens % 2 == 0);
+    }
+  }
+}
+
+TEST_P(MoeKernelsTest, NoSizeChangesABitWhereIdsRepeatOrAreOfNoExpert) {
+  for (Experts experts :
+       {Experts::kAsX, Experts::kFp8Blocks, Experts::kFp8Rows}) {
+    Problem problem;
+    problem.experts = experts;
+    problem.tokens = 4;
+    problem.num_experts = 3;
+    problem.top_k = 4;
+    problem.hidden = problem.intermediate = 128;
+    problem.ids = {0, 0, 2, 0, -1, 3, -1, 3, 1, 1, 1, 1, 2, -1, 0, 2};
+    ExpectSameBits(problem);
+    problem.ids.assign(16, -1);
+    ExpectSameBits(problem, true);
   }
 }
 
@@ -109,6 +181,10 @@ TEST_P(MoeKernelsTest, RejectsTablesThatCannotBeUsed) {
   row.config.down.token_tile = 12;
   testing::ExpectInvalid(Moe(call.params(), stream()),
                          {"Moe", "kernels", "float8", "down", "12"});
+  row = MoeKernelRow();
+  row.config.few_stages = kMoeMaxFewStages + 1;
+  testing::ExpectInvalid(Moe(call.params(), stream()),
+                         {"Moe", "kernels", "float8", "few_stages", "13"});
   row = MoeKernelRow();
   row.max_slots_per_expert = 1.0;
   testing::ExpectInvalid(Moe(call.params(), stream()),
