@@ -61,6 +61,8 @@ StepBuffers::InputArrays StepBuffers::LayOut(const StepShape& shape) const {
   layout.TakeBytes(static_cast<size_t>(results_end_));
   const int64_t rows = shape.rows;
   InputArrays a;
+  a.block_table =
+      Place(&layout, rows * limits_.max_pages_per_row, sizeof(int32_t));
   a.token_ids = Place(&layout, shape.tokens, sizeof(int32_t));
   a.positions = Place(&layout, shape.tokens, sizeof(int32_t));
   a.slot_mapping = Place(&layout, shape.tokens, sizeof(int64_t));
@@ -68,8 +70,6 @@ StepBuffers::InputArrays StepBuffers::LayOut(const StepShape& shape) const {
   a.kv_len = Place(&layout, rows, sizeof(int32_t));
   a.logit_rows = Place(&layout, shape.logit_rows, sizeof(int32_t));
   a.sampling = Place(&layout, shape.logit_rows, sizeof(SamplingParams));
-  a.block_table =
-      Place(&layout, rows * limits_.max_pages_per_row, sizeof(int32_t));
   a.mirostat_places = Place(&layout, shape.logit_rows, sizeof(MirostatPlaces));
   a.edit_offsets = Place(&layout, shape.logit_rows + 1, sizeof(int32_t));
   a.edits = Place(&layout, limits_.max_logit_edits, sizeof(LogitEdit));
@@ -129,7 +129,30 @@ Status StepBuffers::CopyMirostatMu(int32_t from, int32_t to, Stream stream) {
                     stream);
 }
 
+int64_t StepBuffers::FewPages() const {
+  // A table for long contexts would be most of what is uploaded. Below this, a
+  // second copy takes longer than what it saves.
+  constexpr int64_t kLargeTable = int64_t{32} << 10;
+  const int64_t rows = shape_.rows;
+  const int64_t max_pages = limits_.max_pages_per_row;
+  if (rows * max_pages * static_cast<int64_t>(sizeof(int32_t)) < kLargeTable) {
+    return 0;
+  }
+  const int32_t tokens = *std::max_element(kv_len(), kv_len() + rows);
+  const int64_t pages =
+      (int64_t{tokens} + limits_.page_size - 1) / limits_.page_size;
+  return pages <= max_pages / 2 ? pages : 0;
+}
+
 Status StepBuffers::Upload(Stream stream) {
+  int64_t begin = inputs_.block_table;
+  const int64_t few_pages = FewPages();
+  if (few_pages > 0) {
+    TENON_RETURN_IF_ERROR(CopyPinnedRows(
+        At<char>(memory_, inputs_.block_table), block_table(), device_,
+        shape_.rows, few_pages, limits_.max_pages_per_row, stream));
+    begin = inputs_.token_ids;
+  }
   const auto copy = [&](int64_t begin, int64_t end) {
     return CopyPinned(At<char>(memory_, begin), Host<char>(begin), device_,
                       static_cast<size_t>(end - begin), stream);
@@ -137,7 +160,7 @@ Status StepBuffers::Upload(Stream stream) {
   const int64_t num_edits =
       Host<int32_t>(inputs_.edit_offsets)[shape_.sampled_rows];
   TENON_RETURN_IF_ERROR(copy(
-      results_end_,
+      begin,
       inputs_.edits + num_edits * static_cast<int64_t>(sizeof(LogitEdit))));
   if (masked_rows_ == 0) return Status();
   const int64_t row_bytes =

@@ -107,6 +107,7 @@ class StepBuffers {
  private:
   // Byte offsets.
   struct InputArrays {
+    int64_t block_table = 0;  // where few pages are used, only their columns
     int64_t token_ids = 0;
     int64_t positions = 0;
     int64_t slot_mapping = 0;
@@ -114,7 +115,6 @@ class StepBuffers {
     int64_t kv_len = 0;
     int64_t logit_rows = 0;
     int64_t sampling = 0;
-    int64_t block_table = 0;
     int64_t mirostat_places = 0;
     int64_t edit_offsets = 0;
     int64_t edits = 0;    // only as many as there are go to the device
@@ -122,6 +122,8 @@ class StepBuffers {
     int64_t end = 0;
   };
   InputArrays LayOut(const StepShape& shape) const;
+  // Columns of the block table to upload; 0: all, together with what follows.
+  int64_t FewPages() const;
   template <class T>
   static T* At(const Buffer& buffer, int64_t offset) {
     return reinterpret_cast<T*>(static_cast<char*>(buffer.data()) + offset);

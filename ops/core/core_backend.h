@@ -19,6 +19,8 @@ Status Copy(Device device, void* to, const void* from, size_t bytes,
             Stream stream);
 Status CopyPinned(Device device, void* to, const void* from, size_t bytes,
                   Stream stream);
+Status CopyPinnedRows(Device device, void* to, const void* from, int64_t rows,
+                      int64_t words, int64_t stride, Stream stream);
 Status Fill(Device device, void* data, int byte, size_t bytes, Stream stream);
 Status Synchronize(Device device, Stream stream);
 Status CreateStream(Device device, void** stream);

@@ -22,6 +22,17 @@ __global__ void __launch_bounds__(kCopyThreads)
   }
 }
 
+// A block for each row and each kCopyThreads words of it.
+__global__ void __launch_bounds__(kCopyThreads)
+    CopyRowsKernel(uint32_t* to, const uint32_t* from, int64_t words,
+                   int64_t stride) {
+  WaitForPreviousKernels();
+  const int64_t word = int64_t{blockIdx.y} * kCopyThreads + threadIdx.x;
+  if (word >= words) return;
+  const int64_t at = blockIdx.x * stride + word;
+  to[at] = __ldcv(from + at);
+}
+
 }  // namespace
 
 int NumDevices() {
@@ -101,6 +112,17 @@ Status CopyPinned(Device device, void* to, const void* from, size_t bytes,
   return LaunchDependent("CopyPinned", stream,
                          dim3(CeilDiv(threads, unsigned{kCopyThreads})),
                          dim3(kCopyThreads), 0, CopyKernel, to, from, count);
+}
+
+Status CopyPinnedRows(Device device, void* to, const void* from, int64_t rows,
+                      int64_t words, int64_t stride, Stream stream) {
+  const DeviceGuard guard(device);
+  TENON_RETURN_IF_ERROR(guard.status());
+  const dim3 grid(static_cast<unsigned>(rows),
+                  static_cast<unsigned>(CeilDiv(words, int64_t{kCopyThreads})));
+  return LaunchDependent("CopyPinnedRows", stream, grid, dim3(kCopyThreads), 0,
+                         CopyRowsKernel, static_cast<uint32_t*>(to),
+                         static_cast<const uint32_t*>(from), words, stride);
 }
 
 Status Fill(Device device, void* data, int byte, size_t bytes, Stream stream) {

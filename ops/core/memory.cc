@@ -96,6 +96,27 @@ Status CopyPinned(void* to, const void* from, Device device, size_t bytes,
   return NoBackendError("CopyPinned", device);
 }
 
+Status CopyPinnedRows(void* to, const void* from, Device device, int64_t rows,
+                      int64_t words, int64_t stride, Stream stream) {
+  if (rows <= 0 || words <= 0) return Status();
+  switch (device.type) {
+    case DeviceType::kCpu:
+      for (int64_t row = 0; row < rows; ++row) {
+        std::memcpy(static_cast<uint32_t*>(to) + row * stride,
+                    static_cast<const uint32_t*>(from) + row * stride,
+                    static_cast<size_t>(words) * sizeof(uint32_t));
+      }
+      return Status();
+    case DeviceType::kCuda:
+      if constexpr (kCudaBuilt) {
+        return cuda::CopyPinnedRows(device, to, from, rows, words, stride,
+                                    stream);
+      }
+      break;
+  }
+  return NoBackendError("CopyPinnedRows", device);
+}
+
 Status FillMemory(void* data, Device device, int byte, size_t bytes,
                   Stream stream) {
   if (bytes == 0) return Status();

@@ -2,6 +2,7 @@
 #define TENON_OPS_CORE_MEMORY_H_
 
 #include <cstddef>
+#include <cstdint>
 #include <utility>
 
 #include "ops/core/status.h"
@@ -64,6 +65,11 @@ Status CopyMemory(void* to, Device to_device, const void* from,
 // engine takes longer to be handed the stream and to hand it back.
 Status CopyPinned(void* to, const void* from, Device device, size_t bytes,
                   Stream stream);
+
+// The same for the first `words` 32-bit words of rows that are `stride` words
+// apart on both sides; always by a kernel.
+Status CopyPinnedRows(void* to, const void* from, Device device, int64_t rows,
+                      int64_t words, int64_t stride, Stream stream);
 
 // Sets `bytes` bytes, in stream order on a CUDA device.
 Status FillMemory(void* data, Device device, int byte, size_t bytes,

@@ -77,6 +77,9 @@ class PipelinedStepTest : public testing::SessionTestBase {
     return tokens;
   }
 
+  // Each of the sequences again on its own.
+  static void ExpectTheSameAlone(const Traffic& traffic, Session* alone);
+
   std::unique_ptr<Session> session_;
   const std::vector<int32_t> prompt_ = {3, 14, 15, 92, 65, 35};
   const std::vector<int32_t> other_ = {27, 18, 28};
@@ -102,6 +105,29 @@ TEST_P(PipelinedStepTest, CompanyChangesNoToken) {
   Traffic traffic(session_.get(), kMaxSequences, kMaxContext);
   traffic.Run(on_cuda() ? 2000 : 120, true);
   const std::unique_ptr<Session> alone = MakeSession();
+  ExpectTheSameAlone(traffic, alone.get());
+}
+
+// Where contexts may be much longer than they are, the columns of the block
+// table that are used go to the device alone; those of one row go as they are.
+TEST_P(PipelinedStepTest, LongBlockTables) {
+  SessionOptions options = session_->options();
+  options.page_size = 1;
+  options.max_context = 1024;
+  options.num_pages = 11 * kMaxContext + 1024;
+  for (const bool graphs : {false, true}) {
+    options.cuda_graphs = graphs;
+    const std::unique_ptr<Session> company = SessionWith(options);
+    const std::unique_ptr<Session> alone = SessionWith(options);
+    ASSERT_TRUE(company != nullptr && alone != nullptr);
+    Traffic traffic(company.get(), kMaxSequences, kMaxContext);
+    traffic.Run(on_cuda() ? 300 : 60, true);
+    ExpectTheSameAlone(traffic, alone.get());
+  }
+}
+
+void PipelinedStepTest::ExpectTheSameAlone(const Traffic& traffic,
+                                           Session* alone) {
   for (const Traffic::Record& record : traffic.records()) {
     const SequenceId sequence = *alone->CreateSequence();
     std::vector<StepRowResult> results;

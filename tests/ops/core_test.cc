@@ -423,6 +423,37 @@ TEST_P(MemoryTest, CopiesPinned) {
   }
 }
 
+TEST_P(MemoryTest, PinnedRowsAreCopiedAsFarAsTheyAreAsked) {
+  constexpr int64_t kRows = 5;
+  constexpr int64_t kStride = 700;
+  constexpr size_t kBytes = kRows * kStride * sizeof(int32_t);
+  StatusOr<Buffer> from =
+      Buffer::Allocate(device(), kBytes, HostMemoryKind(device()));
+  StatusOr<Buffer> to =
+      Buffer::Allocate(device(), kBytes, HostMemoryKind(device()));
+  StatusOr<Buffer> between = Buffer::Allocate(device(), kBytes);
+  ASSERT_TRUE(from.ok() && to.ok() && between.ok());
+  auto* source = static_cast<int32_t*>(from->data());
+  auto* result = static_cast<int32_t*>(to->data());
+  for (int64_t i = 0; i < kRows * kStride; ++i) {
+    source[i] = static_cast<int32_t>(i);
+  }
+  for (const int64_t words : {0, 1, 255, 256, 257, 700}) {
+    SCOPED_TRACE(words);
+    ASSERT_TRUE(
+        FillMemory(between->data(), device(), 0xff, kBytes, stream()).ok());
+    ASSERT_TRUE(CopyPinnedRows(between->data(), source, device(), kRows, words,
+                               kStride, stream())
+                    .ok());
+    ASSERT_TRUE(
+        CopyPinned(result, between->data(), device(), kBytes, stream()).ok());
+    Finish();
+    for (int64_t i = 0; i < kRows * kStride; ++i) {
+      ASSERT_EQ(result[i], i % kStride < words ? source[i] : -1) << i;
+    }
+  }
+}
+
 TEST_P(MemoryTest, StreamsMove) {
   StatusOr<OwnedStream> created = OwnedStream::Create(device(), 3);
   ASSERT_TRUE(created.ok());
