@@ -242,7 +242,8 @@ MoeScratch LayOutScratch(const MoeParams& p) {
     s.tiles = cutter.Take<int32_t>(
         3 *
         MoeMaxTiles(slots, static_cast<int32_t>(num_experts), kMoeMinTileRows));
-    s.few_counters = cutter.Take<int32_t>(kMoeFewCounters);
+    s.few_counters =
+        cutter.Take<int32_t>(kMoeFewCounters * kMoeFewCounterStride);
     const int64_t few = std::min(slots, kMoeFewSlots);
     s.hidden = cutter.TakeBytes(
         intermediate *

@@ -12,10 +12,12 @@ namespace tenon {
 inline constexpr int64_t kMoeCpuChunkTokens = 512;
 
 // CUDA: most that the kernel for few tokens takes, and what it counts: tiles
-// taken, and those of each expert that are ready.
+// taken, and those of each expert that are ready. Every counter has a cache
+// line of its own, as all blocks wait for them at the same time.
 inline constexpr int64_t kMoeFewTokens = 32;
 inline constexpr int64_t kMoeFewSlots = 256;
 inline constexpr int32_t kMoeFewCounters = 1 + kMoeFewSlots;
+inline constexpr int32_t kMoeFewCounterStride = 128 / sizeof(int32_t);
 
 // The pieces of the workspace, for one chunk of tokens. A slot is a (token,
 // choice) pair of the chunk.
@@ -36,7 +38,7 @@ struct MoeScratch {
   float* x_scales = nullptr;         // CUDA: [tokens, groups of hidden]
   float* hidden_scales = nullptr;    // of `hidden`: [slots, groups]
   float* gathered_scales = nullptr;  // CPU: of `gathered`
-  int32_t* few_counters = nullptr;   // CUDA: [kMoeFewCounters]
+  int32_t* few_counters = nullptr;   // CUDA: [kMoeFewCounters], strided
   void* weighted = nullptr;  // rows of the down projection by slot, x's dtype
   size_t bytes = 0;
 };

@@ -93,7 +93,8 @@ struct Params {
   // Rows by pair, of intermediate elements: T, or float32 where T is fp8.
   void* hidden;
   // The number of the next tile; then for each chosen expert that of its tiles
-  // of gate and up that are in `hidden`. All 0 at first.
+  // of gate and up that are in `hidden`; kMoeFewCounterStride apart. All 0 at
+  // first.
   int32_t* counters;
   const void* residual;  // may be null
   int64_t residual_stride;
@@ -337,7 +338,7 @@ class Block {
   }
   // Of chosen expert i.
   __device__ __forceinline__ int32_t* ReadyTiles(int i) const {
-    return p_.counters + 1 + i;
+    return p_.counters + (1 + i) * kMoeFewCounterStride;
   }
   // Waits until all of its hidden is in memory. By one thread; others may read
   // after a barrier, past L1.

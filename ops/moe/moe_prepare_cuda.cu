@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(512)
   cuda::WaitForPreviousKernels();
   if (blockIdx.x > 0) return Quantize(p);
   for (int i = threadIdx.x; i < p.num_counters; i += blockDim.x) {
-    p.counters[i] = 0;
+    p.counters[i * kMoeFewCounterStride] = 0;
   }
   uint32_t* const keys = moe_prepare::Shared<uint32_t>(layout.slots);
   const int num_slots = p.tokens * p.columns;
@@ -498,7 +498,9 @@ Status MoePrepareFewCuda(const MoeParams& chunk, const MoeScratch& scratch,
                          Stream stream) {
   Params p = ParamsOf(chunk, scratch);
   p.counters = scratch.few_counters;
-  p.num_counters = kMoeFewCounters;
+  // No more experts than slots are counted.
+  p.num_counters = static_cast<int32_t>(
+      std::min<int64_t>(kMoeFewCounters, 1 + NumElements(chunk.topk_ids)));
   return Launch(p, scratch, chunk.x.device, stream);
 }
 
