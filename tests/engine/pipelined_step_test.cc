@@ -121,7 +121,7 @@ TEST_P(PipelinedStepTest, LongBlockTables) {
     const std::unique_ptr<Session> alone = SessionWith(options);
     ASSERT_TRUE(company != nullptr && alone != nullptr);
     Traffic traffic(company.get(), kMaxSequences, kMaxContext);
-    traffic.Run(on_cuda() ? 300 : 60, true);
+    traffic.Run(60, true);
     ExpectTheSameAlone(traffic, alone.get());
   }
 }

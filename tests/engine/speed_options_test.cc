@@ -69,7 +69,8 @@ class SpeedOptionsTest
   };
 
   // What becomes of the same traffic.
-  Traffic Run(const Speed& speed, bool batch_invariant, TrafficLogits logits) {
+  Traffic Run(const Speed& speed, bool batch_invariant, TrafficLogits logits,
+              int num_steps = 0) {
     SessionOptions options;
     options.max_sequences = kMaxSequences;
     options.max_tokens = 64;
@@ -83,7 +84,8 @@ class SpeedOptionsTest
         Session::Create(model_, options);
     EXPECT_TRUE(session.ok()) << session.status().message();
     Traffic traffic(session->get(), kMaxSequences, kMaxContext, logits);
-    traffic.Run(on_cuda() ? 150 : 40, speed.pipelined);
+    if (num_steps == 0) num_steps = on_cuda() ? 150 : 40;
+    traffic.Run(num_steps, speed.pipelined);
     return traffic;
   }
 
@@ -113,6 +115,15 @@ TEST_P(SpeedOptionsTest, ChangeNoTokenAndNoLogit) {
       ASSERT_TRUE(waited.records()[i] == expected.records()[i]) << i;
     }
   }
+}
+
+// As few as a tool that watches every access has the time for.
+TEST_P(SpeedOptionsTest, NorInAFewSteps) {
+  const Traffic expected = Run({}, false, TrafficLogits::kSome, 9);
+  ExpectSameTraffic(expected,
+                    Run({true, true, true}, false, TrafficLogits::kSome, 9));
+  ExpectSameTraffic(expected,
+                    Run({false, false, false}, false, TrafficLogits::kSome, 9));
 }
 
 INSTANTIATE_TEST_SUITE_P(
