@@ -84,7 +84,7 @@ class SpeedOptionsTest
         Session::Create(model_, options);
     EXPECT_TRUE(session.ok()) << session.status().message();
     Traffic traffic(session->get(), kMaxSequences, kMaxContext, logits);
-    if (num_steps == 0) num_steps = on_cuda() ? 150 : 40;
+    if (num_steps == 0) num_steps = on_cuda() ? 150 : 16;
     traffic.Run(num_steps, speed.pipelined);
     return traffic;
   }
