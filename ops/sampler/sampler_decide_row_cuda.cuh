@@ -3,7 +3,7 @@
 
 #include "ops/sampler/sampler_block_cuda.cuh"
 
-// One row between its summaries and its token, on one block.
+// One row between its summaries and its token.
 
 namespace tenon::cuda {
 
@@ -105,16 +105,22 @@ struct LaneLogits {
   float x[kIdsPerLane];
 };
 
+// Whether the row's mask lets the lane's logits pass, a bit for each.
+__device__ __forceinline__ unsigned AllowedOf(const DecideRow& row, int first) {
+  unsigned allowed = row.edits.only_allowed ? 0u : ~0u;
+  if (row.edits.mask != nullptr && first < row.vocab) {
+    allowed &= row.edits.mask[first / 8];
+  }
+  return allowed;
+}
+
 // Masks and edits one sub-tile. The whole warp calls this.
 __device__ __noinline__ inline LaneLogits ApplyEdits(const DecideRow& row,
                                                      int tile,
                                                      LaneLogits logits) {
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const int first = FirstIdOfLane(row, tile);
-  unsigned allowed = row.edits.only_allowed ? 0u : ~0u;
-  if (row.edits.mask != nullptr && first < row.vocab) {
-    allowed &= row.edits.mask[first / 8];
-  }
+  const LaneLogits raw = logits;
+  const unsigned allowed = AllowedOf(row, FirstIdOfLane(row, tile));
 #pragma unroll
   for (int e = 0; e < kIdsPerLane; ++e) {
     if ((allowed >> e & 1) == 0) logits.x[e] = -INFINITY;
@@ -123,27 +129,31 @@ __device__ __noinline__ inline LaneLogits ApplyEdits(const DecideRow& row,
   const int end_order = (tile + 1) * kSubTile;
   for (int from = row.first_edit[tile]; from < row.edits.end; from += 32) {
     int order = end_order;
-    float value = 0.0f;
+    LogitEdit edit;
     bool applies = false;
+    bool masked = false;
     if (from + lane < row.edits.end) {
-      const LogitEdit edit = row.edits.edits[from + lane];
+      edit = row.edits.edits[from + lane];
       order = DrawOrder(edit.id, row.vocab);
       applies = order / kSubTile == tile && order >= 0 && edit.id >= 0 &&
                 edit.id < row.vocab;
-      if (applies) {
-        value = row.edits.Masked(edit.id)
-                    ? -INFINITY
-                    : ApplyEdit(*row.plan, edit, LogitAt(row, edit.id));
-      }
+      masked = applies && row.edits.Masked(edit.id);
     }
     for (unsigned left = __ballot_sync(~0u, applies); left != 0;
          left &= left - 1) {
       const int source = __ffs(static_cast<int>(left)) - 1;
       const int place = __shfl_sync(~0u, order, source) % kSubTile;
-      const float edited = __shfl_sync(~0u, value, source);
+      LogitEdit other;
+      other.state = __shfl_sync(~0u, edit.state, source);
+      other.bias = __shfl_sync(~0u, edit.bias, source);
+      other.offset = __shfl_sync(~0u, edit.offset, source);
+      const bool other_masked = __shfl_sync(~0u, masked ? 1 : 0, source) != 0;
 #pragma unroll
       for (int e = 0; e < kIdsPerLane; ++e) {
-        if (place == lane * kIdsPerLane + e) logits.x[e] = edited;
+        if (place == lane * kIdsPerLane + e) {
+          logits.x[e] =
+              other_masked ? -INFINITY : ApplyEdit(*row.plan, other, raw.x[e]);
+        }
       }
     }
     if (__any_sync(~0u, order >= end_order)) break;
@@ -161,82 +171,40 @@ __device__ __forceinline__ LaneLogits FloatsOf(const LanePart& part) {
   return logits;
 }
 
-__device__ __forceinline__ LaneLogits LogitsOf(const DecideRow& row, int tile,
-                                               LanePart part) {
+// As they are stored.
+__device__ __forceinline__ LaneLogits StoredLogitsOf(const DecideRow& row,
+                                                     int tile, LanePart part) {
   CompletePart(row, tile, &part);
-  LaneLogits logits;
   switch (row.dtype) {
     case DType::kFloat32:
-      logits = FloatsOf<float>(part);
-      break;
+      return FloatsOf<float>(part);
     case DType::kFloat16:
-      logits = FloatsOf<__half>(part);
-      break;
+      return FloatsOf<__half>(part);
     default:
-      logits = FloatsOf<__nv_bfloat16>(part);
-      break;
+      return FloatsOf<__nv_bfloat16>(part);
   }
-  if (row.edits.any()) return ApplyEdits(row, tile, logits);
-  return logits;
+}
+__device__ __forceinline__ LaneLogits LogitsOf(const DecideRow& row, int tile,
+                                               const LanePart& part) {
+  const LaneLogits logits = StoredLogitsOf(row, tile, part);
+  return row.edits.any() ? ApplyEdits(row, tile, logits) : logits;
 }
 __device__ __forceinline__ LaneLogits LogitsOfTile(const DecideRow& row,
                                                    int tile) {
   return LogitsOf(row, tile, LoadPart(row, tile));
 }
 
-// Has whole warps call visit(tile, logits) for the sub-tiles that wanted(tile)
-// tells, with kAhead of them loaded at a time, until stop().
-template <int kAhead, class Wanted, class Stop, class Visit>
-__device__ __forceinline__ void ForEachTile(const DecideRow& row, Wanted wanted,
-                                            Stop stop, Visit visit) {
-  const int warp = static_cast<int>(threadIdx.x / 32);
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  // 32 sub-tiles a warp and round, dealt out like cards.
-  for (int base = 0; base < row.num_tiles; base += 32 * kDecideWarps) {
-    const int own = base + lane * kDecideWarps + warp;
-    unsigned left = __ballot_sync(~0u, own < row.num_tiles && wanted(own));
-    while (left != 0) {
-      int tiles[kAhead];
-      LanePart parts[kAhead];
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        // Past the last one: nothing is loaded, as no id is there.
-        tiles[i] = row.num_tiles * kSubTile;
-        if (left != 0) {
-          tiles[i] =
-              base + (__ffs(static_cast<int>(left)) - 1) * kDecideWarps + warp;
-        }
-        left &= left - 1;
-        parts[i] = LoadPart(row, tiles[i]);
-      }
-      if (stop()) return;
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (tiles[i] < row.num_tiles) {
-          visit(tiles[i], LogitsOf(row, tiles[i], parts[i]));
-        }
-      }
-    }
-  }
-}
-template <int kAhead, class Visit>
-__device__ __forceinline__ void ForEachTile(const DecideRow& row,
-                                            uint32_t floor, Visit visit) {
-  ForEachTile<kAhead>(
-      row, [&](int tile) { return row.tile_key[tile] >= floor; },
-      [] { return false; }, visit);
-}
-
 // The first token of a sub-tile at which the running sum of weigh(x, id)
-// exceeds the target; it does. Every warp that calls this gets it.
+// exceeds target(its end); it does. The whole warp calls this and gets it.
 struct TokenInTile {
   int id;
   float x;
 };
-template <class Weigh>
-__device__ TokenInTile PickInTile(const DecideRow& row, int tile,
-                                  const LaneLogits& logits, uint64_t target,
-                                  Weigh weigh) {
+template <class Weigh, class Target>
+__device__ __forceinline__ TokenInTile PickInTile(const DecideRow& row,
+                                                  int tile,
+                                                  const LaneLogits& logits,
+                                                  Weigh weigh, Target target) {
   const int first = FirstIdOfLane(row, tile);
   uint64_t weights[kIdsPerLane];
   uint64_t own = 0;
@@ -246,12 +214,13 @@ __device__ TokenInTile PickInTile(const DecideRow& row, int tile,
     own += weights[e];
   }
   const uint64_t upto = WarpInclusiveSum(own);
+  const uint64_t wanted = target(__shfl_sync(~0u, upto, 31));
   TokenInTile token = {first, logits.x[0]};
   uint64_t before = upto - own;
-  const bool mine = before <= target && target < upto;
+  const bool mine = before <= wanted && wanted < upto;
 #pragma unroll
   for (int e = 0; e < kIdsPerLane; ++e) {
-    if (before <= target) token = {first + e, logits.x[e]};
+    if (before <= wanted) token = {first + e, logits.x[e]};
     before += weights[e];
   }
   const int lane = __ffs(static_cast<int>(__ballot_sync(~0u, mine))) - 1;
@@ -260,7 +229,8 @@ __device__ TokenInTile PickInTile(const DecideRow& row, int tile,
   return token;
 }
 
-// Candidates, see BlockScratch::keys.
+// Candidates: ~OrderedKey(logit) above the id, so that the best is the
+// smallest.
 __device__ __forceinline__ uint64_t CandidateKey(uint32_t key, int id) {
   return (uint64_t{~key} << 32) | static_cast<uint32_t>(id);
 }
@@ -271,50 +241,235 @@ __device__ __forceinline__ int IdOfCandidate(uint64_t candidate) {
   return static_cast<int>(static_cast<uint32_t>(candidate));
 }
 
-// Makes candidates of the tokens with larger keys than `floor`, and of those
-// with this key the ones with ids below `id_end`. Returns how many there are:
-// with more than kMaxCandidates some are missing.
-__device__ __noinline__ inline int Collect(Block& block, const DecideRow& row,
-                                           uint32_t floor, int id_end) {
-  BlockScratch& s = block.s;
-  floor = max(floor, kLowestKey);
-  if (threadIdx.x == 0) s.count = 0;
-  __syncthreads();
-  const auto wanted = [&](int tile) {
-    const uint32_t key = row.tile_key[tile];
-    return key > floor || (key == floor && tile * kChunk < id_end);
-  };
-  const auto too_many = [&] {
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    const int count = lane == 0 ? atomicAdd(&s.count, 0) : 0;
-    return __shfl_sync(~0u, count, 0) > kMaxCandidates;
-  };
-  ForEachTile<4>(
-      row, wanted, too_many, [&](int tile, const LaneLogits& logits) {
-        const int first = FirstIdOfLane(row, tile);
-        unsigned hits = 0;
+// Of every sub-tile, in shared memory.
+struct TileArrays {
+  uint32_t* key;  // OrderedKey of the maximum, 0 for -inf
+  // Its sum times the weight of its maximum, exactly; later masses of the wide
+  // kernel.
+  double* weight;
+
+  __device__ TileArrays(void* shared, int num_tiles)
+      : key(reinterpret_cast<uint32_t*>(static_cast<double*>(shared) +
+                                        num_tiles)),
+        weight(static_cast<double*>(shared)) {}
+  // A multiple of 8.
+  static constexpr __host__ __device__ size_t Bytes(int num_tiles) {
+    const size_t tiles = static_cast<size_t>(num_tiles);
+    return tiles * sizeof(double) + (tiles + 1) / 2 * 2 * sizeof(uint32_t);
+  }
+  __device__ __forceinline__ uint64_t Mass(int tile, int bits) const {
+    const uint64_t unit = static_cast<uint64_t>(1023 + bits) << 52;
+    return static_cast<uint64_t>(
+        strict::Mul(weight[tile], __builtin_bit_cast(double, unit)));
+  }
+};
+
+// Calls visit(i) for i < count, dealt out to the threads, a few at a time so
+// that their loads do not wait for each other; `count` for those past the end.
+template <int kAtOnce, class Load, class Visit>
+__device__ __forceinline__ void ForEachOfThread(int count, Load load,
+                                                Visit visit) {
+  for (int base = static_cast<int>(threadIdx.x); base < count;
+       base += kAtOnce * kDecideThreads) {
+    decltype(load(0)) loaded[kAtOnce];
 #pragma unroll
-        for (int e = 0; e < kIdsPerLane; ++e) {
-          const uint32_t key = OrderedKey(logits.x[e]);
-          if (key > floor || (key == floor && first + e < id_end))
-            hits |= 1u << e;
-        }
-        if (hits == 0) return;
-        int at = atomicAdd(&s.count, __popc(hits));
+    for (int u = 0; u < kAtOnce; ++u) {
+      loaded[u] = load(min(base + u * kDecideThreads, count - 1));
+    }
 #pragma unroll
-        for (int e = 0; e < kIdsPerLane; ++e) {
-          if ((hits >> e & 1) != 0) {
-            if (at < kMaxCandidates) {
-              s.keys[at] = CandidateKey(OrderedKey(logits.x[e]), first + e);
-            }
-            ++at;
-          }
-        }
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (base + u * kDecideThreads < count) {
+        visit(base + u * kDecideThreads, loaded[u]);
+      }
+    }
+  }
+}
+
+// What ReadTiles() finds of the maxima.
+struct TileBounds {
+  float best;       // NaN where any is
+  uint32_t lowest;  // key above 0
+};
+
+__device__ __forceinline__ TileBounds ReadTiles(Block& block,
+                                                const SubTile* tiles,
+                                                int num_tiles,
+                                                const TileArrays& arrays) {
+  Block::Pair bounds = {0, 0};
+  ForEachOfThread<4>(
+      num_tiles, [&](int i) { return tiles[i]; },
+      [&](int i, const SubTile& tile) {
+        const uint32_t key = isnan(tile.max)         ? ~0u
+                             : tile.max == -INFINITY ? 0
+                                                     : OrderedKey(tile.max);
+        arrays.key[i] = key;
+        arrays.weight[i] = static_cast<double>(tile.sum);
+        bounds.a = max(bounds.a, key);
+        if (key != 0) bounds.b = max(bounds.b, ~key);
       });
-  __syncthreads();
-  const int count = s.count;
-  __syncthreads();
-  return count;
+  bounds = block.Max(bounds);
+  return {bounds.a == 0 ? -INFINITY : FromOrderedKey(bounds.a), ~bounds.b};
+}
+
+// Completes the arrays' weights; returns the sum of their masses.
+__device__ __forceinline__ uint64_t Total(Block& block, const RowPlan& plan,
+                                          float best, int num_tiles,
+                                          const TileArrays& arrays) {
+  uint64_t own = 0;
+  ForEachOfThread<4>(
+      num_tiles, [&](int i) { return arrays.key[i]; },
+      [&](int i, uint32_t key) {
+        const float weight =
+            key == 0 ? 0.0f
+                     : strict::Weight(FromOrderedKey(key), best, plan.scale);
+        arrays.weight[i] =
+            strict::Mul(arrays.weight[i], static_cast<double>(weight));
+        own += arrays.Mass(i, kMassBits);
+      });
+  return block.Sum(own);
+}
+
+// top-n-sigma keeps logits from here on. A whole warp calls this.
+__device__ __noinline__ inline float SigmaFloor(const SamplerCall& call,
+                                                int64_t index,
+                                                const RowPlan& plan,
+                                                float best) {
+  const Moments* moments = call.scratch.moments + index * call.num_tiles;
+  constexpr int kAtOnce = 4;
+  double sum = 0.0;
+  double squares = 0.0;
+  int count = 0;
+  for (int base = static_cast<int>(threadIdx.x % 32); base < call.num_tiles;
+       base += 32 * kAtOnce) {
+    Moments some[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      some[u] = moments[min(base + 32 * u, call.num_tiles - 1)];
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (base + 32 * u < call.num_tiles) {
+        sum = strict::Add(sum, some[u].sum);
+        squares = strict::Add(squares, some[u].squares);
+        count += static_cast<int>(some[u].count);
+      }
+    }
+  }
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    sum = strict::Add(sum, __shfl_down_sync(~0u, sum, offset));
+    squares = strict::Add(squares, __shfl_down_sync(~0u, squares, offset));
+  }
+  sum = __shfl_sync(~0u, sum, 0);
+  squares = __shfl_sync(~0u, squares, 0);
+  count = __reduce_add_sync(~0u, count);
+  return SigmaThreshold(plan, best, {sum, squares, count});
+}
+
+__device__ __forceinline__ DecideRow RowOf(const SamplerCall& call,
+                                           int64_t index, const RowPlan& plan,
+                                           const TileArrays& arrays,
+                                           const RowEdits& edits) {
+  return {call.LogitsOf(index),
+          call.dtype,
+          call.vocab,
+          call.num_tiles,
+          call.aligned,
+          edits,
+          call.scratch.first_edit + index * call.num_tiles,
+          &plan,
+          arrays.key,
+          0.0f,
+          0};
+}
+
+// Of the logits as they are.
+__device__ __forceinline__ RowPlan RawPlan() {
+  RowPlan plan;
+  plan.scale = kRawScale;
+  return plan;
+}
+
+// log-softmax at logit x of what has `best` and `mass` in units of 2^-43.
+__device__ __forceinline__ float LogprobIn(float x, float best,
+                                           double temperature, uint64_t mass) {
+  if (isnan(best)) return NAN;
+  if (isinf(best) || isinf(x)) {
+    return x == best && x > 0.0f ? 0.0f : -INFINITY;
+  }
+  return LogprobOf(x, best, temperature, mass, kMassBits);
+}
+
+__device__ __forceinline__ float ProcessedLogprob(const RowPlan& plan,
+                                                  const Outcome& outcome,
+                                                  float x) {
+  if (outcome.one_hot || plan.greedy) return 0.0f;
+  return LogprobOf(x, outcome.drawn.best,
+                   outcome.kept ? plan.draw_temperature : plan.temperature,
+                   outcome.drawn.mass, kMassBits);
+}
+
+// The outputs of a row but top tokens and probabilities, by one warp: a lane
+// for each, as logarithms take long. `raw` has best and total.
+__device__ __noinline__ inline void WriteRow(const SamplerCall& call,
+                                             int64_t index,
+                                             const DecideRow& row,
+                                             const DecideRow& raw,
+                                             const Outcome& outcome, float mu) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const RowPlan& plan = *row.plan;
+  const Drawn& drawn = outcome.drawn;
+  const bool has_token = outcome.has_token();
+  if (lane == 0) {
+    call.tokens[index] = drawn.token;
+    call.statuses[index] = static_cast<int32_t>(outcome.status);
+  }
+  // Lane 0: unfiltered; 1: processed; 2: of the logits as they are.
+  float* const outputs[3] = {call.logprobs, call.processed_logprobs,
+                             call.raw_logprobs};
+  float* output = nullptr;
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    if (lane == i) output = outputs[i];
+  }
+  if (output != nullptr) {
+    float x = drawn.x;
+    float best = row.best;
+    double temperature = plan.temperature;
+    uint64_t mass = row.total;
+    if (lane == 1) {
+      best = drawn.best;
+      mass = drawn.mass;
+      if (outcome.kept) temperature = plan.draw_temperature;
+    }
+    if (lane == 2) {
+      x = has_token ? LogitAt(raw, drawn.token) : 0.0f;
+      best = raw.best;
+      temperature = 1.0;
+      mass = raw.total;
+    }
+    float logprob = NAN;
+    if (has_token) {
+      logprob = lane == 1 && (outcome.one_hot || plan.greedy)
+                    ? 0.0f
+                    : LogprobIn(x, best, temperature, mass);
+    }
+    output[index] = logprob;
+  }
+  if (lane == 3 && plan.mirostat_tau > 0.0f) {
+    if (outcome.kept && has_token) {
+      mu = NextMirostatMu(plan, drawn.best, drawn.mass, mu, drawn.x);
+    }
+    call.mirostat.Leave(index, mu);
+  }
+}
+
+// A column of a row's top tokens.
+__device__ __forceinline__ void WriteTopColumn(const SamplerCall& call,
+                                               int64_t index, int column,
+                                               int token, float logprob) {
+  call.top_tokens[index * call.top_tokens_stride + column] = token;
+  call.top_logprobs[index * call.top_logprobs_stride + column] = logprob;
 }
 
 }  // namespace tenon::cuda

@@ -7,25 +7,105 @@
 #include "ops/sampler/row_plan.h"
 
 // How the CUDA kernels of the sampler read logits, edits and masks, and what
-// the summarising kernel leaves for the deciding one.
+// they leave for each other.
 
 namespace tenon::cuda {
+
+// What a row is drawn from.
+struct Drawn {
+  int token = -1;
+  float x = 0.0f;
+  float best = 0.0f;  // of the kept tokens
+  uint64_t mass = 0;  // of the kept tokens, by draw_scale
+  KeptRange kept;
+};
+
+// What a row has come to.
+struct Outcome {
+  SampleStatus status = SampleStatus::kOk;
+  Drawn drawn;
+  bool one_hot = false;  // +inf
+  bool kept = false;     // filters have decided
+
+  __device__ bool has_token() const { return drawn.token >= 0; }
+};
+
+// What the deciding kernel leaves to the one for wide rows.
+enum RowTasks : uint32_t {
+  kDrawRow = 1u << 0,  // all that follows, too, but for what has no token
+  kTopOfRow = 1u << 1,
+  kTopOfRaw = 1u << 2,
+  kProbabilitiesOfRow = 1u << 3,
+};
+struct RowState {
+  uint32_t tasks;  // the rest is there if there are any
+  Outcome outcome;
+};
 
 // What a call leaves in the workspace, rows after rows.
 struct SamplerScratch {
   SubTile* tiles = nullptr;       // [rows, num_tiles]
-  SubTile* raw_tiles = nullptr;   // the same of the logits as they are
+  RowState* states = nullptr;     // [rows]
+  SubTile* raw_tiles = nullptr;   // as tiles, of the logits as they are
   Moments* moments = nullptr;     // of rows with top-n-sigma
   int32_t* first_edit = nullptr;  // [rows, num_tiles]
 };
 
-// What kernels are told of a call.
+// What kernels are told of a call: SamplerParams without shapes, for every line
+// of arguments that a kernel touches costs it a miss. What all rows need comes
+// first.
 struct SamplerCall {
-  SamplerParams p;
+  const void* logits = nullptr;
+  int64_t logits_stride = 0;  // in bytes
+  const SamplingParams* params = nullptr;
   SamplerScratch scratch;
-  int num_tiles = 0;
+  int32_t rows = 0;
+  int32_t vocab = 0;
+  int32_t num_tiles = 0;
+  DType dtype = DType::kInvalid;
   bool aligned = false;  // rows begin at multiples of 16 bytes
+  bool fast = false;
+  bool is_hopper = false;
+  RandomStream stream = RandomStream::kTarget;
+  int32_t* tokens = nullptr;
+  int32_t* statuses = nullptr;
+  // The rest is null where it is not given.
+  float* logprobs = nullptr;
+  const int64_t* random_bits = nullptr;
+  float* raw_logprobs = nullptr;
+  float* processed_logprobs = nullptr;
+  const LogitEdit* edits = nullptr;
+  const int32_t* edit_offsets = nullptr;
+  int64_t num_edits = 0;
+  const uint8_t* bitmask = nullptr;
+  int64_t bitmask_stride = 0;  // in bytes
+  MirostatState mirostat;
+  int32_t* top_tokens = nullptr;
+  float* top_logprobs = nullptr;
+  int64_t top_tokens_stride = 0;
+  int64_t top_logprobs_stride = 0;
+  int32_t top_columns = 0;
+  LogprobKind top_kind = LogprobKind::kUnfiltered;
+  float* probabilities = nullptr;
+  int64_t probabilities_stride = 0;
+
+  __device__ __forceinline__ const void* LogitsOf(int64_t row) const {
+    return static_cast<const char*>(logits) + row * logits_stride;
+  }
+  // Whether a row needs the sums of its sub-tiles even if it is greedy.
+  __device__ __forceinline__ bool WantsSums() const {
+    return logprobs != nullptr ||
+           (top_tokens != nullptr && top_kind == LogprobKind::kUnfiltered);
+  }
 };
+
+__device__ __forceinline__ RowPlan PlanOf(const SamplerCall& call,
+                                          int64_t row) {
+  RowPlan plan = MakeRowPlan(call.params[row], call.vocab);
+  if (call.bitmask == nullptr) plan.use_bitmask = false;
+  if (call.mirostat.mu == nullptr) plan.mirostat_tau = 0.0f;
+  return plan;
+}
 
 template <class T>
 inline constexpr DType kDTypeOfLogits =
@@ -139,17 +219,17 @@ struct RowEdits {
   }
 };
 
-__device__ __forceinline__ RowEdits EditsOf(const SamplerParams& p, int64_t row,
-                                            const RowPlan& plan,
-                                            const EditRange& range) {
+__device__ __forceinline__ RowEdits EditsOf(const SamplerCall& call,
+                                            int64_t row, const RowPlan& plan) {
   RowEdits edits;
-  if (plan.use_bitmask && p.bitmask.present()) {
-    edits.mask = reinterpret_cast<const uint8_t*>(
-        p.bitmask.As<const int32_t>() + row * p.bitmask.stride[0]);
-  }
-  if (p.edits != nullptr) {
-    edits.edits = p.edits + range.begin;
-    edits.end = static_cast<int>(range.end - range.begin);
+  if (plan.use_bitmask) edits.mask = call.bitmask + row * call.bitmask_stride;
+  if (call.edits != nullptr) {
+    // Inside what there is whatever the offsets are.
+    const int32_t begin = max(call.edit_offsets[row], 0);
+    const int64_t end =
+        min(static_cast<int64_t>(call.edit_offsets[row + 1]), call.num_edits);
+    edits.edits = call.edits + begin;
+    edits.end = static_cast<int>(max(end - begin, int64_t{0}));
   }
   edits.only_allowed = plan.only_allowed;
   return edits;

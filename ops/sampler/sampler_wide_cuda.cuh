@@ -2,27 +2,41 @@
 #define TENON_OPS_SAMPLER_SAMPLER_WIDE_CUDA_CUH_
 
 #include "ops/sampler/sampler_narrow_cuda.cuh"
+#include "ops/sampler/sampler_team_cuda.cuh"
 
-// Filters where many tokens can pass them. What they keep is a KeptRange; its
-// ends are found by histograms of the row's keys, in a bounded number of passes
-// over what is kept so far.
+// Filters where many tokens can pass them, by several blocks. What they keep is
+// a KeptRange; its ends are found by histograms of the row's keys, in a bounded
+// number of passes over what is kept so far.
 
 namespace tenon::cuda {
+
+struct WideScratch {
+  static constexpr int kBins = 2048;
+  uint32_t bins[2][kBins];  // 64-bit bins as two words each
+  // What a histogram tells, and for how many tokens of the picked bin.
+  int picked;
+  uint64_t before_picked;
+  uint64_t in_picked;
+  // The best, in the leading block.
+  int count;
+  uint64_t best[kMaxTopLogprobs];
+};
 
 class WideFilters {
  public:
   // Of all tokens with at least the logit `floor`. `tile_mass` has room for all
   // sub-tiles.
-  __device__ WideFilters(Block& block, const DecideRow& row, float floor,
-                         uint64_t* tile_mass)
-      : block_(block),
-        s_(block.s),
+  __device__ WideFilters(Team& team, WideScratch* scratch, const DecideRow& row,
+                         float floor, uint64_t* tile_mass)
+      : team_(team),
+        s_(*scratch),
         row_(row),
         plan_(*row.plan),
         tile_mass_(tile_mass) {
     range_.to.value = fmaxf(floor, -std::numeric_limits<float>::max());
   }
 
+  // The token is known to the leading block alone.
   __device__ __noinline__ Drawn Run(const DrawInputs& inputs);
 
   // Keeps the `count` best.
@@ -31,7 +45,8 @@ class WideFilters {
                 [](float) { return uint64_t{1}; });
   }
   __device__ void SetRange(const KeptRange& range) { range_ = range; }
-  // Makes candidates of what is kept, at most kMaxCandidates tokens.
+  // Leaves what is kept, at most kMaxTopLogprobs tokens, in the leading block's
+  // scratch, best first; returns how many they are.
   __device__ int CollectKept();
 
  private:
@@ -40,20 +55,21 @@ class WideFilters {
     bool found;
     uint32_t key;
     uint64_t needed;  // of the weight of this key, at least 1
+    uint64_t there;   // of the weight of this key
   };
 
   // visit(x, id, kept), by whole warps, for at least what is kept.
   template <class Visit>
   __device__ __forceinline__ void ForEach(Visit visit) {
-    ForEachTile<1>(row_, OrderedKey(range_.to.value),
-                   [&](int tile, const LaneLogits& logits) {
-                     const int first = FirstIdOfLane(row_, tile);
+    ForEachTile(team_, row_, OrderedKey(range_.to.value),
+                [&](int tile, const LaneLogits& logits) {
+                  const int first = FirstIdOfLane(row_, tile);
 #pragma unroll
-                     for (int e = 0; e < kIdsPerLane; ++e) {
-                       const float x = logits.x[e];
-                       visit(x, first + e, range_.Keeps(x, first + e));
-                     }
-                   });
+                  for (int e = 0; e < kIdsPerLane; ++e) {
+                    const float x = logits.x[e];
+                    visit(x, first + e, range_.Keeps(x, first + e));
+                  }
+                });
   }
   // The sum of weight(x) over what is kept.
   template <class Weight>
@@ -62,7 +78,7 @@ class WideFilters {
     ForEach([&](float x, int, bool kept) {
       if (kept) own += weight(x);
     });
-    return block_.Sum(own);
+    return team_.Sum(own);
   }
   __device__ uint64_t Mass() {
     return Sum([&](float x) { return row_.Mass(x); });
@@ -74,11 +90,14 @@ class WideFilters {
     ForEach([&](float x, int, bool kept) {
       if (kept) best = max(best, OrderedKey(x));
     });
-    return FromOrderedKey(block_.Max(best));
+    return FromOrderedKey(team_.Max(best));
   }
 
-  __device__ __forceinline__ void AddToBin(uint32_t bin, uint64_t weight,
-                                           bool active);
+  __device__ __forceinline__ void AddToBin(uint32_t bin, uint64_t weight);
+  template <class Key, class Weight>
+  __device__ void FillBins(uint32_t lowest, uint32_t range, int shift, Key key,
+                           Weight weight);
+  __device__ __noinline__ void PickBin(uint64_t target);
   // key(x, id) from `lowest` to `highest`, weight(x).
   template <class Key, class Weight>
   __device__ Selection Select(uint32_t lowest, uint32_t highest,
@@ -93,28 +112,16 @@ class WideFilters {
   __device__ void DropTopChoices();
   __device__ Drawn Draw(const DrawInputs& inputs);
 
-  Block& block_;
-  BlockScratch& s_;
+  Team& team_;
+  WideScratch& s_;
   const DecideRow& row_;
   const RowPlan& plan_;
   uint64_t* tile_mass_;
   KeptRange range_;
 };
 
-// The whole warp calls this.
 __device__ __forceinline__ void WideFilters::AddToBin(uint32_t bin,
-                                                      uint64_t weight,
-                                                      bool active) {
-  const unsigned adding = __ballot_sync(~0u, active);
-  if (adding == 0) return;
-  const int leader = __ffs(static_cast<int>(adding)) - 1;
-  const uint32_t leaders_bin = __shfl_sync(~0u, bin, leader);
-  // Rows of equal logits would otherwise take turns 32 times each.
-  if (__popc(adding) > 4 && __all_sync(~0u, !active || bin == leaders_bin)) {
-    weight = WarpSum64(active ? weight : 0);
-    active = static_cast<int>(threadIdx.x % 32) == leader;
-  }
-  if (!active) return;
+                                                      uint64_t weight) {
   const uint32_t low = static_cast<uint32_t>(weight);
   const uint32_t before = atomicAdd(&s_.bins[0][bin], low);
   const uint32_t carry = before + low < before ? 1 : 0;
@@ -122,35 +129,120 @@ __device__ __forceinline__ void WideFilters::AddToBin(uint32_t bin,
   if (high != 0) atomicAdd(&s_.bins[1][bin], high);
 }
 
+// This block's share of a histogram.
+template <class Key, class Weight>
+__device__ void WideFilters::FillBins(uint32_t lowest, uint32_t range,
+                                      int shift, Key key, Weight weight) {
+  for (int i = static_cast<int>(threadIdx.x); i < WideScratch::kBins;
+       i += kDecideThreads) {
+    s_.bins[0][i] = 0;
+    s_.bins[1][i] = 0;
+  }
+  if (threadIdx.x == 0) s_.picked = -1;
+  __syncthreads();
+  ForEachTile(team_, row_, OrderedKey(range_.to.value),
+              [&](int tile, const LaneLogits& logits) {
+                const int first = FirstIdOfLane(row_, tile);
+                uint32_t offsets[kIdsPerLane];
+                unsigned active = 0;
+                uint32_t low = ~0u;
+                uint32_t high = 0;
+#pragma unroll
+                for (int e = 0; e < kIdsPerLane; ++e) {
+                  const float x = logits.x[e];
+                  offsets[e] = key(x, first + e) - lowest;
+                  if (range_.Keeps(x, first + e) && offsets[e] <= range) {
+                    active |= 1u << e;
+                    low = min(low, offsets[e]);
+                    high = max(high, offsets[e]);
+                  }
+                }
+                low = __reduce_min_sync(~0u, low);
+                if (low == ~0u) return;
+                // Equal tokens, as one: they would take turns at their bin.
+                if (__reduce_max_sync(~0u, high) == low) {
+                  const unsigned count = __reduce_add_sync(~0u, __popc(active));
+                  const unsigned lanes = __ballot_sync(~0u, active != 0);
+                  if (static_cast<int>(threadIdx.x % 32) + 1 == __ffs(lanes)) {
+                    float x = logits.x[0];
+#pragma unroll
+                    for (int e = 1; e < kIdsPerLane; ++e) {
+                      if ((active >> e & 1) != 0) x = logits.x[e];
+                    }
+                    AddToBin(low >> shift, weight(x) * count);
+                  }
+                  return;
+                }
+#pragma unroll
+                for (int e = 0; e < kIdsPerLane; ++e) {
+                  if ((active >> e & 1) != 0) {
+                    AddToBin(offsets[e] >> shift, weight(logits.x[e]));
+                  }
+                }
+              });
+}
+
+// Adds up all blocks' bins, each block a part of them, and finds the one, from
+// the last, at which the sum reaches the target.
+__device__ __noinline__ inline void WideFilters::PickBin(uint64_t target) {
+  team_.Sync();
+  constexpr int kBins = WideScratch::kBins;
+  const int part = kBins / team_.size();
+  const int each = CeilDiv(part, kDecideThreads);
+  const int from_top =
+      team_.rank() * part + static_cast<int>(threadIdx.x) * each;
+  constexpr int kMaxEach = kBins / kDecideThreads;
+  uint64_t sums[kMaxEach];
+  uint64_t own = 0;
+#pragma unroll
+  for (int i = 0; i < kMaxEach; ++i) {
+    sums[i] = 0;
+    if (i < each) {
+      const int bin = kBins - 1 - from_top - i;
+      for (int r = 0; r < team_.size(); ++r) {
+        sums[i] += (uint64_t{*team_.In(r, &s_.bins[1][bin])} << 32) +
+                   *team_.In(r, &s_.bins[0][bin]);
+      }
+    }
+    own += sums[i];
+  }
+  uint64_t of_block;
+  const uint64_t upto = team_.block().InclusiveSum(own, &of_block);
+  const uint64_t* const of_blocks = team_.Exchange(of_block);
+  uint64_t before = upto - own;
+  for (int r = 0; r < team_.rank(); ++r) before += of_blocks[r];
+#pragma unroll
+  for (int i = 0; i < kMaxEach; ++i) {
+    if (before < target && target <= before + sums[i]) {
+      for (int r = 0; r < team_.size(); ++r) {
+        *team_.In(r, &s_.picked) = kBins - 1 - from_top - i;
+        *team_.In(r, &s_.before_picked) = before;
+        *team_.In(r, &s_.in_picked) = sums[i];
+      }
+    }
+    before += sums[i];
+  }
+  team_.Sync();
+}
+
 template <class Key, class Weight>
 __device__ WideFilters::Selection WideFilters::Select(uint32_t lowest,
                                                       uint32_t highest,
                                                       uint64_t target, Key key,
                                                       Weight weight) {
+  constexpr int kLog2Bins = 11;
+  static_assert(WideScratch::kBins == 1 << kLog2Bins, "digits of keys");
   uint32_t range = highest - lowest;
   for (;;) {
-    const int shift = range < kBins ? 0 : 21 - __clz(static_cast<int>(range));
-    for (int i = static_cast<int>(threadIdx.x); i < kBins;
-         i += kDecideThreads) {
-      s_.bins[0][i] = 0;
-      s_.bins[1][i] = 0;
-    }
+    const int shift = max(32 - kLog2Bins - __clz(static_cast<int>(range)), 0);
+    FillBins(lowest, range, shift, key, weight);
+    PickBin(target);
+    if (s_.picked < 0) return {false, 0, 0, 0};
+    target -= s_.before_picked;
+    lowest += static_cast<uint32_t>(s_.picked) << shift;
+    const uint64_t there = s_.in_picked;
     __syncthreads();
-    ForEach([&](float x, int id, bool kept) {
-      const uint32_t offset = key(x, id) - lowest;
-      const bool active = kept && offset <= range;
-      AddToBin(active ? offset >> shift : 0, active ? weight(x) : 0, active);
-    });
-    __syncthreads();
-    const auto from_top = [&](int i) {
-      const int bin = kBins - 1 - i;
-      return (uint64_t{s_.bins[1][bin]} << 32) | s_.bins[0][bin];
-    };
-    const Block::Pick pick = block_.PickByWeight(kBins, target - 1, from_top);
-    if (pick.index < 0) return {false, 0, 0};
-    target -= pick.before;
-    lowest += static_cast<uint32_t>(kBins - 1 - pick.index) << shift;
-    if (shift == 0) return {true, lowest, target};
+    if (shift == 0) return {true, lowest, target, there};
     range = (1u << shift) - 1;
   }
 }
@@ -170,6 +262,7 @@ __device__ bool WideFilters::KeepFromTop(uint64_t target, Weight weight) {
   const int32_t last_id =
       range_.to.value == cut ? range_.to.last_id : Cutoff().last_id;
   range_.to = Cutoff{cut, last_id};
+  if (ties * each >= value.there) return true;
   const uint32_t last = static_cast<uint32_t>(row_.vocab - 1);
   const Selection id = Select(
       0, last, ties,
@@ -201,8 +294,8 @@ __device__ inline void WideFilters::KeepTypical() {
     high = max(high, OrderedKey(x));
     low = min(low, OrderedKey(x));
   });
-  high = block_.Max(high);
-  low = block_.Min(low);
+  high = team_.Max(high);
+  low = team_.Min(low);
   const float from = FromOrderedKey(high);
   const float to = FromOrderedKey(low);
   if (from < range_.from.value) range_.from = Ceiling{from};
@@ -215,7 +308,7 @@ __device__ inline void WideFilters::DropTopChoices() {
   ForEach([&](float x, int, bool kept) {
     if (kept && row_.Mass(x) >= least) lowest = min(lowest, OrderedKey(x));
   });
-  lowest = block_.Min(lowest);
+  lowest = team_.Min(lowest);
   if (lowest == ~0u) return;
   uint32_t last = 0;
   ForEach([&](float x, int id, bool kept) {
@@ -224,7 +317,7 @@ __device__ inline void WideFilters::DropTopChoices() {
     }
   });
   range_.from =
-      Ceiling{FromOrderedKey(lowest), static_cast<int32_t>(block_.Max(last))};
+      Ceiling{FromOrderedKey(lowest), static_cast<int32_t>(team_.Max(last))};
 }
 
 __device__ __noinline__ inline Drawn WideFilters::Run(
@@ -255,14 +348,24 @@ __device__ __noinline__ inline Drawn WideFilters::Run(
 
 __device__ inline int WideFilters::CollectKept() {
   if (threadIdx.x == 0) s_.count = 0;
-  __syncthreads();
+  team_.Sync();
   ForEach([&](float x, int id, bool kept) {
     if (!kept) return;
-    const int at = atomicAdd(&s_.count, 1);
-    if (at < kMaxCandidates) s_.keys[at] = CandidateKey(OrderedKey(x), id);
+    const int at = atomicAdd(team_.In(0, &s_.count), 1);
+    if (at < kMaxTopLogprobs) {
+      *team_.In(0, &s_.best[at]) = CandidateKey(OrderedKey(x), id);
+    }
   });
+  team_.Sync();
+  const int count = min(s_.count, kMaxTopLogprobs);
+  const int thread = static_cast<int>(threadIdx.x);
+  const uint64_t key = thread < count ? s_.best[thread] : 0;
+  int rank = 0;
+  for (int i = 0; i < count; ++i) {
+    rank += s_.best[i] < key || (s_.best[i] == key && i < thread) ? 1 : 0;
+  }
   __syncthreads();
-  const int count = min(s_.count, kMaxCandidates);
+  if (thread < count) s_.best[rank] = key;
   __syncthreads();
   return count;
 }
@@ -278,40 +381,49 @@ __device__ inline Drawn WideFilters::Draw(const DrawInputs& inputs) {
         MirostatThreshold(plan_, drawn.best, Sum(weigh), inputs.mu);
     if (threshold > range_.to.value) range_.to = Cutoff{threshold};
   }
-  for (int i = static_cast<int>(threadIdx.x); i < row_.num_tiles;
-       i += kDecideThreads) {
-    tile_mass_[i] = 0;
+  if (team_.leads()) {
+    for (int i = static_cast<int>(threadIdx.x); i < row_.num_tiles;
+         i += kDecideThreads) {
+      tile_mass_[i] = 0;
+    }
   }
-  __syncthreads();
+  team_.Sync();
   uint64_t own = 0;
-  ForEachTile<1>(row_, OrderedKey(range_.to.value),
-                 [&](int tile, const LaneLogits& logits) {
-                   const int first = FirstIdOfLane(row_, tile);
-                   uint64_t mass = 0;
+  ForEachTile(team_, row_, OrderedKey(range_.to.value),
+              [&](int tile, const LaneLogits& logits) {
+                const int first = FirstIdOfLane(row_, tile);
+                uint64_t mass = 0;
 #pragma unroll
-                   for (int e = 0; e < kIdsPerLane; ++e) {
-                     if (range_.Keeps(logits.x[e], first + e)) {
-                       mass += weigh(logits.x[e]);
-                     }
-                   }
-                   mass = WarpSum64(mass);
-                   if (threadIdx.x % 32 == 0) {
-                     tile_mass_[tile] = mass;
-                     own += mass;
-                   }
-                 });
-  drawn.mass = block_.Sum(own);
-  const uint64_t target = DrawTarget(inputs.numerator, drawn.mass);
-  const Block::Pick pick = block_.PickByWeight(
-      row_.num_tiles, target, [&](int i) { return tile_mass_[i]; });
-  const TokenInTile token =
-      PickInTile(row_, pick.index, LogitsOfTile(row_, pick.index),
-                 target - pick.before, [&](float x, int id) {
-                   return range_.Keeps(x, id) ? weigh(x) : uint64_t{0};
-                 });
-  drawn.token = token.id;
-  drawn.x = token.x;
+                for (int e = 0; e < kIdsPerLane; ++e) {
+                  if (range_.Keeps(logits.x[e], first + e)) {
+                    mass += weigh(logits.x[e]);
+                  }
+                }
+                mass = WarpSum64(mass);
+                if (threadIdx.x % 32 == 0) {
+                  *team_.In(0, &tile_mass_[tile]) = mass;
+                  own += mass;
+                }
+              });
+  drawn.mass = team_.Sum(own);
   drawn.kept = range_;
+  if (!team_.leads()) {
+    drawn.token = 0;  // there is one
+    return drawn;
+  }
+  const uint64_t target = DrawTarget(inputs.numerator, drawn.mass);
+  const Block::Pick pick = team_.block().PickByWeight(
+      row_.num_tiles, target, [&](int i) { return tile_mass_[i]; });
+  // Only edits that are not what they should be leave none.
+  const int tile = max(pick.index, 0);
+  const TokenInTile token = PickInTile(
+      row_, tile, LogitsOfTile(row_, tile),
+      [&](float x, int id) {
+        return range_.Keeps(x, id) ? weigh(x) : uint64_t{0};
+      },
+      [&](uint64_t) { return target - pick.before; });
+  drawn.token = min(token.id, row_.vocab - 1);
+  drawn.x = token.x;
   return drawn;
 }
 

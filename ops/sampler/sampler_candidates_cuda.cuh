@@ -1,0 +1,297 @@
+#ifndef TENON_OPS_SAMPLER_SAMPLER_CANDIDATES_CUDA_CUH_
+#define TENON_OPS_SAMPLER_SAMPLER_CANDIDATES_CUDA_CUH_
+
+#include "ops/sampler/sampler_decide_row_cuda.cuh"
+
+// The few tokens of a row that filters choose from: found, and ranked, by one
+// block.
+
+namespace tenon::cuda {
+
+// Rows that need more are left to the wide kernel.
+inline constexpr int kMaxCandidates = 256;
+static_assert(kMaxCandidates == kDecideThreads, "a thread for each");
+
+struct CandidateScratch {
+  int num_tiles;
+  int count;
+  int tiles[kMaxCandidates];
+  uint64_t keys[kMaxCandidates];  // in no order
+  uint64_t masses[kMaxCandidates];
+  uint32_t places[kMaxCandidates];  // in draw order
+  // By rank.
+  uint64_t sorted[kMaxCandidates];
+  uint64_t prefix[kMaxCandidates + 1];  // the masses before
+  uint8_t by_place[kMaxCandidates];     // ranks in draw order
+};
+
+// Edits of the row, some per thread.
+inline constexpr int kEditsAtOnce = 4;
+struct ThreadEdits {
+  int id[kEditsAtOnce];     // -1: none
+  float raw[kEditsAtOnce];  // -inf where the mask stops it
+  float x[kEditsAtOnce];
+};
+
+// Those from `first` on.
+__device__ __forceinline__ ThreadEdits ReadEdits(const DecideRow& row,
+                                                 int first) {
+  ThreadEdits own;
+  LogitEdit edits[kEditsAtOnce];
+#pragma unroll
+  for (int u = 0; u < kEditsAtOnce; ++u) {
+    const int i = first + static_cast<int>(threadIdx.x) + u * kDecideThreads;
+    if (i < row.edits.end) edits[u] = row.edits.edits[i];
+    own.id[u] =
+        static_cast<uint32_t>(edits[u].id) < static_cast<uint32_t>(row.vocab)
+            ? edits[u].id
+            : -1;
+  }
+#pragma unroll
+  for (int u = 0; u < kEditsAtOnce; ++u) {
+    own.raw[u] = own.id[u] >= 0 ? LogitAt(row, own.id[u]) : -INFINITY;
+  }
+#pragma unroll
+  for (int u = 0; u < kEditsAtOnce; ++u) {
+    const bool masked = own.id[u] < 0 || row.edits.Masked(own.id[u]);
+    own.x[u] = masked ? -INFINITY : ApplyEdit(*row.plan, edits[u], own.raw[u]);
+    if (masked || row.edits.only_allowed) own.raw[u] = -INFINITY;
+  }
+  return own;
+}
+
+// A candidate that is none any more: behind all others, each for itself.
+__device__ __forceinline__ uint64_t DroppedCandidate(int at) {
+  return 0xffffffff00000000u | static_cast<uint32_t>(at);
+}
+
+class Candidates {
+ public:
+  __device__ Candidates(Block& block, CandidateScratch* scratch)
+      : block_(block), s_(*scratch) {}
+
+  // A key with at least `count` sub-tiles' maxima not below it, and few more
+  // unless they are equal; 0 where there are fewer. Each round has a warp for
+  // each of eight keys.
+  __device__ uint32_t LowerBoundOfKth(const DecideRow& row, int count,
+                                      uint32_t lowest);
+  // Finds the tokens with keys of at least `floor`; -1 where they are too many.
+  // `first_edits` are ReadEdits(row, 0).
+  __device__ int Collect(const DecideRow& row, uint32_t floor,
+                         const ThreadEdits& first_edits);
+  __device__ float Logit(int rank) const {
+    return LogitOfCandidate(s_.sorted[rank]);
+  }
+  __device__ int Id(int rank) const { return IdOfCandidate(s_.sorted[rank]); }
+  __device__ uint64_t MassBefore(int rank) const { return s_.prefix[rank]; }
+  // The rank of the i-th in draw order, i < places(); some ranks are of what is
+  // no candidate any more.
+  __device__ int places() const { return found_; }
+  __device__ int RankAtPlace(int i) const { return s_.by_place[i]; }
+
+ private:
+  __device__ void ListTiles(const DecideRow& row, uint32_t floor);
+  __device__ void CollectTiles(const DecideRow& row, uint32_t floor);
+  __device__ int CollectEdits(const DecideRow& row, uint32_t floor,
+                              const ThreadEdits& first_edits);
+  // Fills what the scratch has by rank.
+  __device__ void Rank(const DecideRow& row, int count);
+  __device__ void Add(uint32_t key, int id) {
+    const int at = atomicAdd(&s_.count, 1);
+    if (at < kMaxCandidates) s_.keys[at] = CandidateKey(key, id);
+  }
+
+  Block& block_;
+  CandidateScratch& s_;
+  int found_ = 0;
+};
+
+__device__ __forceinline__ uint32_t
+Candidates::LowerBoundOfKth(const DecideRow& row, int count, uint32_t lowest) {
+  const int warp = static_cast<int>(threadIdx.x / 32);
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int enough = count + count / 2 + 8;
+  uint32_t low = lowest;
+  uint32_t range = OrderedKey(row.best) - lowest;  // the k-th is in it
+  for (;;) {
+    // The first of the eight keys is the lowest.
+    const uint32_t step = range / kDecideWarps + 1;
+    const uint32_t key = low + min(range, step * static_cast<uint32_t>(warp));
+    int own = 0;
+#pragma unroll 4
+    for (int i = lane; i < row.num_tiles; i += 32) {
+      own += row.tile_key[i] >= key ? 1 : 0;
+    }
+    const uint64_t* const counts =
+        block_.Exchange(static_cast<uint64_t>(__reduce_add_sync(~0u, own)));
+    int at = -1;
+    int reached = 0;
+#pragma unroll
+    for (int w = 0; w < kDecideWarps; ++w) {
+      if (static_cast<int>(counts[w]) >= count) {
+        at = w;
+        reached = static_cast<int>(counts[w]);
+      }
+    }
+    if (at < 0) return 0;
+    const uint32_t offset = min(range, step * static_cast<uint32_t>(at));
+    low += offset;
+    if (reached <= enough || range == offset || step == 1) return low;
+    range = min(range - offset, step - 1);
+  }
+}
+
+__device__ __forceinline__ void Candidates::ListTiles(const DecideRow& row,
+                                                      uint32_t floor) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    s_.num_tiles = 0;
+    s_.count = 0;
+  }
+  __syncthreads();
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  for (int base = 0; base < row.num_tiles; base += kDecideThreads) {
+    const int tile = base + static_cast<int>(threadIdx.x);
+    const bool wanted = tile < row.num_tiles && row.tile_key[tile] >= floor;
+    const unsigned all = __ballot_sync(~0u, wanted);
+    int at = 0;
+    if (lane == 0 && all != 0) at = atomicAdd(&s_.num_tiles, __popc(all));
+    at = __shfl_sync(~0u, at, 0) + __popc(all & ((1u << lane) - 1));
+    if (wanted && at < kMaxCandidates) s_.tiles[at] = tile;
+  }
+  __syncthreads();
+}
+
+__device__ __forceinline__ void Candidates::CollectTiles(const DecideRow& row,
+                                                         uint32_t floor) {
+  constexpr int kAhead = 4;
+  const int warp = static_cast<int>(threadIdx.x / 32);
+  const int num_tiles = s_.num_tiles;
+  for (int from = warp; from < num_tiles; from += kAhead * kDecideWarps) {
+    int tiles[kAhead];
+    LanePart parts[kAhead];
+    unsigned allowed[kAhead];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      const int i = from + u * kDecideWarps;
+      // Past the last one: nothing is loaded, as no id is there.
+      tiles[u] = i < num_tiles ? s_.tiles[i] : row.num_tiles * kSubTile;
+      parts[u] = LoadPart(row, tiles[u]);
+      allowed[u] = AllowedOf(row, FirstIdOfLane(row, tiles[u]));
+    }
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      if (tiles[u] >= row.num_tiles) break;
+      const LaneLogits logits = StoredLogitsOf(row, tiles[u], parts[u]);
+      const int first = FirstIdOfLane(row, tiles[u]);
+#pragma unroll
+      for (int e = 0; e < kIdsPerLane; ++e) {
+        const uint32_t key = OrderedKey(logits.x[e]);
+        if (key >= floor && (allowed[u] >> e & 1) != 0) Add(key, first + e);
+      }
+    }
+  }
+}
+
+// What edits make of their logits, in place of these.
+__device__ __noinline__ inline int Candidates::CollectEdits(
+    const DecideRow& row, uint32_t floor, const ThreadEdits& first_edits) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int count = min(s_.count, kMaxCandidates);
+  __syncthreads();
+  int dropped = 0;
+  ThreadEdits own = first_edits;
+  for (int first = 0; first < row.edits.end;) {
+#pragma unroll
+    for (int u = 0; u < kEditsAtOnce; ++u) {
+      const uint32_t raw = OrderedKey(own.raw[u]);
+      for (unsigned left = __ballot_sync(~0u, own.id[u] >= 0 && raw >= floor);
+           left != 0; left &= left - 1) {
+        const int source = __ffs(static_cast<int>(left)) - 1;
+        const uint64_t key = CandidateKey(__shfl_sync(~0u, raw, source),
+                                          __shfl_sync(~0u, own.id[u], source));
+        for (int i = lane; i < count; i += 32) {
+          if (s_.keys[i] == key) {
+            s_.keys[i] = DroppedCandidate(i);
+            ++dropped;
+          }
+        }
+      }
+      const uint32_t key = OrderedKey(own.x[u]);
+      if (own.id[u] >= 0 && key >= floor) Add(key, own.id[u]);
+    }
+    first += kEditsAtOnce * kDecideThreads;
+    if (first < row.edits.end) own = ReadEdits(row, first);
+  }
+  return dropped;
+}
+
+__device__ __noinline__ inline int Candidates::Collect(
+    const DecideRow& row, uint32_t floor, const ThreadEdits& first_edits) {
+  floor = max(floor, kLowestKey);
+  ListTiles(row, floor);
+  if (s_.num_tiles > kMaxCandidates) return -1;
+  CollectTiles(row, floor);
+  __syncthreads();
+  int dropped = 0;
+  if (row.edits.end > 0 && s_.count <= kMaxCandidates) {
+    dropped = static_cast<int>(block_.Sum(
+        static_cast<uint64_t>(CollectEdits(row, floor, first_edits))));
+  }
+  found_ = s_.count;
+  if (found_ > kMaxCandidates) return -1;
+  Rank(row, found_);
+  return found_ - dropped;
+}
+
+// Each candidate's rank is the number of better ones: several threads, side by
+// side, count for one of them.
+__device__ __forceinline__ void Candidates::Rank(const DecideRow& row,
+                                                 int count) {
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread < count) {
+    const uint64_t key = s_.keys[thread];
+    const bool dropped = key >= DroppedCandidate(0);
+    s_.masses[thread] = dropped ? 0 : row.Mass(LogitOfCandidate(key));
+    s_.places[thread] =
+        dropped
+            ? 0x80000000u + static_cast<uint32_t>(thread)
+            : static_cast<uint32_t>(DrawOrder(IdOfCandidate(key), row.vocab));
+  }
+  __syncthreads();
+  const int parts = count <= 32 ? 8 : count <= 64 ? 4 : count <= 128 ? 2 : 1;
+  const int i = thread / parts;
+  const uint64_t key = i < count ? s_.keys[i] : 0;
+  const uint32_t place = i < count ? s_.places[i] : 0;
+  uint64_t before = 0;
+  uint32_t ranks = 0;  // in draw order above those by key
+#pragma unroll 4
+  for (int j = thread % parts; j < count; j += parts) {
+    // Keys are the same only where a row's edits are not what they should be.
+    const uint64_t other = s_.keys[j];
+    if (other < key || (other == key && j < i)) {
+      before += s_.masses[j];
+      ranks += 1;
+    }
+    const uint32_t other_place = s_.places[j];
+    if (other_place < place || (other_place == place && j < i)) {
+      ranks += 0x10000;
+    }
+  }
+  for (int mask = 1; mask < parts; mask *= 2) {
+    before += __shfl_xor_sync(~0u, before, mask);
+    ranks += __shfl_xor_sync(~0u, ranks, mask);
+  }
+  if (i < count && thread % parts == 0) {
+    const int rank = static_cast<int>(ranks & 0xffff);
+    s_.sorted[rank] = key;
+    s_.prefix[rank] = before;
+    if (rank == count - 1) s_.prefix[count] = before + s_.masses[i];
+    s_.by_place[ranks >> 16] = static_cast<uint8_t>(rank);
+  }
+  __syncthreads();
+}
+
+}  // namespace tenon::cuda
+
+#endif  // TENON_OPS_SAMPLER_SAMPLER_CANDIDATES_CUDA_CUH_
