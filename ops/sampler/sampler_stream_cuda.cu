@@ -67,8 +67,8 @@ __device__ __forceinline__ void Fill(const SamplerCall& call, const Item& item,
   __syncwarp();
   if (bytes > 0) {
     CopyBulk(stage + lane * kStripeBytes,
-                   static_cast<const T*>(call.LogitsOf(item.row)) + first,
-                   bytes, barrier);
+             static_cast<const T*>(call.LogitsOf(item.row)) + first, bytes,
+             barrier);
   }
 }
 
