@@ -151,29 +151,41 @@ constexpr EditRange EditsOfRow(const SamplerParams& params, int64_t row) {
   return range;
 }
 
-// A row's mu before its draw and, whatever came of it, after it; of rows with
-// mirostat.
-TENON_HOST_DEVICE inline float* MirostatPlace(const SamplerParams& params,
-                                              int64_t row, int which) {
-  const TensorView& places = params.mirostat_places;
-  int64_t place = row;
-  if (places.present()) {
-    place = places.As<const int32_t>()[row * places.stride[0] + which];
+// The mirostat state of a call.
+struct MirostatState {
+  float* mu = nullptr;  // null: mirostat is off
+  int64_t size = 0;
+  const int32_t* places = nullptr;  // [rows, 2]; null: that of row i is mu[i]
+  int64_t places_stride = 0;
+
+  // Where a row reads its mu (0) or leaves it (1); null: nowhere.
+  TENON_HOST_DEVICE float* Place(int64_t row, int which) const {
+    const int64_t place =
+        places != nullptr ? places[row * places_stride + which] : row;
+    return place >= 0 && place < size ? mu + place : nullptr;
   }
-  const bool is_there = place >= 0 && place < params.mirostat_mu.shape[0];
-  return is_there ? params.mirostat_mu.As<float>() + place : nullptr;
-}
-TENON_HOST_DEVICE inline float MirostatMuOf(const SamplerParams& params,
-                                            int64_t row) {
-  const SamplingParams& sampling = params.params[row];
-  if ((sampling.flags & kSetMirostatMu) != 0) return sampling.mirostat_mu;
-  const float* mu = MirostatPlace(params, row, 0);
-  return mu != nullptr ? *mu : 2.0f * sampling.mirostat_tau;
-}
-TENON_HOST_DEVICE inline void LeaveMirostatMu(const SamplerParams& params,
-                                              int64_t row, float next) {
-  float* mu = MirostatPlace(params, row, 1);
-  if (mu != nullptr) *mu = next;
+  // Of rows with mirostat_tau: mu before the draw and, whatever came of it,
+  // after it.
+  TENON_HOST_DEVICE float MuOf(int64_t row,
+                               const SamplingParams& params) const {
+    if ((params.flags & kSetMirostatMu) != 0) return params.mirostat_mu;
+    const float* place = Place(row, 0);
+    return place != nullptr ? *place : 2.0f * params.mirostat_tau;
+  }
+  TENON_HOST_DEVICE void Leave(int64_t row, float next) const {
+    float* place = Place(row, 1);
+    if (place != nullptr) *place = next;
+  }
+};
+constexpr MirostatState MirostatStateOf(const SamplerParams& params) {
+  MirostatState state;
+  if (!params.mirostat_mu.present()) return state;
+  state.mu = params.mirostat_mu.As<float>();
+  state.size = params.mirostat_mu.shape[0];
+  if (!params.mirostat_places.present()) return state;
+  state.places = params.mirostat_places.As<const int32_t>();
+  state.places_stride = params.mirostat_places.stride[0];
+  return state;
 }
 
 // The filters in numbers. `best` is the largest logit, finite; `mass` a sum of

@@ -121,7 +121,8 @@ class RowDecision {
 void RowDecision::Draw() {
   const SamplingParams& params = p_.params[index_];
   const bool with_mirostat = row_.plan.mirostat_tau > 0.0f;
-  float mu = with_mirostat ? MirostatMuOf(p_, index_) : 0.0f;
+  const MirostatState mirostat = MirostatStateOf(p_);
+  float mu = with_mirostat ? mirostat.MuOf(index_, params) : 0.0f;
   row_.best = BestOf(row_.tiles, row_.num_tiles());
   if (std::isnan(row_.best)) {
     status_ = SampleStatus::kNonFinite;
@@ -149,7 +150,7 @@ void RowDecision::Draw() {
                           LogitAt(row_, token_));
     }
   }
-  if (with_mirostat) LeaveMirostatMu(p_, index_, mu);
+  if (with_mirostat) mirostat.Leave(index_, mu);
   if (token_ >= 0) logit_ = LogitAt(row_, token_);
 }
 
