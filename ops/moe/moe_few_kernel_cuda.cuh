@@ -120,10 +120,8 @@ class Multiplier : private Block<S> {
       for (int i = 0; i < kTokens / 2; ++i) acc_[i] = 0.0f;
       LoadRowScales(step);
     }
-    const uint64_t a =
-        cuda::MatrixDescriptor(StageAt(stage_.index), group_bytes);
-    const uint64_t b = cuda::MatrixDescriptor(shared_ + tokens +
-                                              step.depth * kTokenBlockBytes);
+    const Operand a(StageAt(stage_.index), group_bytes);
+    const Operand b(shared_ + tokens + step.depth * kTokenBlockBytes, 1024);
     const int groups = step.kind == StepKind::kGateUp ? 4 : num_units_;
     // Of a warp without rows any will do.
     const int group = warp_ * 2 < groups ? warp_ * 2 : 0;
@@ -135,8 +133,8 @@ class Multiplier : private Block<S> {
         shared_ + scales + (step.depth * kTokens + lane_ % 4 * 2) * 4;
     int done = 0;
     const auto add = [&](auto count) {
-      AddSteps<decltype(count)::value>(a + done * (kBlockBytes >> 4),
-                                       b + done * (kTokenBlockBytes >> 4),
+      AddSteps<decltype(count)::value>(a.From(done * kBlockBytes),
+                                       b.From(done * kTokenBlockBytes),
                                        weight_scales + done * 4, next_group,
                                        token_scales + done * kTokens * 4);
       done += decltype(count)::value;
@@ -146,13 +144,31 @@ class Multiplier : private Block<S> {
     if (step.steps - done >= 1) add(Count<1>());
   }
 
+  // A matrix descriptor, in halves: adding to the whole takes carries.
+  struct Operand {
+    uint32_t low, high;
+    __device__ __forceinline__ Operand(uint32_t shared, int row_step) {
+      const uint64_t whole = cuda::MatrixDescriptor(shared, row_step);
+      low = static_cast<uint32_t>(whole);
+      high = static_cast<uint32_t>(whole >> 32);
+    }
+    __device__ __forceinline__ Operand From(int bytes) const {
+      Operand further = *this;
+      further.low += bytes >> 4;
+      return further;
+    }
+    __device__ __forceinline__ uint64_t At(int bytes) const {
+      return uint64_t{high} << 32 | (low + (bytes >> 4));
+    }
+  };
+
   template <int kCount>
   struct Count {
     static constexpr int value = kCount;
   };
 
   template <int kSteps>
-  __device__ __forceinline__ void AddSteps(uint64_t a, uint64_t b,
+  __device__ __forceinline__ void AddSteps(const Operand& a, const Operand& b,
                                            uint32_t weight_scales,
                                            int next_group,
                                            uint32_t token_scales) {
@@ -163,9 +179,8 @@ class Multiplier : private Block<S> {
       for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          cuda::Wgmma<T, kTokens>(
-              products[s], a + s * (kBlockBytes >> 4) + 2 * k,
-              b + s * (kTokenBlockBytes >> 4) + 2 * k, k > 0);
+          cuda::Wgmma<T, kTokens>(products[s], a.At(s * kBlockBytes + k * 32),
+                                  b.At(s * kTokenBlockBytes + k * 32), k > 0);
         }
       }
       cuda::CommitWgmma();
@@ -200,9 +215,8 @@ class Multiplier : private Block<S> {
       for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          cuda::Wgmma<T, kTokens>(acc_, a + s * (kBlockBytes >> 4) + 2 * k,
-                                  b + s * (kTokenBlockBytes >> 4) + 2 * k,
-                                  true);
+          cuda::Wgmma<T, kTokens>(acc_, a.At(s * kBlockBytes + k * 32),
+                                  b.At(s * kTokenBlockBytes + k * 32), true);
         }
       }
       cuda::CommitWgmma();

@@ -317,8 +317,9 @@ class TokenWarp : private Block<S> {
     cuda::Arrive(TileEmpty(turn_));
     __syncwarp();
     if (lane_ == 0) {
-      __threadfence();
-      atomicAdd(this->ReadyTiles(chosen), 1);
+      asm volatile("red.release.gpu.global.add.s32 [%0], 1;\n" ::"l"(
+                       this->ReadyTiles(chosen))
+                   : "memory");
     }
   }
 

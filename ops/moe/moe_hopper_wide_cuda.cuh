@@ -137,26 +137,13 @@ class WideMultiplier : private MultiplierBase<S> {
     for (int q = 0; q < 2; ++q) {
       scales[q] = BlockScales(tile.expert, FirstRow(tile, q), q);
     }
-    const auto scale_of = [&](int q, int step) {
-      return scales[q] != nullptr ? scales[q][step] : 1.0f;
-    };
     // Only where both have tokens.
     const bool turns = kMoeFp8Turns > 0 && tile.count > 64;
     if (turns && group_ == 1) PassTurn();
-    float ahead[2] = {};
-    if (kMoeFp8Turns > 0) ahead[0] = scale_of(0, 0), ahead[1] = scale_of(1, 0);
 #pragma unroll 1
     for (int step = 0; step < p_.depth_steps; ++step) {
-      float scale[2];
-#pragma unroll
-      for (int q = 0; q < 2; ++q) {
-        if (kMoeFp8Turns == 0) {
-          scale[q] = scale_of(q, step);
-          continue;
-        }
-        scale[q] = ahead[q];
-        if (step + 1 < p_.depth_steps) ahead[q] = scale_of(q, step + 1);
-      }
+      const float scale[2] = {scales[0] != nullptr ? scales[0][step] : 1.0f,
+                              scales[1] != nullptr ? scales[1][step] : 1.0f};
       const Operands operands = WaitFor(*stage);
       const uint32_t token_scales = Scales(stage->index);
       const float token_scale[2] = {

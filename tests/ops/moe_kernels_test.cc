@@ -77,12 +77,16 @@ class MoeKernelsTest : public Fixture {
       MoeKernelRow row;
       row.config = config;
       const MoeKernelTable table = TableFor(weights, row);
-      Call again(device(), dtype(), problem);
-      again.params().kernels = &table;
-      if (with_residual) again.params().residual = residual.view();
-      Run(again);
-      EXPECT_EQ(again.out().Bytes(), expected);
-      EXPECT_EQ(again.workspace().NumStrayWrites(), 0);
+      const testing::TestTensor out(device(), dtype(),
+                                    {problem.tokens, problem.hidden},
+                                    {problem.hidden + problem.padding, 1}, {});
+      call.params().out = out.view();
+      call.params().kernels = &table;
+      call.AddWorkspace();
+      Run(call);
+      EXPECT_EQ(out.Bytes(), expected);
+      EXPECT_EQ(out.NumStrayWrites(), 0);
+      EXPECT_EQ(call.workspace().NumStrayWrites(), 0);
     }
   }
 };
@@ -128,7 +132,7 @@ TEST_P(MoeKernelsTest, NoSizeChangesABitOfFewTokens) {
       Problem problem;
       problem.experts = experts;
       problem.tokens = tokens;
-      problem.num_experts = on_cuda() ? 40 : 5;
+      problem.num_experts = on_cuda() ? 12 : 5;
       problem.top_k = tokens == 5 ? 16 : 8;
       problem.hidden = !on_cuda() ? 32 : tokens == 2 ? 640 : 256;
       problem.intermediate = !on_cuda() ? 16 : tokens == 1 ? 384 : 128;
