@@ -162,6 +162,7 @@ void Session::Impl::TakeResults(Flight* flight,
     if (flight->mirostat[i] >= 0) {
       result.mirostat_mu = buffers.mirostat_mu(side)[flight->mirostat[i]];
     }
+    if (!buffers.has_top(side)) continue;
     const int32_t columns = limits.max_top_logprobs;
     const int32_t* top_tokens = buffers.top_tokens(side) + at * columns;
     const float* top_logprobs = buffers.top_logprobs(side) + at * columns;

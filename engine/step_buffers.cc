@@ -33,10 +33,11 @@ StatusOr<StepBuffers> StepBuffers::Create(Device device,
   b.tokens_ = Place(&layout, logit_rows, sizeof(int32_t));
   b.logprobs_ = Place(&layout, logit_rows, sizeof(float));
   b.statuses_ = Place(&layout, logit_rows, sizeof(int32_t));
+  b.mirostat_mu_ = Place(&layout, 2 * int64_t{limits.max_rows}, sizeof(float));
   const int64_t top = logit_rows * limits.max_top_logprobs;
+  b.top_begin_ = static_cast<int64_t>(layout.size());
   b.top_tokens_ = Place(&layout, top, sizeof(int32_t));
   b.top_logprobs_ = Place(&layout, top, sizeof(float));
-  b.mirostat_mu_ = Place(&layout, 2 * int64_t{limits.max_rows}, sizeof(float));
   b.results_end_ = static_cast<int64_t>(layout.size());
   StepShape largest;
   largest.tokens = limits.max_tokens;
@@ -169,8 +170,13 @@ Status StepBuffers::Upload(Stream stream) {
 }
 
 Status StepBuffers::Download(Stream stream) {
+  has_top_[side_] = false;
+  for (int32_t i = 0; i < shape_.sampled_rows; ++i) {
+    if (sampling()[i].num_top_logprobs > 0) has_top_[side_] = true;
+  }
+  const int64_t end = has_top_[side_] ? results_end_ : top_begin_;
   return CopyPinned(Host<char>(0), memory_.data(), device_,
-                    static_cast<size_t>(results_end_), stream);
+                    static_cast<size_t>(end), stream);
 }
 
 TensorView StepBuffers::DeviceView(int64_t offset, DType dtype,

@@ -78,7 +78,9 @@ class StepBuffers {
   const int32_t* statuses(int side) const {
     return At<int32_t>(host_[side], statuses_);
   }
-  // [rows, max_top_logprobs]
+  // Whether a row of that step asked for its best tokens.
+  bool has_top(int side) const { return has_top_[side]; }
+  // [rows, max_top_logprobs], if one did.
   const int32_t* top_tokens(int side) const {
     return At<int32_t>(host_[side], top_tokens_);
   }
@@ -140,9 +142,11 @@ class StepBuffers {
   Buffer host_[2];
   Buffer memory_;  // of the device
   int side_ = 0;
+  bool has_top_[2] = {};
   int64_t tokens_ = 0;
   int64_t logprobs_ = 0;
   int64_t statuses_ = 0;
+  int64_t top_begin_ = 0;  // after what every step copies back
   int64_t top_tokens_ = 0;
   int64_t top_logprobs_ = 0;
   int64_t mirostat_mu_ = 0;
