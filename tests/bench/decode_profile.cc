@@ -40,10 +40,13 @@ class StepWorld {
     FillInputs(context, pages);
   }
 
-  Status Run(uint32_t ops) {
-    const StepContext step{
-        model_.config,    model_.weights, cache_,  activations_, inputs_,
-        cublas_lt_.get(), false,          stream_, nullptr,      ops};
+  Status Run(uint32_t ops, bool fuse) {
+    const StepContext step{model_.config, model_.weights,
+                           cache_,        activations_,
+                           inputs_,       cublas_lt_.get(),
+                           false,         stream_,
+                           nullptr,       ops,
+                           fuse};
     return DecodeStep(step);
   }
 
@@ -130,10 +133,11 @@ OpProfile Time(const char* name, Device device, Stream stream,
 }  // namespace
 
 std::vector<OpProfile> ProfileDecode(const Model& model, Stream stream,
-                                     int32_t batch, int32_t context) {
+                                     int32_t batch, int32_t context,
+                                     bool fuse) {
   StepWorld world(model, stream, batch, context);
   const auto whole = [&] {
-    TENON_RETURN_IF_ERROR(world.Run(~0u));
+    TENON_RETURN_IF_ERROR(world.Run(~0u, fuse));
     return world.RunSampler();
   };
   CheckOk(whole());  // experts and tokens are those of a real step
@@ -148,7 +152,7 @@ std::vector<OpProfile> ProfileDecode(const Model& model, Stream stream,
         std::pair("lm_head", StepOp::kLmHead)}) {
     const uint32_t ops = Bit(op);
     profile.push_back(
-        Time(name, model.device, stream, [&] { return world.Run(ops); }));
+        Time(name, model.device, stream, [&] { return world.Run(ops, fuse); }));
   }
   profile.push_back(Time("sampler", model.device, stream,
                          [&] { return world.RunSampler(); }));

@@ -22,9 +22,10 @@ struct OpProfile {
 // CUDA: for each kind a graph with the ops of that kind alone, of all layers.
 // So weights and cache come from memory as in the whole step, but an op finds
 // no longer what the one before it left in the L2, and overlaps with another of
-// its kind. The last entry is the whole step in one graph.
+// its kind. The last entry is the whole step in one graph. `fuse` is that of
+// StepContext.
 std::vector<OpProfile> ProfileDecode(const Model& model, Stream stream,
-                                     int32_t batch, int32_t context);
+                                     int32_t batch, int32_t context, bool fuse);
 
 }  // namespace tenon::bench
 
