@@ -29,11 +29,13 @@ StepLoop::StepLoop(std::unique_ptr<Session> engine,
       epoch_(RandomBits()),
       heartbeat_(Clock::now().time_since_epoch().count()),
       engine_(std::move(engine)),
+      config_(engine_->model().config),
       budget_(engine_->num_free_pages()),
       sequences_(epoch_, options.limits.sequences),
       sessions_(epoch_, options.limits.sessions),
       next_expiry_(Clock::now()) {
   const size_t rows = static_cast<size_t>(options.limits.rows_per_step);
+  checked_.reserve(rows);
   inputs_.reserve(rows);
   rows_.reserve(rows);
   row_sequences_.reserve(rows);

@@ -115,8 +115,8 @@ class StepLoop {
   Failure CheckStart(const Call& call) const;
   Failure StartJob(const std::shared_ptr<Job>& job);
   Failure FindSession(uint64_t id, ClientSession** session);
-  Failure FindSequence(const ClientSession& session, uint64_t handle,
-                       Sequence** sequence);
+  Sequence* FindSequence(const ClientSession& session, uint64_t handle);
+  Failure NoSequence(uint64_t handle) const;
   StatusOr<Sequence*> AddSequence(const v1::NewSequence& request,
                                   uint64_t session_id, Failure* failure);
   Failure AddEdits(const v1::NewSequence& request, Sequence* sequence);
@@ -136,8 +136,11 @@ class StepLoop {
   Placement PlaceStep(const Unit& unit);
   Placement PlaceJob(const Unit& unit);
   Failure CheckStep(const StepCall& call, const ClientSession& session);
+  void PlaceRows(const v1::StepRequest& request);
   int64_t EditsNeeded(const Sequence& sequence, int32_t num_tokens) const;
-  void AddRow(Sequence* sequence, LogitEdits::Source source, StepRow row);
+  StepRow* AddRow(Sequence* sequence, const int32_t* tokens,
+                  int32_t num_tokens);
+  void AddEdits(Sequence* sequence, LogitEdits::Source source, StepRow* row);
   void RunBatch();
   bool RunSeparately();
   void Deliver(const Placed& placed, const StepRowResult* results);
@@ -169,6 +172,7 @@ class StepLoop {
 
   // Belongs to who has the engine's token.
   std::unique_ptr<Session> engine_;
+  const ModelConfig& config_;
   PageBudget budget_;
   SequenceTable sequences_;
   SessionTable sessions_;
@@ -177,6 +181,7 @@ class StepLoop {
   Time next_expiry_;
   uint64_t batch_ = 0;
   uint64_t num_checks_ = 0;
+  std::vector<Sequence*> checked_;  // by CheckStep: those of the step
   std::vector<Unit> later_;
   std::vector<Placed> placed_;
   std::vector<StepRow> rows_;
