@@ -3,8 +3,10 @@
 //   tenon_load --target unix:/tmp/tenon-0.sock overhead
 //     One client on one stream. A step's time at the client less the engine's
 //     own time, beside a server that answers messages of the same sizes and
-//     does nothing ("null echo"), or spins for as long as the engine worked
-//     ("late null echo"), in turn: what remains is what the service adds.
+//     does nothing ("null echo"), or writes memory for as long as the engine
+//     worked ("late null echo"), in turn: what remains is what the service
+//     adds. Every call follows one of the other server, so that neither finds
+//     the caches warmer.
 //
 //   tenon_load --target ... open --rate 500 --sessions 16 --rows 4
 //     Steps sent at a fixed rate, whatever has been answered. Latencies count
@@ -88,15 +90,19 @@ Json Summary(std::vector<double> us) {
   return json;
 }
 
-void SpinFor(Clock::duration duration) {
+// As hard on the caches as an engine on the CPU.
+void WorkFor(Clock::duration duration) {
+  static std::vector<char> memory(32 << 20);
+  static size_t at = 0;
   const Time end = Clock::now() + duration;
   while (Clock::now() < end) {
+    for (int i = 0; i < 16; ++i) ++memory[(at += 64) % memory.size()];
   }
 }
 
 // A reply as large as a real one, at once; or after the nanoseconds that the
 // request's overrides.seed asks for, in which the client sleeps as long, and
-// gets up as slowly, as it does while an engine works.
+// gets up as slowly, as it does while an engine works. One client at a time.
 class NullStream final
     : public grpc::ServerBidiReactor<v1::StepRequest, v1::StepResponse> {
  public:
@@ -104,8 +110,8 @@ class NullStream final
   void OnReadDone(bool ok) override {
     if (!ok) return Finish(grpc::Status::OK);
     const Time begin = Clock::now();
-    SpinFor(std::chrono::nanoseconds(request_.overrides().seed()));
-    const Clock::duration spun = Clock::now() - begin;
+    WorkFor(std::chrono::nanoseconds(request_.overrides().seed()));
+    const Clock::duration worked = Clock::now() - begin;
     response_.Clear();
     response_.set_step_id(request_.step_id());
     response_.set_server_epoch(~uint64_t{0});
@@ -116,7 +122,7 @@ class NullStream final
     v1::Timing* timing = response_.mutable_timing();
     timing->set_queue_ns(10000);
     timing->set_step_ns(
-        static_cast<uint64_t>(std::chrono::nanoseconds(spun).count()));
+        static_cast<uint64_t>(std::chrono::nanoseconds(worked).count()));
     timing->set_total_ns(1000000);
     response_.mutable_load()->set_free_pages(10000);
     StartWrite(&response_);
@@ -257,19 +263,22 @@ Json OverheadOf(int rows, const Flags& flags, v1::Decode::Stub* stub,
   TimedStream null(null_stub);
   std::vector<double> total, overhead, echo, late_echo, inside;
   v1::StepResponse response;
-  v1::StepRequest late_request = session.request;
+  v1::StepRequest null_request = session.request;
   const int warm_up = std::max(flags.steps / 10, 1);
   for (int i = 0; i < flags.steps; ++i) {
+    const bool is_late = i % 2 == 1;
+    null_request.clear_overrides();
+    if (is_late) {
+      null_request.mutable_overrides()->set_seed(response.timing().step_ns());
+    }
+    const double null_us = null.Step(null_request, &response);
+    const uint64_t worked_ns = response.timing().step_ns();
     session.request.set_step_id(static_cast<uint64_t>(i) + 1);
-    const double null_us = null.Step(session.request, &response);
     const double us = real.Step(session.request, &response);
     const v1::Timing timing = response.timing();
-    late_request.mutable_overrides()->set_seed(timing.step_ns());
-    const double late_us = null.Step(late_request, &response);
     if (i < warm_up) continue;
-    late_echo.push_back(
-        late_us - 1e-3 * static_cast<double>(response.timing().step_ns()));
-    echo.push_back(null_us);
+    (is_late ? late_echo : echo)
+        .push_back(null_us - 1e-3 * static_cast<double>(worked_ns));
     total.push_back(us);
     overhead.push_back(us - 1e-3 * static_cast<double>(timing.step_ns()));
     inside.push_back(1e-3 *
