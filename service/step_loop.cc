@@ -41,7 +41,6 @@ StepLoop::StepLoop(std::unique_ptr<Session> engine,
   row_sequences_.reserve(rows);
   placed_.reserve(rows);
   results_.reserve(rows);
-  edits_.resize(static_cast<size_t>(options.limits.logit_edits));
   UpdateGauges();
   thread_ = std::thread(&StepLoop::Thread, this);
 }

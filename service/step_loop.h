@@ -140,7 +140,7 @@ class StepLoop {
   int64_t EditsNeeded(const Sequence& sequence, int32_t num_tokens) const;
   StepRow* AddRow(Sequence* sequence, const int32_t* tokens,
                   int32_t num_tokens);
-  void AddEdits(Sequence* sequence, LogitEdits::Source source, StepRow* row);
+  void FillEdits(Sequence* sequence, LogitEdits::Source source, StepRow* row);
   void RunBatch();
   bool RunSeparately();
   void Deliver(const Placed& placed, const StepRowResult* results);
@@ -187,7 +187,7 @@ class StepLoop {
   std::vector<StepRow> rows_;
   std::vector<Sequence*> row_sequences_;
   std::vector<int32_t> inputs_;   // of decode rows; does not grow
-  std::vector<LogitEdit> edits_;  // of all rows; does not grow
+  std::vector<LogitEdit> edits_;  // of all rows; empty until one has some
   int64_t num_edits_ = 0;
   int32_t prefill_left_ = 0;
   Time launch_;

@@ -81,8 +81,8 @@ StepRow* StepLoop::AddRow(Sequence* sequence, const int32_t* tokens,
 
 // Of a sequence whose tokens are counted, when all else of the row is set.
 // There is room for them.
-void StepLoop::AddEdits(Sequence* sequence, LogitEdits::Source source,
-                        StepRow* row) {
+void StepLoop::FillEdits(Sequence* sequence, LogitEdits::Source source,
+                         StepRow* row) {
   // The validator has seen the tokens, and there is room for max_length.
   (void)sequence->edits->Append(row->tokens, row->num_tokens, source);
   if (!row->sample) return;
@@ -156,7 +156,7 @@ void StepLoop::PlaceRows(const v1::StepRequest& request) {
     }
     row->sampling.num_top_logprobs = num_top;
     if (sequence->edits != nullptr) {
-      AddEdits(sequence, LogitEdits::Source::kOutput, row);
+      FillEdits(sequence, LogitEdits::Source::kOutput, row);
     }
   }
 }
@@ -248,10 +248,10 @@ StepLoop::Placement StepLoop::PlaceJob(const Unit& unit) {
       unit.job->create != nullptr ? unit.job->create->request->top_n()
                                   : unit.job->generate->request->top_n());
   if (sequence->edits != nullptr) {
-    AddEdits(sequence,
-             prompt_left > 0 ? LogitEdits::Source::kPrompt
-                             : LogitEdits::Source::kOutput,
-             row);
+    FillEdits(sequence,
+              prompt_left > 0 ? LogitEdits::Source::kPrompt
+                              : LogitEdits::Source::kOutput,
+              row);
   }
   return Placement::kPlaced;
 }

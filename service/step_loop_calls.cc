@@ -122,6 +122,8 @@ Failure StepLoop::AddEdits(const v1::NewSequence& request, Sequence* sequence) {
       LogitEdits::Create(config_.vocab_size, sequence->max_length, rules);
   if (!edits.ok()) return FromEngine(edits.status());
   sequence->edits = std::make_unique<LogitEdits>(*std::move(edits));
+  // Between batches: no row points there.
+  edits_.resize(static_cast<size_t>(options_.limits.logit_edits));
   return Failure();
 }
 
