@@ -46,6 +46,7 @@ using Json = nlohmann::ordered_json;
 struct Flags {
   std::string target;
   std::string mode;
+  std::string token;       // bearer
   std::string serve_null;  // internal: the address of the null server
   double rate = 100.0;     // steps a second
   double seconds = 5.0;
@@ -194,24 +195,36 @@ std::unique_ptr<v1::Decode::Stub> Connect(const std::string& address) {
   return v1::Decode::NewStub(channel);
 }
 
+class Context final : public grpc::ClientContext {
+ public:
+  explicit Context(const Flags& flags) {
+    if (!flags.token.empty()) {
+      AddMetadata("authorization", "Bearer " + flags.token);
+    }
+  }
+};
+
 // A session with sequences that last for `steps` steps.
 struct LoadSession {
+  explicit LoadSession(const Flags& own_flags) : flags(own_flags) {}
+
+  const Flags& flags;
   v1::StepRequest request;
   int steps_left = 0;
 
-  void Renew(v1::Decode::Stub* stub, int rows, int steps, int prompt) {
+  void Renew(v1::Decode::Stub* stub, int rows, int steps) {
     if (request.session_id() != 0) End(stub);
     v1::CreateSequencesRequest create;
     for (int i = 0; i < rows; ++i) {
       v1::NewSequence* sequence = create.add_sequences();
-      for (int j = 0; j < prompt; ++j) {
+      for (int j = 0; j < flags.prompt; ++j) {
         sequence->add_prompt(static_cast<uint32_t>(1 + (i + j) % 100));
       }
       sequence->set_max_tokens(static_cast<uint32_t>(steps + 1));
       sequence->set_ignore_eos(true);
     }
     v1::CreateSequencesResponse created;
-    grpc::ClientContext context;
+    Context context(flags);
     Require(stub->CreateSequences(&context, create, &created),
             "CreateSequences");
     request.Clear();
@@ -225,7 +238,7 @@ struct LoadSession {
     v1::ReleaseSequencesResponse released;
     release.set_session_id(request.session_id());
     release.set_end_session(true);
-    grpc::ClientContext context;
+    Context context(flags);
     Require(stub->ReleaseSequences(&context, release, &released),
             "ReleaseSequences");
   }
@@ -233,8 +246,8 @@ struct LoadSession {
 
 class TimedStream {
  public:
-  explicit TimedStream(v1::Decode::Stub* stub)
-      : stream_(stub->StepStream(&context_)) {}
+  TimedStream(const Flags& flags, v1::Decode::Stub* stub)
+      : context_(flags), stream_(stub->StepStream(&context_)) {}
 
   // Microseconds from before the write until after the read.
   double Step(const v1::StepRequest& request, v1::StepResponse* response) {
@@ -250,18 +263,18 @@ class TimedStream {
   }
 
  private:
-  grpc::ClientContext context_;
+  Context context_;
   std::unique_ptr<grpc::ClientReaderWriter<v1::StepRequest, v1::StepResponse>>
       stream_;
 };
 
 Json OverheadOf(int rows, const Flags& flags, v1::Decode::Stub* stub,
                 v1::Decode::Stub* null_stub) {
-  LoadSession session;
-  session.Renew(stub, rows, flags.steps, flags.prompt);
-  TimedStream real(stub);
-  TimedStream null(null_stub);
-  std::vector<double> total, overhead, echo, late_echo, inside;
+  LoadSession session(flags);
+  session.Renew(stub, rows, flags.steps);
+  TimedStream real(flags, stub);
+  TimedStream null(flags, null_stub);
+  std::vector<double> total, engine, overhead, echo, late_echo, inside;
   v1::StepResponse response;
   v1::StepRequest null_request = session.request;
   const int warm_up = std::max(flags.steps / 10, 1);
@@ -280,7 +293,8 @@ Json OverheadOf(int rows, const Flags& flags, v1::Decode::Stub* stub,
     (is_late ? late_echo : echo)
         .push_back(null_us - 1e-3 * static_cast<double>(worked_ns));
     total.push_back(us);
-    overhead.push_back(us - 1e-3 * static_cast<double>(timing.step_ns()));
+    engine.push_back(1e-3 * static_cast<double>(timing.step_ns()));
+    overhead.push_back(us - engine.back());
     inside.push_back(1e-3 *
                      static_cast<double>(timing.total_ns() - timing.step_ns()));
   }
@@ -290,6 +304,7 @@ Json OverheadOf(int rows, const Flags& flags, v1::Decode::Stub* stub,
   Json json;
   json["rows"] = rows;
   json["step"] = Summary(total);
+  json["engine"] = Summary(engine);
   json["step_less_engine"] = Summary(overhead);
   json["null_echo"] = Summary(echo);
   json["late_null_echo"] = Summary(late_echo);
@@ -362,8 +377,8 @@ class OpenLoop {
 
   void RunSession(int64_t total) {
     constexpr int kSteps = 200;
-    LoadSession session;
-    session.Renew(stub_.get(), flags_.rows, kSteps, flags_.prompt);
+    LoadSession session(flags_);
+    session.Renew(stub_.get(), flags_.rows, kSteps);
     uint64_t step = 0;
     for (;;) {
       const int64_t index = next_.fetch_add(1);
@@ -371,11 +386,11 @@ class OpenLoop {
       const Time due = DueAt(index);
       std::this_thread::sleep_until(due);
       if (session.steps_left == 0) {
-        session.Renew(stub_.get(), flags_.rows, kSteps, flags_.prompt);
+        session.Renew(stub_.get(), flags_.rows, kSteps);
         step = 0;
       }
       session.request.set_step_id(step + 1);
-      grpc::ClientContext context;
+      Context context(flags_);
       v1::StepResponse response;
       const Time sent = Clock::now();
       const grpc::Status status =
@@ -421,6 +436,7 @@ constexpr char kUsage[] =
     R"(tenon_load --target ADDRESS overhead [--steps N] [--size N ...] [--prompt N]
 tenon_load --target ADDRESS open [--rate STEPS_PER_SECOND] [--seconds N]
            [--sessions N] [--rows N] [--prompt N]
+With --token BEARER where the server wants one.
 )";
 
 Flags ParseFlags(int argc, char** argv) {
@@ -439,6 +455,8 @@ Flags ParseFlags(int argc, char** argv) {
     const std::string value = argv[++i];
     if (flag == "--target") {
       flags.target = value;
+    } else if (flag == "--token") {
+      flags.token = value;
     } else if (flag == "--serve-null") {
       flags.serve_null = value;
     } else if (flag == "--rate") {
