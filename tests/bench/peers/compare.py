@@ -12,6 +12,7 @@ import argparse
 import pathlib
 import subprocess
 import sys
+import traceback
 
 import inputs
 import report
@@ -167,18 +168,24 @@ def print_results(args, header, results):
 def main(argv):
     args = parse_arguments(argv)
     if args.dry_run:
-        return print_plan(args)
-    header, results = {}, []
+        print_plan(args)
+        return 0
+    header, results, failed = {}, [], False
     for op in args.op:  # both sides of an op one right after the other
         if args.only != "peers":
             header, found = run_tenon(args, op)
             results += found
         if args.only != "tenon":
-            results += run_peers(args, op)
+            try:
+                results += run_peers(args, op)
+            except Exception:  # a peer's failure must not take ours with it
+                traceback.print_exc()
+                failed = True
         if args.json:
             pathlib.Path(args.json).write_text(report.to_json(header, results))
     print_results(args, header, results)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -8,6 +8,7 @@ import re
 import sys
 import tempfile
 import unittest
+import unittest.mock
 
 HERE = pathlib.Path(__file__).absolute().parent
 sys.path.insert(0, str(HERE))
@@ -100,7 +101,8 @@ class ArgumentsTest(unittest.TestCase):
 class RunTest(unittest.TestCase):
     """compare.py with programs and peers that only pretend."""
 
-    def test_both_sides_in_one_table(self):
+    def run_with(self, peers):
+        """The exit code, the lines printed and the results of a run."""
         with tempfile.TemporaryDirectory() as folder:
             for name, op, note in (("moe_bench", "moe_layer", "uniform"),
                                    ("decode_bench", "decode", "context 1024")):
@@ -109,22 +111,31 @@ class RunTest(unittest.TestCase):
                 program.write_text(
                     f"#!/bin/sh\necho '{tenon_output(result)}'\n")
                 program.chmod(0o755)
-            real = compare.run_peers
-            compare.run_peers = lambda args, op: [dict(
-                peer("a peer", 8, 150.0), op=compare.OPS[op][0],
-                note="uniform" if op == "moe" else "context 1024")]
-            out = io.StringIO()
-            json_file = pathlib.Path(folder) / "all.json"
-            try:
-                with contextlib.redirect_stdout(out), contextlib.redirect_stderr(
-                        io.StringIO()):
-                    compare.main(["--op", "moe,decode", "--bench", folder, "--json",
-                                  str(json_file)])
-            finally:
-                compare.run_peers = real
-            lines = out.getvalue().splitlines()
-            self.assertEqual(sum("a peer" in l and l.endswith("1.500") for l in lines), 2)
-            self.assertEqual(len(json.loads(json_file.read_text())["results"]), 4)
+            out, json_file = io.StringIO(), pathlib.Path(folder) / "all.json"
+            with unittest.mock.patch.object(compare, "run_peers", peers), \
+                    contextlib.redirect_stdout(out), \
+                    contextlib.redirect_stderr(io.StringIO()):
+                code = compare.main(["--op", "moe,decode", "--bench", folder,
+                                     "--json", str(json_file)])
+            return (code, out.getvalue().splitlines(),
+                    json.loads(json_file.read_text())["results"])
+
+    def test_both_sides_in_one_table(self):
+        code, lines, results = self.run_with(lambda args, op: [dict(
+            peer("a peer", 8, 150.0), op=compare.OPS[op][0],
+            note="uniform" if op == "moe" else "context 1024")])
+        self.assertEqual(code, 0)
+        self.assertEqual(sum("a peer" in l and l.endswith("1.500") for l in lines), 2)
+        self.assertEqual(len(results), 4)
+
+    def test_a_peer_that_fails_leaves_our_numbers(self):
+        def peers(args, op):
+            raise ImportError("no torch here")
+
+        code, lines, results = self.run_with(peers)
+        self.assertEqual(code, 1)
+        self.assertEqual(sum("100.00" in line for line in lines), 2)
+        self.assertEqual(len(results), 2)
 
 
 class ReportTest(unittest.TestCase):
