@@ -18,7 +18,7 @@ constexpr std::chrono::milliseconds kIdle{50};
 void StepLoop::SetEngineLimits(const Limits& limits, SessionOptions* options) {
   options->max_sequences = limits.sequences;
   options->max_tokens = limits.rows_per_step + limits.prefill_tokens_per_step;
-  options->max_logit_rows = limits.rows_per_step;
+  options->max_logit_rows = limits.rows_per_step + kPromptEndsPerStep;
   options->max_logit_edits = limits.logit_edits;
   options->max_top_logprobs = kMaxTopLogprobs;
 }
@@ -56,11 +56,13 @@ StepLoop::~StepLoop() {
   thread_.join();
   const Failure failure = Unavailable("SHUTDOWN", "the server shuts down");
   TakeIncoming();
-  for (Unit& unit : units_) {
-    if (unit.step != nullptr) {
-      FinishStep(unit.step, failure);
-    } else {
-      EndJob(unit.job, failure);
+  for (const std::deque<Unit>* units : {&units_, &prompts_}) {
+    for (const Unit& unit : *units) {
+      if (unit.step != nullptr) {
+        FinishStep(unit.step, failure);
+      } else {
+        EndJob(unit.job, failure);
+      }
     }
   }
 }
@@ -140,7 +142,7 @@ bool StepLoop::RunOnce() {
   MakeBatch();
   if (!rows_.empty()) RunBatch();
   UpdateGauges();
-  return !units_.empty();
+  return !units_.empty() || !prompts_.empty();
 }
 
 void StepLoop::TakeIncoming() {

@@ -35,7 +35,8 @@ struct StepLoopOptions {
 // put in a queue, and looked at between engine steps. Nothing else is shared.
 //
 // Units of work (one Step call, one sequence of a Generate call, one prompt)
-// are served in the order in which they became ready, so nobody starves.
+// are served in the order in which they became ready, so nobody starves; those
+// that decode and prompts have a queue each, and room of their own in a step.
 class StepLoop {
  public:
   // The session must have limits.sequences + 1 sequences or more, and run
@@ -132,6 +133,7 @@ class StepLoop {
 
   // Batches.
   void MakeBatch();
+  void PlaceAll(std::deque<Unit>* units);
   Placement Place(const Unit& unit);
   Placement PlaceStep(const Unit& unit);
   Placement PlaceJob(const Unit& unit);
@@ -176,7 +178,9 @@ class StepLoop {
   PageBudget budget_;
   SequenceTable sequences_;
   SessionTable sessions_;
-  std::deque<Unit> units_;
+  std::deque<Unit> units_;  // that decode
+  std::deque<Unit> prompts_;
+  bool prompts_first_ = false;  // there was no room for a prompt's edits
   std::vector<AnyCall> taken_;
   Time next_expiry_;
   uint64_t batch_ = 0;
@@ -189,6 +193,8 @@ class StepLoop {
   std::vector<int32_t> inputs_;   // of decode rows; does not grow
   std::vector<LogitEdit> edits_;  // of all rows; empty until one has some
   int64_t num_edits_ = 0;
+  int32_t decode_rows_ = 0;
+  int32_t sampled_rows_ = 0;
   int32_t prefill_left_ = 0;
   Time launch_;
   uint64_t sampled_ = 0;  // tokens that are not in the metrics yet

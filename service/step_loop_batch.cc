@@ -39,20 +39,29 @@ void StepLoop::MakeBatch() {
   row_sequences_.clear();
   inputs_.clear();
   placed_.clear();
-  later_.clear();
   num_edits_ = 0;
+  decode_rows_ = 0;
+  sampled_rows_ = 0;
   prefill_left_ = options_.limits.prefill_tokens_per_step;
-  while (!units_.empty()) {
-    const Placement placement = Place(units_.front());
+  const bool prompts_first = std::exchange(prompts_first_, false);
+  if (prompts_first) PlaceAll(&prompts_);
+  PlaceAll(&units_);
+  if (!prompts_first) PlaceAll(&prompts_);
+}
+
+void StepLoop::PlaceAll(std::deque<Unit>* units) {
+  later_.clear();
+  while (!units->empty()) {
+    const Placement placement = Place(units->front());
     if (placement == Placement::kFull) break;
     if (placement == Placement::kLater) {
-      later_.push_back(std::move(units_.front()));
+      later_.push_back(std::move(units->front()));
     }
-    units_.pop_front();
+    units->pop_front();
   }
   // Those keep their place in the queue.
   for (size_t i = later_.size(); i-- > 0;) {
-    units_.push_front(std::move(later_[i]));
+    units->push_front(std::move(later_[i]));
   }
 }
 
@@ -95,9 +104,10 @@ void StepLoop::FillEdits(Sequence* sequence, LogitEdits::Source source,
 
 StepLoop::Placement StepLoop::PlaceStep(const Unit& unit) {
   StepCall* call = unit.step;
-  const size_t count = static_cast<size_t>(call->request->seq_size());
-  if (rows_.size() + count >
-      static_cast<size_t>(options_.limits.rows_per_step)) {
+  const int32_t count = call->request->seq_size();
+  const int32_t most = options_.limits.rows_per_step;
+  if (decode_rows_ + count > most ||
+      sampled_rows_ + count > most + kPromptEndsPerStep) {
     return Placement::kFull;
   }
   ClientSession* session = nullptr;
@@ -135,7 +145,9 @@ StepLoop::Placement StepLoop::PlaceStep(const Unit& unit) {
   }
   if (num_edits_ + edits > room) return Placement::kFull;
   session->batch = batch_;
-  placed_.push_back({unit, rows_.size(), count, digest});
+  placed_.push_back({unit, rows_.size(), static_cast<size_t>(count), digest});
+  decode_rows_ += count;
+  sampled_rows_ += count;
   PlaceRows(*call->request);
   return Placement::kPlaced;
 }
@@ -217,19 +229,22 @@ StepLoop::Placement StepLoop::PlaceJob(const Unit& unit) {
       return Placement::kFinished;
     }
   }
-  if (rows_.size() >= static_cast<size_t>(options_.limits.rows_per_step)) {
-    return Placement::kFull;
-  }
   Sequence* sequence = unit.job->sequences[unit.index];
   const int32_t prompt = static_cast<int32_t>(sequence->prompt.size());
   const int32_t prompt_left = prompt - sequence->prefilled;
   if (prompt_left > 0 && prefill_left_ == 0) return Placement::kLater;
+  const int32_t most = options_.limits.rows_per_step;
+  if (prompt_left <= 0 && decode_rows_ >= most) return Placement::kFull;
   const int32_t num_tokens =
       prompt_left > 0 ? std::min(prompt_left, prefill_left_) : 1;
   const bool sample = num_tokens >= prompt_left;
+  if (sample && sampled_rows_ >= most + kPromptEndsPerStep) {
+    return Placement::kFull;
+  }
   if (sequence->edits != nullptr && sample &&
       num_edits_ + EditsNeeded(*sequence, num_tokens) >
           options_.limits.logit_edits) {
+    prompts_first_ = prompts_first_ || prompt_left > 0;
     return Placement::kFull;
   }
   const int32_t* tokens = nullptr;
@@ -239,7 +254,9 @@ StepLoop::Placement StepLoop::PlaceJob(const Unit& unit) {
   } else {
     inputs_.push_back(sequence->next_input);
     tokens = &inputs_.back();
+    ++decode_rows_;
   }
+  sampled_rows_ += sample ? 1 : 0;
   unit.job->batch = batch_;
   placed_.push_back({unit, rows_.size(), 1, 0});
   StepRow* row = AddRow(sequence, tokens, num_tokens);
@@ -411,7 +428,7 @@ void StepLoop::DeliverJob(const Placed& placed, const StepRowResult& result) {
     sequence->prefilled += chunk;
     if (sequence->prefilled < prompt) {
       sequence->length += chunk;
-      units_.push_back(placed.unit);
+      prompts_.push_back(placed.unit);
       return;
     }
     metrics_.first_token.Add(

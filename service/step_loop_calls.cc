@@ -241,7 +241,7 @@ Failure StepLoop::StartJob(const std::shared_ptr<Job>& job) {
   }
   job->results.resize(job->sequences.size());
   for (size_t i = 0; i < job->sequences.size(); ++i) {
-    units_.push_back({nullptr, job, i});
+    prompts_.push_back({nullptr, job, i});
   }
   return Failure();
 }
@@ -262,9 +262,13 @@ void StepLoop::EndJob(const std::shared_ptr<Job>& job, const Failure& failure) {
 }
 
 void StepLoop::EndJobsOf(uint64_t session_id, const Failure& failure) {
-  for (size_t i = 0; i < units_.size(); ++i) {
-    const std::shared_ptr<Job> job = units_[i].job;
-    if (job != nullptr && job->session_id == session_id) EndJob(job, failure);
+  for (const std::deque<Unit>* units : {&units_, &prompts_}) {
+    for (size_t i = 0; i < units->size(); ++i) {
+      const std::shared_ptr<Job> job = (*units)[i].job;
+      if (job != nullptr && job->session_id == session_id) {
+        EndJob(job, failure);
+      }
+    }
   }
 }
 
