@@ -20,7 +20,9 @@
 //                       tokens from the host; pipelined
 //   --profile on|off    CUDA: also every kind of op of a step on its own; off
 //   --fuse on|off|both  of the profiled steps: whether norms and sums of few
-//                       tokens are part of the ops next to them; on
+//                       tokens are part of the ops next to them; on. Off: also
+//                       a step whose norm of Q and K is one of frameworks:
+//                       split, norm, concatenate
 //
 // --dtype bf16,fp8 runs both; fp8 is attention projections and experts in
 // float8_e4m3 with blocks of 128 x 128, all else in bfloat16, as
@@ -252,6 +254,10 @@ class DecodeBench {
       sum.microseconds += op.microseconds;
     }
     ops.insert(ops.end() - 1, sum);
+    if (!fuse) {
+      ops.push_back(
+          bench::ProfileSplitQkNorm(*model_, bench_->stream(), batch, context));
+    }
     for (const bench::OpProfile& op : ops) {
       char note[160];
       std::snprintf(note, sizeof(note),

@@ -27,6 +27,13 @@ struct OpProfile {
 std::vector<OpProfile> ProfileDecode(const Model& model, Stream stream,
                                      int32_t batch, int32_t context, bool fuse);
 
+// The whole step with fuse = false and, in front of the rotary embedding, Q and
+// K split from the packed rows, normed, and put back, six launches a layer:
+// what one launch of QkNorm saves is the difference to the step of
+// ProfileDecode without fuse.
+OpProfile ProfileSplitQkNorm(const Model& model, Stream stream, int32_t batch,
+                             int32_t context);
+
 }  // namespace tenon::bench
 
 #endif  // TENON_TESTS_BENCH_DECODE_PROFILE_H_
