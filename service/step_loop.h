@@ -39,8 +39,7 @@ struct StepLoopOptions {
 // that decode and prompts have a queue each, and room of their own in a step.
 class StepLoop {
  public:
-  // The session must have limits.sequences + 1 sequences or more, and run
-  // limits.rows_per_step rows with limits.prefill_tokens_per_step tokens more.
+  // The session must have room for what SetEngineLimits asks for.
   StepLoop(std::unique_ptr<Session> engine, const StepLoopOptions& options);
   // Calls that wait still are Unavailable.
   ~StepLoop();

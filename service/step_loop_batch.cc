@@ -47,6 +47,7 @@ void StepLoop::MakeBatch() {
   if (prompts_first) PlaceAll(&prompts_);
   PlaceAll(&units_);
   if (!prompts_first) PlaceAll(&prompts_);
+  prompts_first_ = prompts_first_ && !prompts_first;  // in turn
 }
 
 void StepLoop::PlaceAll(std::deque<Unit>* units) {
