@@ -10,15 +10,34 @@ _GENCODES = [
     "arch=compute_80,code=[sm_80,compute_80]",
 ]
 
+# Headers of a cuda_library go to others of its kind alone, through whatever C++
+# library is between. What C++ sees is the same with and without CUDA, so that
+# most of it is compiled once for both.
+_CudaHeaders = provider(fields = ["headers"])
+
+def _headers_of(deps):
+    return [d[_CudaHeaders].headers for d in deps if _CudaHeaders in d]
+
+def _cuda_headers_impl(target, ctx):
+    if _CudaHeaders in target:
+        return []
+    deps = getattr(ctx.rule.attr, "deps", [])
+    return [_CudaHeaders(headers = depset(transitive = _headers_of(deps)))]
+
+_cuda_headers = aspect(
+    implementation = _cuda_headers_impl,
+    attr_aspects = ["deps"],
+)
+
 def _cuda_library_impl(ctx):
     cc = find_cpp_toolchain(ctx)
     features = cc_common.configure_features(ctx = ctx, cc_toolchain = cc)
     infos = [d[CcInfo] for d in ctx.attr.deps]
     headers = depset(
         ctx.files.hdrs,
-        transitive = [i.compilation_context.headers for i in infos],
+        transitive = [i.compilation_context.headers for i in infos] +
+                     _headers_of(ctx.attr.deps),
     )
-    defines = depset(transitive = [i.compilation_context.defines for i in infos])
     objects = []
     for src in ctx.files.srcs:
         obj = ctx.actions.declare_file("_objs/%s/%s.o" % (ctx.label.name, src.basename))
@@ -30,7 +49,6 @@ def _cuda_library_impl(ctx):
         # moment of unpacking when a kernel is first used.
         args.add_all(["--expt-relaxed-constexpr", "--compress-mode=size"])
         args.add_all(["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"])
-        args.add_all(defines, before_each = "-D")
         args.add_all(_GENCODES, format_each = "-gencode=%s")
         ctx.actions.run(
             executable = ctx.attr.nvcc,
@@ -61,17 +79,15 @@ def _cuda_library_impl(ctx):
         owner = ctx.label,
         libraries = depset([lib]),
     )
-    own = CcInfo(
-        compilation_context = cc_common.create_compilation_context(
-            headers = depset(ctx.files.hdrs),
-        ),
-        linking_context = cc_common.create_linking_context(
-            linker_inputs = depset([linker_input]),
-        ),
-    )
+    own = cc_common.create_linking_context(linker_inputs = depset([linker_input]))
+    linking = cc_common.merge_cc_infos(
+        direct_cc_infos = [CcInfo(linking_context = own)],
+        cc_infos = [CcInfo(linking_context = i.linking_context) for i in infos],
+    ).linking_context
     return [
         DefaultInfo(files = depset([archive])),
-        cc_common.merge_cc_infos(direct_cc_infos = [own], cc_infos = infos),
+        CcInfo(linking_context = linking),
+        _CudaHeaders(headers = headers),
     ]
 
 _cuda_library = rule(
@@ -79,7 +95,7 @@ _cuda_library = rule(
     attrs = {
         "srcs": attr.label_list(allow_files = [".cu"]),
         "hdrs": attr.label_list(allow_files = [".h", ".cuh"]),
-        "deps": attr.label_list(providers = [CcInfo]),
+        "deps": attr.label_list(providers = [CcInfo], aspects = [_cuda_headers]),
         "nvcc": attr.string(default = NVCC),
         "_cc_toolchain": attr.label(default = "@bazel_tools//tools/cpp:current_cc_toolchain"),
     },

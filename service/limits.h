@@ -38,6 +38,10 @@ constexpr int32_t kMaxRowsPerStep = 1024;
 constexpr int32_t kMaxSequences = 65535;  // a slot of a handle has 16 bits
 constexpr int32_t kMaxRequestBytes = 16 << 20;
 
+// Prompts that can end in an engine step whose rows_per_step are all in use: so
+// neither waits for the other.
+constexpr int32_t kPromptEndsPerStep = 32;
+
 }  // namespace tenon::service
 
 #endif  // TENON_SERVICE_LIMITS_H_

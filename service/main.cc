@@ -47,6 +47,7 @@ StatusOr<std::unique_ptr<Session>> LoadEngine(const Flags& flags) {
 }
 
 Status Run(const Flags& flags, const sigset_t& signals) {
+  TENON_RETURN_IF_ERROR(Server::Check(flags.server));  // a model takes long
   StatusOr<std::unique_ptr<Session>> engine = LoadEngine(flags);
   TENON_RETURN_IF_ERROR(engine.status());
   StepLoop loop(*std::move(engine), {flags.server.limits, flags.run_inline});

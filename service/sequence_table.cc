@@ -49,15 +49,8 @@ Sequence* SequenceTable::Add() {
   return slot.sequence.get();
 }
 
-Sequence* SequenceTable::Find(uint64_t handle) {
-  const size_t index = (handle >> 32) & 0xffff;
-  if (index >= slots_.size()) return nullptr;
-  Sequence* sequence = slots_[index].sequence.get();
-  return sequence != nullptr && sequence->handle == handle ? sequence : nullptr;
-}
-
 void SequenceTable::Remove(Sequence* sequence) {
-  const size_t index = (sequence->handle >> 32) & 0xffff;
+  const size_t index = SlotOf(sequence->handle);
   slots_[index].sequence.reset();
   free_slots_.push_back(static_cast<uint32_t>(index));
 }

@@ -69,7 +69,13 @@ class SequenceTable {
   // With nothing but a handle; null when there is no room.
   Sequence* Add();
   // Null for a handle that names none (any more).
-  Sequence* Find(uint64_t handle);
+  Sequence* Find(uint64_t handle) {
+    const size_t index = SlotOf(handle);
+    if (index >= slots_.size()) return nullptr;
+    Sequence* sequence = slots_[index].sequence.get();
+    return sequence != nullptr && sequence->handle == handle ? sequence
+                                                             : nullptr;
+  }
   void Remove(Sequence* sequence);
 
   int32_t size() const {
@@ -91,6 +97,7 @@ class SequenceTable {
     std::unique_ptr<Sequence> sequence;
   };
 
+  static size_t SlotOf(uint64_t handle) { return (handle >> 32) & 0xffff; }
   uint32_t Tag(uint32_t slot, uint32_t generation) const;
 
   uint64_t epoch_;

@@ -35,33 +35,6 @@ bool IsLoopback(const std::string& address) {
          host.find_first_not_of("0123456789.") == std::string::npos;
 }
 
-Status CheckOptions(const ServerOptions& o) {
-  const bool tls = !o.tls_cert.empty();
-  if (tls != !o.tls_key.empty() || (!tls && !o.tls_client_ca.empty())) {
-    return InvalidArgumentError(
-        "TLS needs a certificate and its key, and a client CA needs both");
-  }
-  if (o.listen.empty()) return InvalidArgumentError("no address to listen on");
-  for (const std::string& address : o.listen) {
-    if (IsUnix(address) || IsLoopback(address) || tls) continue;
-    return FailedPreconditionError(
-        address, ": listening beyond loopback needs TLS (--tls-cert)");
-  }
-  if (!o.metrics_listen.empty() && !IsLoopback(o.metrics_listen)) {
-    return FailedPreconditionError(
-        o.metrics_listen,
-        ": metrics are for loopback; forward them from there");
-  }
-  if (o.reflection && !(o.decode_tokens.empty() && o.control_tokens.empty())) {
-    return FailedPreconditionError("no reflection with bearer tokens");
-  }
-  for (const std::string& path : {o.tls_cert, o.tls_key, o.tls_client_ca}) {
-    if (path.empty() || access(path.c_str(), R_OK) == 0) continue;
-    return NotFoundError(path, ": cannot be read");
-  }
-  return Status();
-}
-
 std::shared_ptr<grpc::ServerCredentials> TlsCredentials(
     const ServerOptions& o) {
   using grpc::experimental::FileWatcherCertificateProvider;
@@ -278,9 +251,36 @@ void Server::Impl::EndDrain() {
   UpdateHealth();
 }
 
+Status Server::Check(const ServerOptions& o) {
+  const bool tls = !o.tls_cert.empty();
+  if (tls != !o.tls_key.empty() || (!tls && !o.tls_client_ca.empty())) {
+    return InvalidArgumentError(
+        "TLS needs a certificate and its key, and a client CA needs both");
+  }
+  if (o.listen.empty()) return InvalidArgumentError("no address to listen on");
+  for (const std::string& address : o.listen) {
+    if (IsUnix(address) || IsLoopback(address) || tls) continue;
+    return FailedPreconditionError(
+        address, ": listening beyond loopback needs TLS (--tls-cert)");
+  }
+  if (!o.metrics_listen.empty() && !IsLoopback(o.metrics_listen)) {
+    return FailedPreconditionError(
+        o.metrics_listen,
+        ": metrics are for loopback; forward them from there");
+  }
+  if (o.reflection && !(o.decode_tokens.empty() && o.control_tokens.empty())) {
+    return FailedPreconditionError("no reflection with bearer tokens");
+  }
+  for (const std::string& path : {o.tls_cert, o.tls_key, o.tls_client_ca}) {
+    if (path.empty() || access(path.c_str(), R_OK) == 0) continue;
+    return NotFoundError(path, ": cannot be read");
+  }
+  return Status();
+}
+
 StatusOr<std::unique_ptr<Server>> Server::Start(const ServerOptions& options,
                                                 StepLoop* loop) {
-  TENON_RETURN_IF_ERROR(CheckOptions(options));
+  TENON_RETURN_IF_ERROR(Check(options));
   auto impl = std::make_unique<Impl>(options, loop);
   TENON_RETURN_IF_ERROR(impl->Start());
   return std::unique_ptr<Server>(new Server(std::move(impl)));

@@ -48,6 +48,8 @@ struct ServerOptions {
 // gRPC around a StepLoop.
 class Server {
  public:
+  // Whether the options go together; Start checks that, too.
+  static Status Check(const ServerOptions& options);
   static StatusOr<std::unique_ptr<Server>> Start(const ServerOptions& options,
                                                  StepLoop* loop);
   // Calls under way are cancelled.

@@ -18,7 +18,7 @@ constexpr std::chrono::milliseconds kIdle{50};
 void StepLoop::SetEngineLimits(const Limits& limits, SessionOptions* options) {
   options->max_sequences = limits.sequences;
   options->max_tokens = limits.rows_per_step + limits.prefill_tokens_per_step;
-  options->max_logit_rows = limits.rows_per_step;
+  options->max_logit_rows = limits.rows_per_step + kPromptEndsPerStep;
   options->max_logit_edits = limits.logit_edits;
   options->max_top_logprobs = kMaxTopLogprobs;
 }
@@ -29,17 +29,18 @@ StepLoop::StepLoop(std::unique_ptr<Session> engine,
       epoch_(RandomBits()),
       heartbeat_(Clock::now().time_since_epoch().count()),
       engine_(std::move(engine)),
+      config_(engine_->model().config),
       budget_(engine_->num_free_pages()),
       sequences_(epoch_, options.limits.sequences),
       sessions_(epoch_, options.limits.sessions),
       next_expiry_(Clock::now()) {
   const size_t rows = static_cast<size_t>(options.limits.rows_per_step);
+  checked_.reserve(rows);
   inputs_.reserve(rows);
   rows_.reserve(rows);
   row_sequences_.reserve(rows);
   placed_.reserve(rows);
   results_.reserve(rows);
-  edits_.resize(static_cast<size_t>(options.limits.logit_edits));
   UpdateGauges();
   thread_ = std::thread(&StepLoop::Thread, this);
 }
@@ -55,11 +56,13 @@ StepLoop::~StepLoop() {
   thread_.join();
   const Failure failure = Unavailable("SHUTDOWN", "the server shuts down");
   TakeIncoming();
-  for (Unit& unit : units_) {
-    if (unit.step != nullptr) {
-      FinishStep(unit.step, failure);
-    } else {
-      EndJob(unit.job, failure);
+  for (const std::deque<Unit>* units : {&units_, &prompts_}) {
+    for (const Unit& unit : *units) {
+      if (unit.step != nullptr) {
+        FinishStep(unit.step, failure);
+      } else {
+        EndJob(unit.job, failure);
+      }
     }
   }
 }
@@ -139,7 +142,7 @@ bool StepLoop::RunOnce() {
   MakeBatch();
   if (!rows_.empty()) RunBatch();
   UpdateGauges();
-  return !units_.empty();
+  return !units_.empty() || !prompts_.empty();
 }
 
 void StepLoop::TakeIncoming() {

@@ -35,11 +35,11 @@ struct StepLoopOptions {
 // put in a queue, and looked at between engine steps. Nothing else is shared.
 //
 // Units of work (one Step call, one sequence of a Generate call, one prompt)
-// are served in the order in which they became ready, so nobody starves.
+// are served in the order in which they became ready, so nobody starves; those
+// that decode and prompts have a queue each, and room of their own in a step.
 class StepLoop {
  public:
-  // The session must have limits.sequences + 1 sequences or more, and run
-  // limits.rows_per_step rows with limits.prefill_tokens_per_step tokens more.
+  // The session must have room for what SetEngineLimits asks for.
   StepLoop(std::unique_ptr<Session> engine, const StepLoopOptions& options);
   // Calls that wait still are Unavailable.
   ~StepLoop();
@@ -115,8 +115,8 @@ class StepLoop {
   Failure CheckStart(const Call& call) const;
   Failure StartJob(const std::shared_ptr<Job>& job);
   Failure FindSession(uint64_t id, ClientSession** session);
-  Failure FindSequence(const ClientSession& session, uint64_t handle,
-                       Sequence** sequence);
+  Sequence* FindSequence(const ClientSession& session, uint64_t handle);
+  Failure NoSequence(uint64_t handle) const;
   StatusOr<Sequence*> AddSequence(const v1::NewSequence& request,
                                   uint64_t session_id, Failure* failure);
   Failure AddEdits(const v1::NewSequence& request, Sequence* sequence);
@@ -132,12 +132,16 @@ class StepLoop {
 
   // Batches.
   void MakeBatch();
+  void PlaceAll(std::deque<Unit>* units);
   Placement Place(const Unit& unit);
   Placement PlaceStep(const Unit& unit);
   Placement PlaceJob(const Unit& unit);
   Failure CheckStep(const StepCall& call, const ClientSession& session);
+  void PlaceRows(const v1::StepRequest& request);
   int64_t EditsNeeded(const Sequence& sequence, int32_t num_tokens) const;
-  void AddRow(Sequence* sequence, LogitEdits::Source source, StepRow row);
+  StepRow* AddRow(Sequence* sequence, const int32_t* tokens,
+                  int32_t num_tokens);
+  void FillEdits(Sequence* sequence, LogitEdits::Source source, StepRow* row);
   void RunBatch();
   bool RunSeparately();
   void Deliver(const Placed& placed, const StepRowResult* results);
@@ -169,21 +173,27 @@ class StepLoop {
 
   // Belongs to who has the engine's token.
   std::unique_ptr<Session> engine_;
+  const ModelConfig& config_;
   PageBudget budget_;
   SequenceTable sequences_;
   SessionTable sessions_;
-  std::deque<Unit> units_;
+  std::deque<Unit> units_;  // that decode
+  std::deque<Unit> prompts_;
+  bool prompts_first_ = false;  // there was no room for a prompt's edits
   std::vector<AnyCall> taken_;
   Time next_expiry_;
   uint64_t batch_ = 0;
   uint64_t num_checks_ = 0;
+  std::vector<Sequence*> checked_;  // by CheckStep: those of the step
   std::vector<Unit> later_;
   std::vector<Placed> placed_;
   std::vector<StepRow> rows_;
   std::vector<Sequence*> row_sequences_;
   std::vector<int32_t> inputs_;   // of decode rows; does not grow
-  std::vector<LogitEdit> edits_;  // of all rows; does not grow
+  std::vector<LogitEdit> edits_;  // of all rows; empty until one has some
   int64_t num_edits_ = 0;
+  int32_t decode_rows_ = 0;
+  int32_t sampled_rows_ = 0;
   int32_t prefill_left_ = 0;
   Time launch_;
   uint64_t sampled_ = 0;  // tokens that are not in the metrics yet

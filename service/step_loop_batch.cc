@@ -39,20 +39,30 @@ void StepLoop::MakeBatch() {
   row_sequences_.clear();
   inputs_.clear();
   placed_.clear();
-  later_.clear();
   num_edits_ = 0;
+  decode_rows_ = 0;
+  sampled_rows_ = 0;
   prefill_left_ = options_.limits.prefill_tokens_per_step;
-  while (!units_.empty()) {
-    const Placement placement = Place(units_.front());
+  const bool prompts_first = std::exchange(prompts_first_, false);
+  if (prompts_first) PlaceAll(&prompts_);
+  PlaceAll(&units_);
+  if (!prompts_first) PlaceAll(&prompts_);
+  prompts_first_ = prompts_first_ && !prompts_first;  // in turn
+}
+
+void StepLoop::PlaceAll(std::deque<Unit>* units) {
+  later_.clear();
+  while (!units->empty()) {
+    const Placement placement = Place(units->front());
     if (placement == Placement::kFull) break;
     if (placement == Placement::kLater) {
-      later_.push_back(std::move(units_.front()));
+      later_.push_back(std::move(units->front()));
     }
-    units_.pop_front();
+    units->pop_front();
   }
   // Those keep their place in the queue.
   for (size_t i = later_.size(); i-- > 0;) {
-    units_.push_front(std::move(later_[i]));
+    units->push_front(std::move(later_[i]));
   }
 }
 
@@ -64,33 +74,41 @@ StepLoop::Placement StepLoop::Place(const Unit& unit) {
 // tokens are counted.
 int64_t StepLoop::EditsNeeded(const Sequence& sequence,
                               int32_t num_tokens) const {
-  return std::min(int64_t{engine_->model().config.vocab_size},
+  return std::min(int64_t{config_.vocab_size},
                   sequence.length + num_tokens + sequence.rule_edits);
 }
 
-// There is room for its edits.
-void StepLoop::AddRow(Sequence* sequence, LogitEdits::Source source,
-                      StepRow row) {
-  if (sequence->edits != nullptr) {
-    // The validator has seen the tokens, and there is room for max_length.
-    (void)sequence->edits->Append(row.tokens, row.num_tokens, source);
-    if (row.sample) {
-      LogitEdit* edits = edits_.data() + num_edits_;
-      row.edits = edits;
-      row.num_edits =
-          static_cast<int32_t>(sequence->edits->Build(row.sampling, edits));
-      num_edits_ += row.num_edits;
-    }
-  }
-  rows_.push_back(row);
+StepRow* StepLoop::AddRow(Sequence* sequence, const int32_t* tokens,
+                          int32_t num_tokens) {
   row_sequences_.push_back(sequence);
+  StepRow& row = rows_.emplace_back();
+  row.sequence = sequence->engine_id;
+  row.tokens = tokens;
+  row.num_tokens = num_tokens;
+  row.sampling = sequence->sampling;
+  return &row;
+}
+
+// Of a sequence whose tokens are counted, when all else of the row is set.
+// There is room for them.
+void StepLoop::FillEdits(Sequence* sequence, LogitEdits::Source source,
+                         StepRow* row) {
+  // The validator has seen the tokens, and there is room for max_length.
+  (void)sequence->edits->Append(row->tokens, row->num_tokens, source);
+  if (!row->sample) return;
+  LogitEdit* edits = edits_.data() + num_edits_;
+  row->edits = edits;
+  row->num_edits =
+      static_cast<int32_t>(sequence->edits->Build(row->sampling, edits));
+  num_edits_ += row->num_edits;
 }
 
 StepLoop::Placement StepLoop::PlaceStep(const Unit& unit) {
   StepCall* call = unit.step;
-  const size_t count = static_cast<size_t>(call->request->seq_size());
-  if (rows_.size() + count >
-      static_cast<size_t>(options_.limits.rows_per_step)) {
+  const int32_t count = call->request->seq_size();
+  const int32_t most = options_.limits.rows_per_step;
+  if (decode_rows_ + count > most ||
+      sampled_rows_ + count > most + kPromptEndsPerStep) {
     return Placement::kFull;
   }
   ClientSession* session = nullptr;
@@ -113,10 +131,8 @@ StepLoop::Placement StepLoop::PlaceStep(const Unit& unit) {
     FinishStep(call, failure);
     return Placement::kFinished;
   }
-  const v1::StepRequest& request = *call->request;
   int64_t edits = 0;
-  for (uint64_t seq : request.seq()) {
-    const Sequence* sequence = sequences_.Find(seq);
+  for (const Sequence* sequence : checked_) {
     if (sequence->edits != nullptr) edits += EditsNeeded(*sequence, 1);
   }
   const int64_t room = options_.limits.logit_edits;
@@ -130,24 +146,32 @@ StepLoop::Placement StepLoop::PlaceStep(const Unit& unit) {
   }
   if (num_edits_ + edits > room) return Placement::kFull;
   session->batch = batch_;
-  placed_.push_back({unit, rows_.size(), count, digest});
-  for (size_t i = 0; i < count; ++i) {
-    const int index = static_cast<int>(i);
-    Sequence* sequence = sequences_.Find(request.seq(index));
-    inputs_.push_back(request.input_token_size() == 0
-                          ? sequence->next_input
-                          : static_cast<int32_t>(request.input_token(index)));
-    StepRow row;
-    row.sequence = sequence->engine_id;
-    row.tokens = &inputs_.back();
-    row.num_tokens = 1;
-    row.sampling = request.has_overrides()
-                       ? MergeSampling(sequence->sampling, request.overrides())
-                       : sequence->sampling;
-    row.sampling.num_top_logprobs = static_cast<int32_t>(request.top_n());
-    AddRow(sequence, LogitEdits::Source::kOutput, row);
-  }
+  placed_.push_back({unit, rows_.size(), static_cast<size_t>(count), digest});
+  decode_rows_ += count;
+  sampled_rows_ += count;
+  PlaceRows(*call->request);
   return Placement::kPlaced;
+}
+
+// Of the step that CheckStep has seen.
+void StepLoop::PlaceRows(const v1::StepRequest& request) {
+  const bool own_inputs = request.input_token_size() != 0;
+  const bool has_overrides = request.has_overrides();
+  const int32_t num_top = static_cast<int32_t>(request.top_n());
+  for (size_t i = 0; i < checked_.size(); ++i) {
+    Sequence* sequence = checked_[i];
+    inputs_.push_back(own_inputs ? static_cast<int32_t>(
+                                       request.input_token(static_cast<int>(i)))
+                                 : sequence->next_input);
+    StepRow* row = AddRow(sequence, &inputs_.back(), 1);
+    if (has_overrides) {
+      row->sampling = MergeSampling(row->sampling, request.overrides());
+    }
+    row->sampling.num_top_logprobs = num_top;
+    if (sequence->edits != nullptr) {
+      FillEdits(sequence, LogitEdits::Source::kOutput, row);
+    }
+  }
 }
 
 // What of a new step depends on sequences. Changes nothing.
@@ -165,21 +189,24 @@ Failure StepLoop::CheckStep(const StepCall& call,
   if (is_broken_) {
     return Unavailable("STATE_LOST", "the device failed; sequences are lost");
   }
+  const v1::StepRequest& request = *call.request;
+  // Others leave alone what needs counts: without them it is off.
+  const bool needs_counts =
+      request.has_overrides() && CountsTokens(request.overrides());
   const uint64_t check = ++num_checks_;
-  for (int i = 0; i < call.request->seq_size(); ++i) {
-    Sequence* sequence = nullptr;
-    const Failure failure =
-        FindSequence(session, call.request->seq(i), &sequence);
-    if (!failure.ok()) return failure;
+  checked_.clear();
+  for (int i = 0; i < request.seq_size(); ++i) {
+    Sequence* sequence = FindSequence(session, request.seq(i));
+    if (sequence == nullptr) return NoSequence(request.seq(i));
     if (sequence->check == check) {
       return BadField("seq[" + std::to_string(i) + "]",
                       "the sequence is there twice");
     }
     sequence->check = check;
-    if (sequence->edits == nullptr && call.request->has_overrides() &&
-        NeedsLogitEdits(
-            MergeSampling(sequence->sampling, call.request->overrides()),
-            LogitRules())) {
+    checked_.push_back(sequence);
+    if (needs_counts && sequence->edits == nullptr &&
+        NeedsLogitEdits(MergeSampling(sequence->sampling, request.overrides()),
+                        LogitRules())) {
       return BadField("overrides",
                       "seq[" + std::to_string(i) +
                           "] was made without penalties or rules, so that its "
@@ -203,41 +230,47 @@ StepLoop::Placement StepLoop::PlaceJob(const Unit& unit) {
       return Placement::kFinished;
     }
   }
-  if (rows_.size() >= static_cast<size_t>(options_.limits.rows_per_step)) {
-    return Placement::kFull;
-  }
   Sequence* sequence = unit.job->sequences[unit.index];
   const int32_t prompt = static_cast<int32_t>(sequence->prompt.size());
-  StepRow row;
-  row.sequence = sequence->engine_id;
-  row.sampling = sequence->sampling;
-  row.sampling.num_top_logprobs = static_cast<int32_t>(
-      unit.job->create != nullptr ? unit.job->create->request->top_n()
-                                  : unit.job->generate->request->top_n());
-  if (sequence->prefilled < prompt) {
-    if (prefill_left_ == 0) return Placement::kLater;
-    row.tokens = &sequence->prompt[static_cast<size_t>(sequence->prefilled)];
-    row.num_tokens = std::min(prompt - sequence->prefilled, prefill_left_);
-    row.sample = sequence->prefilled + row.num_tokens == prompt;
-  } else {
-    row.num_tokens = 1;
-  }
-  if (sequence->edits != nullptr && row.sample &&
-      num_edits_ + EditsNeeded(*sequence, row.num_tokens) >
-          options_.limits.logit_edits) {
+  const int32_t prompt_left = prompt - sequence->prefilled;
+  if (prompt_left > 0 && prefill_left_ == 0) return Placement::kLater;
+  const int32_t most = options_.limits.rows_per_step;
+  if (prompt_left <= 0 && decode_rows_ >= most) return Placement::kFull;
+  const int32_t num_tokens =
+      prompt_left > 0 ? std::min(prompt_left, prefill_left_) : 1;
+  const bool sample = num_tokens >= prompt_left;
+  if (sample && sampled_rows_ >= most + kPromptEndsPerStep) {
     return Placement::kFull;
   }
-  LogitEdits::Source source = LogitEdits::Source::kPrompt;
-  if (sequence->prefilled < prompt) {
-    prefill_left_ -= row.num_tokens;
-  } else {
-    source = LogitEdits::Source::kOutput;
-    inputs_.push_back(sequence->next_input);
-    row.tokens = &inputs_.back();
+  if (sequence->edits != nullptr && sample &&
+      num_edits_ + EditsNeeded(*sequence, num_tokens) >
+          options_.limits.logit_edits) {
+    prompts_first_ = prompts_first_ || prompt_left > 0;
+    return Placement::kFull;
   }
+  const int32_t* tokens = nullptr;
+  if (prompt_left > 0) {
+    prefill_left_ -= num_tokens;
+    tokens = &sequence->prompt[static_cast<size_t>(sequence->prefilled)];
+  } else {
+    inputs_.push_back(sequence->next_input);
+    tokens = &inputs_.back();
+    ++decode_rows_;
+  }
+  sampled_rows_ += sample ? 1 : 0;
   unit.job->batch = batch_;
   placed_.push_back({unit, rows_.size(), 1, 0});
-  AddRow(sequence, source, row);
+  StepRow* row = AddRow(sequence, tokens, num_tokens);
+  row->sample = sample;
+  row->sampling.num_top_logprobs = static_cast<int32_t>(
+      unit.job->create != nullptr ? unit.job->create->request->top_n()
+                                  : unit.job->generate->request->top_n());
+  if (sequence->edits != nullptr) {
+    FillEdits(sequence,
+              prompt_left > 0 ? LogitEdits::Source::kPrompt
+                              : LogitEdits::Source::kOutput,
+              row);
+  }
   return Placement::kPlaced;
 }
 
@@ -319,8 +352,7 @@ void StepLoop::Append(Sequence* sequence, int32_t num_tokens,
   ++sampled_;
   sequence->next_input = result.token;
   ++sequence->num_generated;
-  const std::vector<int32_t>& eos = engine_->model().config.eos_token_ids;
-  if (!sequence->ignore_eos && Contains(eos, result.token)) {
+  if (!sequence->ignore_eos && Contains(config_.eos_token_ids, result.token)) {
     sequence->status = v1::ROW_STATUS_FINISHED_EOS;
   } else if (Contains(sequence->stop_tokens, result.token)) {
     sequence->status = v1::ROW_STATUS_FINISHED_STOP;
@@ -354,8 +386,10 @@ void StepLoop::DeliverStep(const Placed& placed, const StepRowResult* results) {
   const bool want_logprob = (request.want() & v1::WANT_LOGPROB) != 0;
   const bool want_top = (request.want() & v1::WANT_TOP_N) != 0;
   const Time now = Clock::now();
-  response->mutable_token()->Reserve(request.seq_size());
-  response->mutable_row_status()->Reserve(request.seq_size());
+  response->mutable_token()->Resize(request.seq_size(), 0);
+  response->mutable_row_status()->Resize(request.seq_size(), 0);
+  uint32_t* tokens = response->mutable_token()->mutable_data();
+  int* statuses = response->mutable_row_status()->mutable_data();
   Sequence* const* sequences = &row_sequences_[placed.first_row];
   for (size_t i = 0; i < placed.num_rows; ++i) {
     // The engine's step has left none of them in the caches.
@@ -363,10 +397,10 @@ void StepLoop::DeliverStep(const Placed& placed, const StepRowResult* results) {
     Sequence* sequence = sequences[i];
     Append(sequence, 1, results[i]);
     Touch(sequence, now);
-    response->add_token(static_cast<uint32_t>(sequence->next_input));
+    tokens[i] = static_cast<uint32_t>(sequence->next_input);
+    statuses[i] = sequence->status;
     if (want_logprob) response->add_logprob(results[i].logprob);
     if (want_top) FillTop(results[i], response->add_top());
-    response->add_row_status(sequence->status);
   }
   FillTiming(*call, response->mutable_timing());
   FillLoad(response->mutable_load());
@@ -395,7 +429,7 @@ void StepLoop::DeliverJob(const Placed& placed, const StepRowResult& result) {
     sequence->prefilled += chunk;
     if (sequence->prefilled < prompt) {
       sequence->length += chunk;
-      units_.push_back(placed.unit);
+      prompts_.push_back(placed.unit);
       return;
     }
     metrics_.first_token.Add(

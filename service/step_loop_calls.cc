@@ -63,15 +63,19 @@ Failure StepLoop::FindSession(uint64_t id, ClientSession** session) {
   return Gone("session_id");
 }
 
-Failure StepLoop::FindSequence(const ClientSession& session, uint64_t handle,
-                               Sequence** sequence) {
-  *sequence = sequences_.Find(handle);
-  // Another session's sequence is not there, and so is one whose prompt is not
-  // through: nobody has been told its handle.
-  if (*sequence != nullptr && (*sequence)->session_id == session.id &&
-      !(*sequence)->in_call) {
-    return Failure();
-  }
+// Null for another session's sequence, and for one whose prompt is not through:
+// nobody has been told its handle.
+Sequence* StepLoop::FindSequence(const ClientSession& session,
+                                 uint64_t handle) {
+  Sequence* sequence = sequences_.Find(handle);
+  const bool is_there = sequence != nullptr &&
+                        sequence->session_id == session.id &&
+                        !sequence->in_call;
+  return is_there ? sequence : nullptr;
+}
+
+// Why FindSequence found none.
+Failure StepLoop::NoSequence(uint64_t handle) const {
   const std::string name = "seq " + std::to_string(handle);
   return HasEpoch(epoch_, handle) ? Gone(name) : EpochChanged(name);
 }
@@ -90,13 +94,12 @@ Failure StepLoop::AddEdits(const v1::NewSequence& request, Sequence* sequence) {
                            from.allowed_token().end());
   rules.dry_breakers.assign(from.dry_breaker().begin(),
                             from.dry_breaker().end());
-  const ModelConfig& config = engine_->model().config;
   rules.min_tokens = static_cast<int32_t>(from.min_tokens());
   if (rules.min_tokens > 0) {
     rules.stop_ids = sequence->stop_tokens;
     if (!sequence->ignore_eos) {
-      rules.stop_ids.insert(rules.stop_ids.end(), config.eos_token_ids.begin(),
-                            config.eos_token_ids.end());
+      rules.stop_ids.insert(rules.stop_ids.end(), config_.eos_token_ids.begin(),
+                            config_.eos_token_ids.end());
     }
   }
   if (!rules.allowed_ids.empty()) {
@@ -116,9 +119,11 @@ Failure StepLoop::AddEdits(const v1::NewSequence& request, Sequence* sequence) {
     return failure;
   }
   StatusOr<LogitEdits> edits =
-      LogitEdits::Create(config.vocab_size, sequence->max_length, rules);
+      LogitEdits::Create(config_.vocab_size, sequence->max_length, rules);
   if (!edits.ok()) return FromEngine(edits.status());
   sequence->edits = std::make_unique<LogitEdits>(*std::move(edits));
+  // Between batches: no row points there.
+  edits_.resize(static_cast<size_t>(options_.limits.logit_edits));
   return Failure();
 }
 
@@ -236,7 +241,7 @@ Failure StepLoop::StartJob(const std::shared_ptr<Job>& job) {
   }
   job->results.resize(job->sequences.size());
   for (size_t i = 0; i < job->sequences.size(); ++i) {
-    units_.push_back({nullptr, job, i});
+    prompts_.push_back({nullptr, job, i});
   }
   return Failure();
 }
@@ -257,9 +262,13 @@ void StepLoop::EndJob(const std::shared_ptr<Job>& job, const Failure& failure) {
 }
 
 void StepLoop::EndJobsOf(uint64_t session_id, const Failure& failure) {
-  for (size_t i = 0; i < units_.size(); ++i) {
-    const std::shared_ptr<Job> job = units_[i].job;
-    if (job != nullptr && job->session_id == session_id) EndJob(job, failure);
+  for (const std::deque<Unit>* units : {&units_, &prompts_}) {
+    for (size_t i = 0; i < units->size(); ++i) {
+      const std::shared_ptr<Job> job = (*units)[i].job;
+      if (job != nullptr && job->session_id == session_id) {
+        EndJob(job, failure);
+      }
+    }
   }
 }
 
@@ -290,9 +299,8 @@ StatusOr<Sequence*> StepLoop::ForkOne(Sequence* origin, Failure* failure) {
   }
   std::unique_ptr<LogitEdits> edits;
   if (origin->edits != nullptr) {
-    StatusOr<LogitEdits> made =
-        LogitEdits::Create(engine_->model().config.vocab_size,
-                           origin->max_length, origin->edits->rules());
+    StatusOr<LogitEdits> made = LogitEdits::Create(
+        config_.vocab_size, origin->max_length, origin->edits->rules());
     edits = std::make_unique<LogitEdits>(*std::move(made));
     *edits = *origin->edits;  // keeps its room
   }
@@ -320,14 +328,14 @@ Failure StepLoop::ForkInto(const v1::ForkSequencesRequest& request,
                            std::vector<Sequence*>* made) {
   const Time now = Clock::now();
   for (int i = 0; i < request.seq_size(); ++i) {
-    Sequence* origin = nullptr;
-    Failure failure = FindSequence(*session, request.seq(i), &origin);
-    if (!failure.ok()) return failure;
+    Sequence* origin = FindSequence(*session, request.seq(i));
+    if (origin == nullptr) return NoSequence(request.seq(i));
     if (origin->finished()) {
       return {StatusCode::kFailedPrecondition,
               "seq[" + std::to_string(i) + "] is finished", "FINISHED",
               "seq " + std::to_string(request.seq(i)), 0};
     }
+    Failure failure;
     StatusOr<Sequence*> fork = ForkOne(origin, &failure);
     if (!fork.ok()) return failure;
     if (request.seed_size() != 0) (*fork)->sampling.seed = request.seed(i);
@@ -371,8 +379,8 @@ void StepLoop::Take(ReleaseCall* call) {
   }
   uint32_t released = 0;
   for (uint64_t handle : call->request->seq()) {
-    Sequence* sequence = nullptr;
-    if (!FindSequence(*session, handle, &sequence).ok()) continue;
+    Sequence* sequence = FindSequence(*session, handle);
+    if (sequence == nullptr) continue;
     RemoveSequence(sequence);
     ++released;
   }

@@ -3,8 +3,10 @@
 //   tenon_load --target unix:/tmp/tenon-0.sock overhead
 //     One client on one stream. A step's time at the client less the engine's
 //     own time, beside a server that answers messages of the same sizes and
-//     does nothing ("null echo"), or spins for as long as the engine worked
-//     ("late null echo"), in turn: what remains is what the service adds.
+//     does nothing ("null echo"), or writes memory for as long as the engine
+//     worked ("late null echo"), in turn: what remains is what the service
+//     adds. Every call follows one of the other server, so that neither finds
+//     the caches warmer.
 //
 //   tenon_load --target ... open --rate 500 --sessions 16 --rows 4
 //     Steps sent at a fixed rate, whatever has been answered. Latencies count
@@ -44,6 +46,7 @@ using Json = nlohmann::ordered_json;
 struct Flags {
   std::string target;
   std::string mode;
+  std::string token;       // bearer
   std::string serve_null;  // internal: the address of the null server
   double rate = 100.0;     // steps a second
   double seconds = 5.0;
@@ -88,15 +91,19 @@ Json Summary(std::vector<double> us) {
   return json;
 }
 
-void SpinFor(Clock::duration duration) {
+// As hard on the caches as an engine on the CPU.
+void WorkFor(Clock::duration duration) {
+  static std::vector<char> memory(32 << 20);
+  static size_t at = 0;
   const Time end = Clock::now() + duration;
   while (Clock::now() < end) {
+    for (int i = 0; i < 16; ++i) ++memory[(at += 64) % memory.size()];
   }
 }
 
 // A reply as large as a real one, at once; or after the nanoseconds that the
 // request's overrides.seed asks for, in which the client sleeps as long, and
-// gets up as slowly, as it does while an engine works.
+// gets up as slowly, as it does while an engine works. One client at a time.
 class NullStream final
     : public grpc::ServerBidiReactor<v1::StepRequest, v1::StepResponse> {
  public:
@@ -104,8 +111,8 @@ class NullStream final
   void OnReadDone(bool ok) override {
     if (!ok) return Finish(grpc::Status::OK);
     const Time begin = Clock::now();
-    SpinFor(std::chrono::nanoseconds(request_.overrides().seed()));
-    const Clock::duration spun = Clock::now() - begin;
+    WorkFor(std::chrono::nanoseconds(request_.overrides().seed()));
+    const Clock::duration worked = Clock::now() - begin;
     response_.Clear();
     response_.set_step_id(request_.step_id());
     response_.set_server_epoch(~uint64_t{0});
@@ -116,7 +123,7 @@ class NullStream final
     v1::Timing* timing = response_.mutable_timing();
     timing->set_queue_ns(10000);
     timing->set_step_ns(
-        static_cast<uint64_t>(std::chrono::nanoseconds(spun).count()));
+        static_cast<uint64_t>(std::chrono::nanoseconds(worked).count()));
     timing->set_total_ns(1000000);
     response_.mutable_load()->set_free_pages(10000);
     StartWrite(&response_);
@@ -188,24 +195,36 @@ std::unique_ptr<v1::Decode::Stub> Connect(const std::string& address) {
   return v1::Decode::NewStub(channel);
 }
 
+class Context final : public grpc::ClientContext {
+ public:
+  explicit Context(const Flags& flags) {
+    if (!flags.token.empty()) {
+      AddMetadata("authorization", "Bearer " + flags.token);
+    }
+  }
+};
+
 // A session with sequences that last for `steps` steps.
 struct LoadSession {
+  explicit LoadSession(const Flags& own_flags) : flags(own_flags) {}
+
+  const Flags& flags;
   v1::StepRequest request;
   int steps_left = 0;
 
-  void Renew(v1::Decode::Stub* stub, int rows, int steps, int prompt) {
+  void Renew(v1::Decode::Stub* stub, int rows, int steps) {
     if (request.session_id() != 0) End(stub);
     v1::CreateSequencesRequest create;
     for (int i = 0; i < rows; ++i) {
       v1::NewSequence* sequence = create.add_sequences();
-      for (int j = 0; j < prompt; ++j) {
+      for (int j = 0; j < flags.prompt; ++j) {
         sequence->add_prompt(static_cast<uint32_t>(1 + (i + j) % 100));
       }
       sequence->set_max_tokens(static_cast<uint32_t>(steps + 1));
       sequence->set_ignore_eos(true);
     }
     v1::CreateSequencesResponse created;
-    grpc::ClientContext context;
+    Context context(flags);
     Require(stub->CreateSequences(&context, create, &created),
             "CreateSequences");
     request.Clear();
@@ -219,7 +238,7 @@ struct LoadSession {
     v1::ReleaseSequencesResponse released;
     release.set_session_id(request.session_id());
     release.set_end_session(true);
-    grpc::ClientContext context;
+    Context context(flags);
     Require(stub->ReleaseSequences(&context, release, &released),
             "ReleaseSequences");
   }
@@ -227,8 +246,8 @@ struct LoadSession {
 
 class TimedStream {
  public:
-  explicit TimedStream(v1::Decode::Stub* stub)
-      : stream_(stub->StepStream(&context_)) {}
+  TimedStream(const Flags& flags, v1::Decode::Stub* stub)
+      : context_(flags), stream_(stub->StepStream(&context_)) {}
 
   // Microseconds from before the write until after the read.
   double Step(const v1::StepRequest& request, v1::StepResponse* response) {
@@ -244,34 +263,38 @@ class TimedStream {
   }
 
  private:
-  grpc::ClientContext context_;
+  Context context_;
   std::unique_ptr<grpc::ClientReaderWriter<v1::StepRequest, v1::StepResponse>>
       stream_;
 };
 
 Json OverheadOf(int rows, const Flags& flags, v1::Decode::Stub* stub,
                 v1::Decode::Stub* null_stub) {
-  LoadSession session;
-  session.Renew(stub, rows, flags.steps, flags.prompt);
-  TimedStream real(stub);
-  TimedStream null(null_stub);
-  std::vector<double> total, overhead, echo, late_echo, inside;
+  LoadSession session(flags);
+  session.Renew(stub, rows, flags.steps);
+  TimedStream real(flags, stub);
+  TimedStream null(flags, null_stub);
+  std::vector<double> total, engine, overhead, echo, late_echo, inside;
   v1::StepResponse response;
-  v1::StepRequest late_request = session.request;
+  v1::StepRequest null_request = session.request;
   const int warm_up = std::max(flags.steps / 10, 1);
   for (int i = 0; i < flags.steps; ++i) {
+    const bool is_late = i % 2 == 1;
+    null_request.clear_overrides();
+    if (is_late) {
+      null_request.mutable_overrides()->set_seed(response.timing().step_ns());
+    }
+    const double null_us = null.Step(null_request, &response);
+    const uint64_t worked_ns = response.timing().step_ns();
     session.request.set_step_id(static_cast<uint64_t>(i) + 1);
-    const double null_us = null.Step(session.request, &response);
     const double us = real.Step(session.request, &response);
     const v1::Timing timing = response.timing();
-    late_request.mutable_overrides()->set_seed(timing.step_ns());
-    const double late_us = null.Step(late_request, &response);
     if (i < warm_up) continue;
-    late_echo.push_back(
-        late_us - 1e-3 * static_cast<double>(response.timing().step_ns()));
-    echo.push_back(null_us);
+    (is_late ? late_echo : echo)
+        .push_back(null_us - 1e-3 * static_cast<double>(worked_ns));
     total.push_back(us);
-    overhead.push_back(us - 1e-3 * static_cast<double>(timing.step_ns()));
+    engine.push_back(1e-3 * static_cast<double>(timing.step_ns()));
+    overhead.push_back(us - engine.back());
     inside.push_back(1e-3 *
                      static_cast<double>(timing.total_ns() - timing.step_ns()));
   }
@@ -281,6 +304,7 @@ Json OverheadOf(int rows, const Flags& flags, v1::Decode::Stub* stub,
   Json json;
   json["rows"] = rows;
   json["step"] = Summary(total);
+  json["engine"] = Summary(engine);
   json["step_less_engine"] = Summary(overhead);
   json["null_echo"] = Summary(echo);
   json["late_null_echo"] = Summary(late_echo);
@@ -353,8 +377,8 @@ class OpenLoop {
 
   void RunSession(int64_t total) {
     constexpr int kSteps = 200;
-    LoadSession session;
-    session.Renew(stub_.get(), flags_.rows, kSteps, flags_.prompt);
+    LoadSession session(flags_);
+    session.Renew(stub_.get(), flags_.rows, kSteps);
     uint64_t step = 0;
     for (;;) {
       const int64_t index = next_.fetch_add(1);
@@ -362,11 +386,11 @@ class OpenLoop {
       const Time due = DueAt(index);
       std::this_thread::sleep_until(due);
       if (session.steps_left == 0) {
-        session.Renew(stub_.get(), flags_.rows, kSteps, flags_.prompt);
+        session.Renew(stub_.get(), flags_.rows, kSteps);
         step = 0;
       }
       session.request.set_step_id(step + 1);
-      grpc::ClientContext context;
+      Context context(flags_);
       v1::StepResponse response;
       const Time sent = Clock::now();
       const grpc::Status status =
@@ -412,6 +436,7 @@ constexpr char kUsage[] =
     R"(tenon_load --target ADDRESS overhead [--steps N] [--size N ...] [--prompt N]
 tenon_load --target ADDRESS open [--rate STEPS_PER_SECOND] [--seconds N]
            [--sessions N] [--rows N] [--prompt N]
+With --token BEARER where the server wants one.
 )";
 
 Flags ParseFlags(int argc, char** argv) {
@@ -430,6 +455,8 @@ Flags ParseFlags(int argc, char** argv) {
     const std::string value = argv[++i];
     if (flag == "--target") {
       flags.target = value;
+    } else if (flag == "--token") {
+      flags.token = value;
     } else if (flag == "--serve-null") {
       flags.serve_null = value;
     } else if (flag == "--rate") {

@@ -36,6 +36,18 @@ Failure CheckToken(const std::string& field, uint32_t token,
                              std::to_string(vocab_size));
 }
 
+// The tokens of a field. There may be very many: names are made for a bad one.
+Failure CheckTokens(const std::string& parent, const char* name,
+                    const google::protobuf::RepeatedField<uint32_t>& tokens,
+                    int32_t vocab_size) {
+  const uint32_t limit = static_cast<uint32_t>(vocab_size);
+  const auto bad = std::find_if(tokens.begin(), tokens.end(),
+                                [=](uint32_t token) { return token >= limit; });
+  if (bad == tokens.end()) return Failure();
+  return CheckToken(parent + At(name, static_cast<int>(bad - tokens.begin())),
+                    *bad, vocab_size);
+}
+
 template <class Message>
 Failure CheckKnown(const std::string& field, const Message& message) {
   const auto& unknown = message.GetReflection()->GetUnknownFields(message);
@@ -165,20 +177,16 @@ Failure Validator::CheckRules(const std::string& field,
     failure = CheckKnown(name, word);
     if (!failure.ok()) return failure;
     if (word.token_size() == 0) return BadField(name, "has no tokens");
-    for (uint32_t token : word.token()) {
-      failure = CheckToken(name, token, vocab_size_);
-      if (!failure.ok()) return failure;
-    }
+    failure = CheckTokens(name, ".token", word.token(), vocab_size_);
+    if (!failure.ok()) return failure;
     tokens += word.token_size();
   }
-  for (uint32_t token : rules.allowed_token()) {
-    failure = CheckToken(field + ".allowed_token", token, vocab_size_);
-    if (!failure.ok()) return failure;
-  }
-  for (uint32_t token : rules.dry_breaker()) {
-    failure = CheckToken(field + ".dry_breaker", token, vocab_size_);
-    if (!failure.ok()) return failure;
-  }
+  failure =
+      CheckTokens(field, ".allowed_token", rules.allowed_token(), vocab_size_);
+  if (!failure.ok()) return failure;
+  failure =
+      CheckTokens(field, ".dry_breaker", rules.dry_breaker(), vocab_size_);
+  if (!failure.ok()) return failure;
   tokens += rules.allowed_token_size() + rules.dry_breaker_size();
   failure = CheckCount(field, static_cast<int>(tokens), 0, limits_.logit_rules,
                        "logit_rules");
@@ -214,14 +222,11 @@ Failure Validator::CheckNew(const std::string& field,
                 std::to_string(max_context_),
             "CONTEXT_LENGTH", field, 0};
   }
-  for (int i = 0; i < sequence.prompt_size(); ++i) {
-    failure = CheckToken(field + ".prompt", sequence.prompt(i), vocab_size_);
-    if (!failure.ok()) return failure;
-  }
-  for (uint32_t token : sequence.stop_token()) {
-    failure = CheckToken(field + ".stop_token", token, vocab_size_);
-    if (!failure.ok()) return failure;
-  }
+  failure = CheckTokens(field, ".prompt", sequence.prompt(), vocab_size_);
+  if (!failure.ok()) return failure;
+  failure =
+      CheckTokens(field, ".stop_token", sequence.stop_token(), vocab_size_);
+  if (!failure.ok()) return failure;
   failure = CheckRules(field + ".sampling.rules", sequence.sampling().rules());
   if (!failure.ok()) return failure;
   return CheckSampling(field + ".sampling", sequence.sampling());
@@ -268,11 +273,8 @@ Failure Validator::Check(const v1::StepRequest& request) const {
                         " entries, expected none or one for each of " +
                         std::to_string(request.seq_size()) + " rows");
   }
-  for (int i = 0; i < request.input_token_size(); ++i) {
-    failure =
-        CheckToken(At("input_token", i), request.input_token(i), vocab_size_);
-    if (!failure.ok()) return failure;
-  }
+  failure = CheckTokens("", "input_token", request.input_token(), vocab_size_);
+  if (!failure.ok()) return failure;
   if (request.overrides().has_rules()) {
     return BadField("overrides.rules", "are for sequences, not for a step");
   }

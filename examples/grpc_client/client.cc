@@ -12,6 +12,9 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <fstream>
+#include <iterator>
+#include <memory>
 #include <string>
 
 #include "service/proto/decode.grpc.pb.h"
@@ -24,6 +27,9 @@ struct Flags {
   std::string target = "unix:/tmp/tenon-" + std::to_string(getuid()) + ".sock";
   std::string prompt = "It was a truth";
   std::string token;  // bearer
+  std::string ca;     // PEM file: TLS
+  std::string cert;   // PEM files: mutual TLS
+  std::string key;
   uint32_t max_tokens = 300;
   float temperature = 0.8f;
   uint64_t seed = 0;
@@ -31,7 +37,8 @@ struct Flags {
 
 constexpr char kUsage[] =
     "grpc_client [--target ADDRESS] [--max-tokens N] [--temperature X]\n"
-    "            [--seed N] [--token BEARER] [PROMPT]\n";
+    "            [--seed N] [--token BEARER] [--ca FILE]\n"
+    "            [--cert FILE --key FILE] [PROMPT]\n";
 
 bool ParseFlags(int argc, char** argv, Flags* flags) {
   for (int i = 1; i < argc; ++i) {
@@ -46,6 +53,12 @@ bool ParseFlags(int argc, char** argv, Flags* flags) {
       flags->target = value;
     } else if (flag == "--token") {
       flags->token = value;
+    } else if (flag == "--ca") {
+      flags->ca = value;
+    } else if (flag == "--cert") {
+      flags->cert = value;
+    } else if (flag == "--key") {
+      flags->key = value;
     } else if (flag == "--max-tokens") {
       flags->max_tokens =
           static_cast<uint32_t>(std::strtoul(value, nullptr, 10));
@@ -60,11 +73,33 @@ bool ParseFlags(int argc, char** argv, Flags* flags) {
   return !flags->prompt.empty();
 }
 
+std::string ReadFile(const std::string& path) {
+  std::ifstream file(path);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+std::shared_ptr<grpc::ChannelCredentials> Credentials(const Flags& flags) {
+  if (flags.ca.empty()) return grpc::InsecureChannelCredentials();
+  grpc::SslCredentialsOptions options;
+  options.pem_root_certs = ReadFile(flags.ca);
+  if (!flags.cert.empty()) {
+    options.pem_cert_chain = ReadFile(flags.cert);
+    options.pem_private_key = ReadFile(flags.key);
+  }
+  return grpc::SslCredentials(options);
+}
+
 int Generate(const Flags& flags) {
-  const auto stub = v1::Decode::NewStub(
-      grpc::CreateChannel(flags.target, grpc::InsecureChannelCredentials()));
+  const auto channel = grpc::CreateChannel(flags.target, Credentials(flags));
+  // The server may be starting still.
+  if (!channel->WaitForConnected(std::chrono::system_clock::now() +
+                                 std::chrono::seconds(30))) {
+    std::fprintf(stderr, "grpc_client: no connection to %s\n",
+                 flags.target.c_str());
+    return 1;
+  }
+  const auto stub = v1::Decode::NewStub(channel);
   grpc::ClientContext context;
-  context.set_wait_for_ready(true);
   context.set_deadline(std::chrono::system_clock::now() +
                        std::chrono::minutes(5));
   if (!flags.token.empty()) {

@@ -21,11 +21,28 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", default=f"unix:/tmp/tenon-{os.getuid()}.sock")
     parser.add_argument("--token", help="bearer token")
+    parser.add_argument("--ca", help="PEM file of the server's authority: TLS")
+    parser.add_argument("--cert", help="PEM file of an own certificate")
+    parser.add_argument("--key", help="PEM file of its key")
     parser.add_argument("--count", type=int, default=4, help="of continuations")
     parser.add_argument("--max-tokens", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("prompt", nargs="?", default="It was a truth")
     return parser.parse_args()
+
+
+def read(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def connect(arguments):
+    if not arguments.ca:
+        return grpc.insecure_channel(arguments.target)
+    own = [read(path) for path in (arguments.key, arguments.cert) if path]
+    return grpc.secure_channel(
+        arguments.target, grpc.ssl_channel_credentials(read(arguments.ca), *own)
+    )
 
 
 def create(stub, arguments, metadata):
@@ -90,8 +107,11 @@ def main():
     metadata = []
     if arguments.token:
         metadata.append(("authorization", "Bearer " + arguments.token))
-    with grpc.insecure_channel(arguments.target) as channel:
-        grpc.channel_ready_future(channel).result(timeout=60)
+    with connect(arguments) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=30)
+        except grpc.FutureTimeoutError:
+            sys.exit(f"client: no connection to {arguments.target}")
         stub = decode_pb2_grpc.DecodeStub(channel)
         for i, text in enumerate(generate(stub, arguments, metadata)):
             print(f"--- {i}\n{arguments.prompt}{text.decode(errors='replace')}")

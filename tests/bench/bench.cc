@@ -194,6 +194,21 @@ double Bench::TimeCuda(double bytes, int num_sets,
   return 0.0;
 }
 
+double Bench::Estimate(int num_sets, const std::function<Status(int)>& call) {
+  if constexpr (kCudaBuilt) {
+    if (cuda()) {
+      return 1e6 / num_sets *
+             Median(TimeGraphCuda(
+                 device(), stream(), num_sets, 1, [&] { return EmptyCache(); },
+                 call));
+    }
+  }
+  CheckOk(EmptyCache());
+  const double begin = Seconds();
+  CheckOk(call(0));
+  return 1e6 * (Seconds() - begin);
+}
+
 // From one place to another, with as many sets as a case of these bytes.
 double Bench::TimeCopy(double bytes) {
   const auto known = copy_microseconds_.find(bytes);

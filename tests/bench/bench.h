@@ -35,6 +35,7 @@ struct Case {
   double experts = 0.0;  // distinct ones that the tokens hit
   // Bytes that a copy in comparison reads and writes, timed in the same way.
   double copy_bytes = 0.0;
+  int64_t launches = 0;  // kernels of a step
 };
 
 struct Measurement {
@@ -63,10 +64,11 @@ struct Ceilings {
 
 // What distinguishes a program from others.
 struct Options {
-  bool experts = false;  // columns: distinct experts hit
-  bool limit = false;    // the ceilings' least time, and its share of ours
-  bool copy = false;     // a copy of the same bytes, and our time over its
-  bool fp8 = false;      // --dtype fp8 is one of its dtypes
+  bool experts = false;       // columns: distinct experts hit
+  bool limit = false;         // the ceilings' least time, and its share of ours
+  bool tokens_per_s = false;  // column
+  bool copy = false;          // a copy of the same bytes, and our time over its
+  bool fp8 = false;           // --dtype fp8 is one of its dtypes
   // Flags with a value beside the common ones, and where the value goes.
   std::vector<std::pair<std::string, std::string*>> flags{};
 };
@@ -114,6 +116,10 @@ class Bench {
   // code 1 if a call fails.
   void Run(const Case& what, int num_sets,
            const std::function<Status(int set)>& call);
+
+  // Microseconds of a call from one round of the sets, within some percent: to
+  // tell what is not worth a measurement.
+  double Estimate(int num_sets, const std::function<Status(int set)>& call);
 
   // How wide the memory bus of the device is; 0: unknown, or the CPU.
   int memory_bus_bits() const;

@@ -28,6 +28,13 @@ void PrintCell(int width, int decimals, double value) {
 
 double Ratio(double a, double b) { return b > 0.0 ? a / b : 0.0; }
 
+// 0 of what is a part of a step.
+double TokensPerSecond(const Measurement& m) {
+  return m.what.launches > 0
+             ? 0.0
+             : 1e6 * static_cast<double>(m.what.tokens) / m.microseconds;
+}
+
 }  // namespace
 
 void Bench::PrintHeader() const {
@@ -44,6 +51,7 @@ void Bench::PrintHeader() const {
   }
   std::printf("\n%-19s %-19s %6s %-11s %9s", "op", "shape", "tokens", "dtype",
               "us");
+  if (options_.tokens_per_s) std::printf(" %8s", "tokens/s");
   if (options_.experts) std::printf(" %7s", "experts");
   std::printf(" %8s %7s %6s %6s %8s %6s", "MB", "GB/s", "%read", "%copy",
               "TFLOP/s", "%mm");
@@ -56,6 +64,7 @@ void Bench::PrintRow(const Measurement& m) const {
   std::printf("%-19s %-19s %6lld %-11s %9.2f", m.what.op.c_str(),
               m.what.shape.c_str(), static_cast<long long>(m.what.tokens),
               DTypeName(m.what.dtype), m.microseconds);
+  if (options_.tokens_per_s) PrintCell(8, 0, TokensPerSecond(m));
   if (options_.experts) PrintCell(7, 1, m.what.experts);
   const double gb_per_s = m.what.bytes / m.microseconds * 1e-3;
   PrintCell(8, 3, m.what.bytes * 1e-6);
@@ -94,12 +103,13 @@ void Bench::PrintJson() const {
         "%s  {\"op\": \"%s\", \"shape\": \"%s\", \"tokens\": %lld, "
         "\"dtype\": \"%s\", \"us\": %.3f, \"bytes\": %.0f, \"flops\": %.0f, "
         "\"limit_us\": %.3f, \"experts\": %.2f, \"copy_us\": %.3f, "
-        "\"note\": \"%s\"}",
+        "\"launches\": %lld, \"note\": \"%s\"}",
         separator, m.what.op.c_str(), m.what.shape.c_str(),
         static_cast<long long>(m.what.tokens), DTypeName(m.what.dtype),
         m.microseconds, m.what.bytes, m.what.flops,
         ceilings_.LimitMicroseconds(m.what), m.what.experts,
-        m.copy_microseconds, m.what.note.c_str());
+        m.copy_microseconds, static_cast<long long>(m.what.launches),
+        m.what.note.c_str());
     separator = ",\n";
   }
   std::printf("\n ]}\n");

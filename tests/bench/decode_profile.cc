@@ -6,7 +6,9 @@
 #include "engine/decode_step.h"
 #include "engine/kv_cache.h"
 #include "ops/core/graph.h"
+#include "ops/embedding/embedding.h"
 #include "ops/linear/cublas_lt.h"
+#include "ops/rms_norm/rms_norm.h"
 #include "ops/sampler/sampler.h"
 
 namespace tenon::bench {
@@ -38,13 +40,34 @@ class StepWorld {
     activations_ = Take(Activations::Create(model.config, model.weights, limits,
                                             false, cublas_lt_.get(), false));
     FillInputs(context, pages);
+    split_ = tensors_.Zeros(
+        model.weights.dtype,
+        {batch_, int64_t{model.config.num_heads} * model.config.head_dim});
   }
 
-  Status Run(uint32_t ops) {
-    const StepContext step{
-        model_.config,    model_.weights, cache_,  activations_, inputs_,
-        cublas_lt_.get(), false,          stream_, nullptr,      ops};
-    return DecodeStep(step);
+  Status Run(uint32_t ops, bool fuse) { return DecodeStep(Step(ops, fuse)); }
+
+  // The step, not fused, with a norm of Q and K as frameworks put it together:
+  // both copied out of the packed rows, normed, and copied back. QkNorm behind
+  // it, which norms once more, stands for rotary embedding and cache write.
+  Status RunSplitQkNorm() {
+    const StepContext c = Step(~0u, false);
+    TENON_RETURN_IF_ERROR(EmbedTokens(c));
+    for (int32_t layer = 0; layer < model_.config.num_layers; ++layer) {
+      const LayerWeights& w = model_.weights.layers[layer];
+      TENON_RETURN_IF_ERROR(layer == 0 ? FirstNorm(c, w.input_norm)
+                                       : AddNorm(c, w.input_norm));
+      const uint32_t qkv = Bit(StepOp::kQkv);
+      TENON_RETURN_IF_ERROR(AttentionBlock(Step(qkv, false), layer));
+      const int64_t q_width = w.q.shape[0];
+      TENON_RETURN_IF_ERROR(SplitAndNorm(0, q_width, w.q_norm));
+      TENON_RETURN_IF_ERROR(SplitAndNorm(q_width, w.k.shape[0], w.k_norm));
+      TENON_RETURN_IF_ERROR(AttentionBlock(Step(~qkv, false), layer));
+      TENON_RETURN_IF_ERROR(AddNorm(c, w.post_attention_norm));
+      TENON_RETURN_IF_ERROR(MlpBlock(c, layer));
+    }
+    TENON_RETURN_IF_ERROR(AddNorm(c, model_.weights.final_norm));
+    return ComputeLogits(c);
   }
 
   Status RunSampler() {
@@ -64,6 +87,37 @@ class StepWorld {
   static T Take(StatusOr<T> value) {
     CheckOk(value.status());
     return *std::move(value);
+  }
+
+  StepContext Step(uint32_t ops, bool fuse) const {
+    return {model_.config, model_.weights,
+            cache_,        activations_,
+            inputs_,       cublas_lt_.get(),
+            false,         stream_,
+            nullptr,       ops,
+            fuse};
+  }
+
+  // The heads in `width` columns of qkv from `first` on, normed by way of
+  // split_.
+  Status SplitAndNorm(int64_t first, int64_t width, const TensorView& weight) {
+    const int64_t head_dim = model_.config.head_dim;
+    const TensorView packed =
+        Columns(Rows(activations_.qkv, 0, batch_), first, width);
+    EmbeddingParams copy;  // a gather of all rows
+    copy.ids = inputs_.logit_rows;
+    copy.table = packed;
+    copy.out =
+        MakeTensor(split_.data, split_.dtype, split_.device, {batch_, width});
+    TENON_RETURN_IF_ERROR(Embedding(copy, stream_));
+    RmsNormParams norm;
+    norm.x = norm.out = MakeTensor(split_.data, split_.dtype, split_.device,
+                                   {batch_ * (width / head_dim), head_dim});
+    norm.weight = weight;
+    norm.epsilon = model_.config.rms_norm_eps;
+    TENON_RETURN_IF_ERROR(RmsNorm(norm, stream_));
+    std::swap(copy.table, copy.out);
+    return Embedding(copy, stream_);
   }
 
   void FillInputs(int32_t context, int32_t pages) {
@@ -106,6 +160,7 @@ class StepWorld {
   StepInputs inputs_;
   const SamplingParams* sampling_ = nullptr;
   TensorView tokens_, logprobs_, statuses_;
+  TensorView split_;  // Q or K of all rows
 };
 
 OpProfile Time(const char* name, Device device, Stream stream,
@@ -130,10 +185,11 @@ OpProfile Time(const char* name, Device device, Stream stream,
 }  // namespace
 
 std::vector<OpProfile> ProfileDecode(const Model& model, Stream stream,
-                                     int32_t batch, int32_t context) {
+                                     int32_t batch, int32_t context,
+                                     bool fuse) {
   StepWorld world(model, stream, batch, context);
   const auto whole = [&] {
-    TENON_RETURN_IF_ERROR(world.Run(~0u));
+    TENON_RETURN_IF_ERROR(world.Run(~0u, fuse));
     return world.RunSampler();
   };
   CheckOk(whole());  // experts and tokens are those of a real step
@@ -148,12 +204,21 @@ std::vector<OpProfile> ProfileDecode(const Model& model, Stream stream,
         std::pair("lm_head", StepOp::kLmHead)}) {
     const uint32_t ops = Bit(op);
     profile.push_back(
-        Time(name, model.device, stream, [&] { return world.Run(ops); }));
+        Time(name, model.device, stream, [&] { return world.Run(ops, fuse); }));
   }
   profile.push_back(Time("sampler", model.device, stream,
                          [&] { return world.RunSampler(); }));
   profile.push_back(Time("step", model.device, stream, whole));
   return profile;
+}
+
+OpProfile ProfileSplitQkNorm(const Model& model, Stream stream, int32_t batch,
+                             int32_t context) {
+  StepWorld world(model, stream, batch, context);
+  return Time("step, split qk_norm", model.device, stream, [&] {
+    TENON_RETURN_IF_ERROR(world.RunSplitQkNorm());
+    return world.RunSampler();
+  });
 }
 
 }  // namespace tenon::bench

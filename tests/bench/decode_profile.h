@@ -22,9 +22,17 @@ struct OpProfile {
 // CUDA: for each kind a graph with the ops of that kind alone, of all layers.
 // So weights and cache come from memory as in the whole step, but an op finds
 // no longer what the one before it left in the L2, and overlaps with another of
-// its kind. The last entry is the whole step in one graph.
+// its kind. The last entry is the whole step in one graph. `fuse` is that of
+// StepContext.
 std::vector<OpProfile> ProfileDecode(const Model& model, Stream stream,
-                                     int32_t batch, int32_t context);
+                                     int32_t batch, int32_t context, bool fuse);
+
+// The whole step with fuse = false and, in front of the rotary embedding, Q and
+// K split from the packed rows, normed, and put back, six launches a layer:
+// what one launch of QkNorm saves is the difference to the step of
+// ProfileDecode without fuse.
+OpProfile ProfileSplitQkNorm(const Model& model, Stream stream, int32_t batch,
+                             int32_t context);
 
 }  // namespace tenon::bench
 

@@ -5,11 +5,13 @@
 #include <cstdlib>
 #include <fstream>
 #include <functional>
+#include <iterator>
 #include <optional>
 #include <random>
 #include <string>
 
 #include "tests/engine/mutate.h"
+#include "tests/testing/shapes.h"
 #include "tools/tune/moe_kernel_header.h"
 
 namespace tenon {
@@ -255,6 +257,75 @@ TEST(MoeKernelHeaderTest, WhatWasBetterHoldsDownToTheMeasurementBefore) {
   ExpectChoices(
       {{0.5, better}, {1.0, better}, {300.0, std::nullopt}},
       [&](double load) { return load <= 1.0 ? better : BuiltInAt(load); });
+}
+
+// What a run of tools/tune could have found, of some of the token counts.
+std::vector<MoeMeasurement> RandomMeasurements(DType dtype,
+                                               const testing::ModelShape& shape,
+                                               std::mt19937_64* rng) {
+  const auto one_in = [&](uint64_t n) { return (*rng)() % n == 0; };
+  const auto tile = [&] {
+    return kMoeWgmmaTiles[(*rng)() % std::size(kMoeWgmmaTiles)];
+  };
+  std::vector<MoeMeasurement> measured;
+  for (int64_t tokens : {1, 2, 8, 64, 100, 256, 1024, 4096, 16384}) {
+    if (one_in(4)) continue;
+    MoeMeasurement m;
+    m.slots_per_expert =
+        static_cast<double>(tokens * shape.top_k) / shape.num_experts;
+    if (one_in(2)) m.better = {tile(), tile(), one_in(2) ? 16 : 64};
+    if (m.better && HasMoeMmaTile(dtype, 128) && one_in(3)) {
+      m.better->mma_tile_rows = 128;
+    }
+    measured.push_back(m);
+  }
+  return measured;
+}
+
+TEST(MoeKernelHeaderTest, AnyMeasurementsMakeAUsableTable) {
+  std::mt19937_64 rng(1);
+  for (int i = 0; i < 100; ++i) {
+    const MoeGpu gpu = i % 2 == 0 ? MoeGpu::kH100 : MoeGpu::kH200;
+    MoeKernelFile file;
+    for (DType dtype : {DType::kBFloat16, DType::kFloat8E4M3}) {
+      auto& rows = dtype == DType::kBFloat16 ? file.float16 : file.float8;
+      for (const testing::ModelShape& shape : testing::kModelShapes) {
+        const std::vector<MoeMeasurement> measured =
+            RandomMeasurements(dtype, shape, &rng);
+        if (measured.empty()) continue;
+        rows = MergeMoeKernelRows(
+            rows, MoeKernelRowsFrom(gpu, dtype, shape.hidden,
+                                    shape.intermediate, measured));
+        const MoeKernelTable table = file.table();
+        for (const MoeMeasurement& m : measured) {
+          const MoeKernelQuery query = {dtype, shape.hidden, shape.intermediate,
+                                        m.slots_per_expert};
+          EXPECT_EQ(
+              ChooseMoeKernel(gpu, &table, query),
+              m.better ? *m.better : ChooseMoeKernel(gpu, nullptr, query));
+        }
+      }
+    }
+    ExpectEqual(Parsed(FormatMoeKernelFile(file)), file);
+    MoeKernelTables tables = BuiltInMoeKernelTables();
+    MergeMoeKernelFile(file, &tables.Of(gpu));
+    const Status status = CheckMoeKernelTable("merged", tables.Of(gpu).table());
+    ASSERT_TRUE(status.ok()) << status.message();
+  }
+}
+
+TEST(MoeKernelHeaderTest, TheSourceIsThatOfTheRowsThatAreThere) {
+  constexpr double kAny = MoeKernelRow::kAnyLoad;
+  const MoeKernelFile base = {
+      "a GPU", "before", {}, {Row(1024, kAny, 16)}, {Row(2048, kAny, 16)}};
+  MoeKernelFile file = base;
+  MergeMoeKernelFile({"a GPU", "now", {}, {Row(1024, kAny, 64)}, {}}, &file);
+  EXPECT_EQ(file.source, "before; now");
+  file = base;
+  MergeMoeKernelFile(
+      {"a GPU", "now", {}, {Row(1024, kAny, 64)}, {Row(2048, kAny, 64)}},
+      &file);
+  EXPECT_EQ(file.source, "now");
 }
 
 }  // namespace

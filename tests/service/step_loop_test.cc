@@ -463,6 +463,34 @@ TEST_P(StepLoopTest, ALongPromptDoesNotHoldUpDecoding) {
   EXPECT_EQ(client.tokens[0], ExpectedTokens(PromptSize(1), 1, 3));
 }
 
+TEST_P(StepLoopTest, PromptsRunBesideABatchThatIsFull) {
+  Client client = MakeClient(TestLimits().rows_per_step, 1);
+  HeldGenerate held;
+  FillNew(5, 1, held.own_request.mutable_sequence());
+  held.own_request.mutable_sequence()->set_max_tokens(1);
+  std::thread holder([&] { loop_->Submit(&held); });
+  held.held.get_future().wait();
+  WaitingCreate create;
+  for (int i = 0; i < 4; ++i) {
+    FillNew(10, i, create.own_request.add_sequences());
+  }
+  WaitingStep step;
+  FillStep(client, 1, &step.own_request);
+  loop_->Submit(&create);
+  loop_->Submit(&step);
+  held.go_on.set_value();
+  holder.join();
+  ASSERT_TRUE(step.Wait().ok());
+  ASSERT_TRUE(create.Wait().ok());
+  // 16 rows that decode, a prompt to its end, and the beginning of the next.
+  EXPECT_EQ(step.own_response.timing().batch_rows(), 18u);
+  EXPECT_EQ(step.own_response.timing().batch_tokens(), 32u);
+  for (int i = 0; i < 4; ++i) {
+    EXPECT_EQ(create.own_response.token(i), ExpectedTokens(10, i, 0)[0]);
+  }
+  EXPECT_EQ(step.own_response.token(2), ExpectedTokens(PromptSize(3), 3, 1)[1]);
+}
+
 TEST_P(StepLoopTest, ShutdownFinishesEveryCall) {
   std::vector<WaitingGenerate> calls(6);
   for (WaitingGenerate& call : calls) {

@@ -61,9 +61,9 @@ TEST_F(ValidatorTest, Prompts) {
   Expect(request, StatusCode::kInvalidArgument, "sequences[0].prompt");
   request = Create();
   request.mutable_sequences(0)->add_prompt(100);
-  Expect(request, StatusCode::kInvalidArgument, "sequences[0].prompt");
+  Expect(request, StatusCode::kInvalidArgument, "sequences[0].prompt[1]");
   request.mutable_sequences(0)->set_prompt(1, 0xffffffff);
-  Expect(request, StatusCode::kInvalidArgument, "sequences[0].prompt");
+  Expect(request, StatusCode::kInvalidArgument, "sequences[0].prompt[1]");
   for (int i = 0; i < 79; ++i) request.mutable_sequences(0)->add_prompt(1);
   Expect(request, StatusCode::kResourceExhausted, "prompt_tokens");
   request = Create();
@@ -84,7 +84,7 @@ TEST_F(ValidatorTest, MaxTokensAndStops) {
   Expect(request, StatusCode::kOutOfRange, "sequences[0]");
   sequence->clear_max_tokens();
   sequence->add_stop_token(100);
-  Expect(request, StatusCode::kInvalidArgument, "sequences[0].stop_token");
+  Expect(request, StatusCode::kInvalidArgument, "sequences[0].stop_token[0]");
   for (int i = 0; i < 2; ++i) sequence->add_stop_token(1);
   Expect(request, StatusCode::kResourceExhausted, "stop_tokens");
 }
@@ -274,10 +274,11 @@ TEST_F(ValidatorTest, LogitRules) {
   bad(".bias[0]", [](Rules* r) { r->mutable_bias(0)->set_token(100); });
   bad(".bias[0]", [](Rules* r) { r->mutable_bias(0)->set_bias(NAN); });
   bad(".bias", [](Rules* r) { r->add_bias()->set_token(99); });
-  bad(".bad_word[0]", [](Rules* r) { r->mutable_bad_word(0)->add_token(100); });
+  bad(".bad_word[0].token[1]",
+      [](Rules* r) { r->mutable_bad_word(0)->add_token(100); });
   bad(".bad_word[1]", [](Rules* r) { r->add_bad_word(); });
-  bad(".allowed_token", [](Rules* r) { r->add_allowed_token(0xffffffff); });
-  bad(".dry_breaker", [](Rules* r) { r->add_dry_breaker(100); });
+  bad(".allowed_token[1]", [](Rules* r) { r->add_allowed_token(0xffffffff); });
+  bad(".dry_breaker[1]", [](Rules* r) { r->add_dry_breaker(100); });
   bad(".min_tokens", [](Rules* r) { r->set_min_tokens(65); });
   bad("", [](Rules* r) {
     r->GetReflection()->MutableUnknownFields(r)->AddVarint(77, 1);

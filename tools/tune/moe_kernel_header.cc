@@ -12,6 +12,13 @@ std::pair<int64_t, int64_t> Sizes(const MoeKernelRow& row) {
   return {row.max_hidden, row.max_intermediate};
 }
 
+bool HasRowsOf(const std::vector<MoeKernelRow>& rows,
+               const std::pair<int64_t, int64_t>& sizes) {
+  return std::any_of(rows.begin(), rows.end(), [&](const MoeKernelRow& row) {
+    return Sizes(row) == sizes;
+  });
+}
+
 std::vector<MoeKernelRow> Copy(const MoeKernelRows& rows) {
   return {rows.rows, rows.rows + rows.count};
 }
@@ -135,10 +142,7 @@ std::vector<MoeKernelRow> MergeMoeKernelRows(
     const std::vector<MoeKernelRow>& measured) {
   std::vector<MoeKernelRow> rows = measured;
   for (const MoeKernelRow& row : base) {
-    const bool replaced = std::any_of(
-        measured.begin(), measured.end(),
-        [&](const MoeKernelRow& m) { return Sizes(m) == Sizes(row); });
-    if (!replaced) rows.push_back(row);
+    if (!HasRowsOf(measured, Sizes(row))) rows.push_back(row);
   }
   std::stable_sort(rows.begin(), rows.end(),
                    [](const MoeKernelRow& a, const MoeKernelRow& b) {
@@ -149,13 +153,18 @@ std::vector<MoeKernelRow> MergeMoeKernelRows(
 }
 
 void MergeMoeKernelFile(const MoeKernelFile& measured, MoeKernelFile* base) {
-  const bool first =
-      base->float32.empty() && base->float16.empty() && base->float8.empty();
+  bool keeps = false;
+  const auto merge = [&](std::vector<MoeKernelRow> MoeKernelFile::*rows) {
+    for (const MoeKernelRow& row : base->*rows) {
+      keeps = keeps || !HasRowsOf(measured.*rows, Sizes(row));
+    }
+    base->*rows = MergeMoeKernelRows(base->*rows, measured.*rows);
+  };
+  merge(&MoeKernelFile::float32);
+  merge(&MoeKernelFile::float16);
+  merge(&MoeKernelFile::float8);
   base->source =
-      first ? measured.source : StrCat(base->source, "; ", measured.source);
-  base->float32 = MergeMoeKernelRows(base->float32, measured.float32);
-  base->float16 = MergeMoeKernelRows(base->float16, measured.float16);
-  base->float8 = MergeMoeKernelRows(base->float8, measured.float8);
+      keeps ? StrCat(base->source, "; ", measured.source) : measured.source;
 }
 
 std::vector<MoeKernelRow> MoeKernelRowsFrom(

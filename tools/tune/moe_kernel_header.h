@@ -29,7 +29,8 @@ std::vector<MoeKernelRow> MergeMoeKernelRows(
     const std::vector<MoeKernelRow>& base,
     const std::vector<MoeKernelRow>& measured);
 
-// Merges rows of every dtype into `base`, and says so in its source.
+// Merges rows of every dtype into `base`. Its source is then that of the rows
+// that stay, if any do, and that of `measured`.
 void MergeMoeKernelFile(const MoeKernelFile& measured, MoeKernelFile* base);
 
 // What was found at one number of slots per expert: sizes that are faster than

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <ctime>
 #include <fstream>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -21,11 +22,14 @@ namespace {
 
 // A choice has to be this much faster than the one built in, twice.
 constexpr double kGain = 0.98;
+// One whose estimate is this much slower is not measured.
+constexpr double kHopeless = 1.15;
 
 struct Flags {
-  std::string out;     // JSON
-  std::string header;  // ops/moe/moe_kernel_table.h
-  std::string in;      // JSON, instead of measuring
+  std::string out;      // JSON
+  std::string header;   // ops/moe/moe_kernel_table.h
+  std::string in;       // JSON, instead of measuring
+  std::string seconds;  // after which nothing more is measured
 };
 
 [[noreturn]] void Exit(int code, const std::string& message) {
@@ -72,7 +76,7 @@ class Search {
     MoeKernelConfig best = base_;
     double best_us = base_us;
     const auto consider = [&](const MoeKernelConfig& config) {
-      if (config == base_) return;
+      if (config == base_ || Estimate(config) > kHopeless * base_us) return;
       const double us = Time("candidate", config);
       if (us < best_us) {
         best_us = us;
@@ -119,20 +123,35 @@ class Search {
   }
 
   double Time(const char* name, const MoeKernelConfig& config) {
+    what_.op = name;
+    what_.note = UsesWgmma() ? StrCat("gate_up ", Describe(config.gate_up),
+                                      ", down ", Describe(config.down))
+                             : StrCat("tiles of ", config.mma_tile_rows);
+    WithTable(config, [&](const std::function<Status(int)>& call) {
+      b_.Run(what_, calls_.num_sets(), call);
+    });
+    return b_.measurements().back().microseconds;
+  }
+
+  double Estimate(const MoeKernelConfig& config) {
+    double us = 0.0;
+    WithTable(config, [&](const std::function<Status(int)>& call) {
+      us = b_.Estimate(calls_.num_sets(), call);
+    });
+    return us;
+  }
+
+  // Has run(call) call the layer with these sizes, and looks at its results.
+  template <class Run>
+  void WithTable(const MoeKernelConfig& config, const Run& run) {
     MoeKernelRow row;  // for calls of any size
     row.config = config;
     MoeKernelFile file;
     RowsOf(&file, format_.dtype) = {row};
     const MoeKernelTable table = file.table();
     for (auto& set : calls_.sets) set.moe.kernels = &table;
-    what_.op = name;
-    what_.note = UsesWgmma() ? StrCat("gate_up ", Describe(config.gate_up),
-                                      ", down ", Describe(config.down))
-                             : StrCat("tiles of ", config.mma_tile_rows);
-    b_.Run(what_, calls_.num_sets(),
-           [&](int i) { return Moe(calls_.sets[i].moe, b_.stream()); });
+    run([&](int i) { return Moe(calls_.sets[i].moe, b_.stream()); });
     CheckBits(config);
-    return b_.measurements().back().microseconds;
   }
 
   // No choice may change a result.
@@ -168,40 +187,79 @@ std::string Today() {
   return text;
 }
 
-MoeKernelFile Measure(bench::Bench* b, MoeGpu gpu) {
-  MoeKernelFile file;
-  file.device = b->info().name;
-  file.source = "tools/tune, " + Today() + ":";
-  const char* separator = " ";
-  std::vector<int64_t> tokens_of_calls =
-      b->Tokens({1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384}, {});
-  std::sort(tokens_of_calls.begin(), tokens_of_calls.end());
-  for (DType dtype : b->DTypes({DType::kBFloat16, DType::kFloat8E4M3})) {
-    for (const testing::ModelShape& shape : b->Shapes()) {
-      bench::MoeFormat format;
-      format.dtype = dtype;
-      bench::Tensors tensors(b->device());
-      std::vector<bench::MoeWeights> layers(
-          b->NumSets(bench::MoeExpertBytes(shape, format) * shape.top_k));
-      for (bench::MoeWeights& layer : layers) {
-        layer = bench::MakeMoeWeights(&tensors, shape, format);
-      }
-      std::vector<MoeMeasurement> measured;
-      for (int64_t tokens : tokens_of_calls) {
-        measured.push_back(Search(b, gpu, shape, format, tokens, layers).Run());
-      }
-      std::vector<MoeKernelRow>& rows = RowsOf(&file, dtype);
-      rows = MergeMoeKernelRows(
-          rows, MoeKernelRowsFrom(gpu, dtype, shape.hidden, shape.intermediate,
-                                  measured));
-      file.source += StrCat(separator, shape.name, " ", DTypeName(dtype));
-      separator = ", ";
-    }
+// Measures one shape after the other, and tells in the file's source how far it
+// came before the time was over.
+class Measurer {
+ public:
+  Measurer(bench::Bench* b, MoeGpu gpu, double seconds)
+      : b_(*b), gpu_(gpu), end_(bench::Seconds() + seconds) {
+    tokens_ = b->Tokens(
+        {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384}, {});
+    std::sort(tokens_.begin(), tokens_.end());
+    file_.device = b->info().name;
+    file_.source = "tools/tune, " + Today() + ":";
   }
-  const Status status = CheckMoeKernelTable("measured", file.table());
-  if (!status.ok()) Exit(1, status.message());
-  return file;
-}
+
+  MoeKernelFile Run() {
+    for (DType dtype : b_.DTypes({DType::kBFloat16, DType::kFloat8E4M3})) {
+      for (const testing::ModelShape& shape : b_.Shapes()) {
+        bench::MoeFormat format;
+        format.dtype = dtype;
+        Measure(shape, format);
+      }
+    }
+    const Status status = CheckMoeKernelTable("measured", file_.table());
+    if (!status.ok()) Exit(1, status.message());
+    return file_;
+  }
+
+ private:
+  bool TimeIsOver() const { return bench::Seconds() > end_; }
+
+  void Measure(const testing::ModelShape& shape,
+               const bench::MoeFormat& format) {
+    const std::string name = StrCat(shape.name, " ", DTypeName(format.dtype));
+    if (TimeIsOver()) return LeftOut(name);
+    bench::Tensors tensors(b_.device());
+    std::vector<bench::MoeWeights> layers(
+        b_.NumSets(bench::MoeExpertBytes(shape, format) * shape.top_k));
+    for (bench::MoeWeights& layer : layers) {
+      layer = bench::MakeMoeWeights(&tensors, shape, format);
+    }
+    std::vector<MoeMeasurement> measured;
+    int64_t last = 0;
+    for (int64_t tokens : tokens_) {
+      if (TimeIsOver()) {
+        LeftOut(StrCat(name, " from ", tokens, " tokens on"));
+        break;
+      }
+      measured.push_back(
+          Search(&b_, gpu_, shape, format, tokens, layers).Run());
+      last = tokens;
+    }
+    if (measured.empty()) return;
+    std::vector<MoeKernelRow>& rows = RowsOf(&file_, format.dtype);
+    rows = MergeMoeKernelRows(
+        rows, MoeKernelRowsFrom(gpu_, format.dtype, shape.hidden,
+                                shape.intermediate, measured));
+    file_.source += StrCat(separator_, name);
+    if (last != tokens_.back()) {
+      file_.source += StrCat(" up to ", last, " tokens");
+    }
+    separator_ = ", ";
+  }
+
+  static void LeftOut(const std::string& what) {
+    std::fprintf(stderr, "tune: no time for %s\n", what.c_str());
+  }
+
+  bench::Bench& b_;
+  MoeGpu gpu_;
+  double end_;
+  std::vector<int64_t> tokens_;
+  MoeKernelFile file_;
+  const char* separator_ = " ";
+};
 
 void Write(const std::string& path, const std::string& text) {
   std::ofstream file(path);
@@ -210,19 +268,19 @@ void Write(const std::string& path, const std::string& text) {
   if (!file) Exit(1, "cannot write " + path);
 }
 
-// The GPU whose table in the header a file is for.
-MoeGpu GpuOf(const MoeKernelFile& file) {
+// The GPU whose table in the header measurements of this device are for.
+MoeGpu GpuOf(const std::string& device) {
   const MoeKernelTables tables = BuiltInMoeKernelTables();
-  if (file.device == tables.h100.device) return MoeGpu::kH100;
-  if (file.device == tables.h200.device) return MoeGpu::kH200;
-  Exit(1, "the header has no table for " + file.device);
+  if (device == tables.h100.device) return MoeGpu::kH100;
+  if (device == tables.h200.device) return MoeGpu::kH200;
+  Exit(1, "the header has no table for " + device);
 }
 
 void Save(const MoeKernelFile& file, const Flags& flags) {
   if (!flags.out.empty()) Write(flags.out, FormatMoeKernelFile(file));
   if (flags.header.empty()) return;
   MoeKernelTables tables = BuiltInMoeKernelTables();
-  MergeMoeKernelFile(file, &tables.Of(GpuOf(file)));
+  MergeMoeKernelFile(file, &tables.Of(GpuOf(file.device)));
   Write(flags.header, FormatMoeKernelHeader(tables));
 }
 
@@ -247,11 +305,17 @@ int Main(int argc, char** argv) {
   bench::Options options;
   options.limit = true;
   options.fp8 = true;
-  options.flags = {{"--out", &flags.out}, {"--header", &flags.header}};
+  options.flags = {{"--out", &flags.out},
+                   {"--header", &flags.header},
+                   {"--seconds", &flags.seconds}};
   bench::Bench b(argc, argv, "tune", options);
   if (!b.cuda()) Exit(2, "needs a CUDA device");
+  if (!flags.header.empty()) GpuOf(b.info().name);  // before any measurement
+  const double seconds =
+      flags.seconds.empty() ? 1e9 : std::atof(flags.seconds.c_str());
+  if (!(seconds > 0.0)) Exit(2, "--seconds: not positive: " + flags.seconds);
   const MoeGpu gpu = MoeGpuOf(b.info().compute_capability, b.memory_bus_bits());
-  const MoeKernelFile file = Measure(&b, gpu);
+  const MoeKernelFile file = Measurer(&b, gpu, seconds).Run();
   Save(file, flags);
   if (flags.out.empty()) std::fputs(FormatMoeKernelFile(file).c_str(), stdout);
   return b.Finish();

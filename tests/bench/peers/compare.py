@@ -1,16 +1,18 @@
 #!/usr/bin/env python3
 """Tenon's benchmarks and the peers in one run on one GPU, in one table.
 
-    python3 tests/bench/peers/compare.py --shape 30b-a3b-tp1 --dtype bf16,fp8
+    python3 tests/bench/peers/compare.py --op moe,qk_norm,decode
 
 Run it on a host with torch and Triton, from the bundle or, after building
-//tests/bench/..., from the repository's root. README.md says what is compared.
+//tests/bench/..., from the repository's root. README.md says what is compared,
+--dry-run what a run would do.
 """
 
 import argparse
 import pathlib
 import subprocess
 import sys
+import traceback
 
 import inputs
 import report
@@ -45,12 +47,14 @@ def token_list(text):
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", choices=list(OPS), default="moe")
+    parser.add_argument("--op", type=comma_list(list(OPS)), default=list(OPS),
+                        help="default: " + ",".join(OPS))
     parser.add_argument("--shape", default="30b-a3b-tp1", help="part of a name")
     parser.add_argument("--dtype", type=comma_list(DTYPES), default=DTYPES)
     parser.add_argument("--routing", type=comma_list(inputs.ROUTINGS),
                         default=["uniform"])
-    parser.add_argument("--tokens", type=token_list)
+    parser.add_argument("--tokens", type=token_list,
+                        help="rows or batch sizes, instead of each op's own")
     parser.add_argument("--context", type=int, default=1024,
                         help="tokens in the cache; decode")
     parser.add_argument("--tries", type=int, default=3,
@@ -59,14 +63,18 @@ def parse_arguments(argv):
                         help="also torch's loop over experts, without a graph")
     parser.add_argument("--bench", help="folder of moe_bench and qk_norm_bench")
     parser.add_argument("--only", choices=["tenon", "peers"])
+    parser.add_argument("--dry-run", action="store_true",
+                        help="print what would run; needs neither GPU nor torch")
     parser.add_argument("--json", help="also write all results to this file")
     parser.add_argument("--markdown", action="store_true")
     args = parser.parse_args(argv)
     if not shapes.select(args.shape):
         parser.error(f"no shape has {args.shape} in its name")
-    if args.tokens is None:
-        args.tokens = OPS[args.op][1]
     return args
+
+
+def tokens_of(args, op):
+    return args.tokens or OPS[op][1]
 
 
 def bench_folder(given):
@@ -77,15 +85,15 @@ def bench_folder(given):
     sys.exit("no moe_bench: pass its folder as --bench")
 
 
-def bench_commands(args, folder):
-    tokens = ",".join(map(str, args.tokens))
-    if args.op == "decode":
+def bench_commands(args, op, folder):
+    tokens = ",".join(map(str, tokens_of(args, op)))
+    if op == "decode":
         return [[str(folder / "decode_bench"), "--json", "--device", "cuda",
                  "--prefill", "0", "--batch", tokens, "--context",
                  str(args.context), "--dtype", ",".join(args.dtype)]]
     common = ["--json", "--device", "cuda", "--shape", args.shape, "--tokens",
               tokens]
-    if args.op == "qk_norm":
+    if op == "qk_norm":
         return [[str(folder / "qk_norm_bench"), "--op", "qk_norm"] + common]
     return [
         [str(folder / "moe_bench"), "--op", "moe_layer", "--routing", routing,
@@ -94,15 +102,14 @@ def bench_commands(args, folder):
     ]
 
 
-def run_tenon(args):
+def run_tenon(args, op):
     header, results = {}, []
-    ops = {OPS[args.op][0]}
-    for command in bench_commands(args, bench_folder(args.bench)):
+    for command in bench_commands(args, op, bench_folder(args.bench)):
         print("$", " ".join(command), file=sys.stderr)
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode != 0:
             sys.exit(f"{command[0]} ended with {done.returncode}")
-        text, found = report.parse_bench(done.stdout, ops)
+        text, found = report.parse_bench(done.stdout, {OPS[op][0]})
         header = {k: v for k, v in text.items() if k != "results"}
         results += found
         # qk_norm_bench times a copy of the same bytes beside each case.
@@ -111,34 +118,74 @@ def run_tenon(args):
     return header, results
 
 
-def run_peers(args):
-    if args.op == "moe":
+def run_peers(args, op):
+    tokens = tokens_of(args, op)
+    if op == "moe":
         import moe_peers
 
         return moe_peers.run(shapes.select(args.shape), args.dtype, args.routing,
-                             args.tokens, args.tries, args.eager)
-    if args.op == "decode":
+                             tokens, args.tries, args.eager)
+    if op == "decode":
         import decode_peers
 
-        return decode_peers.run(args.tokens, args.context)
+        return decode_peers.run(tokens, args.context)
     import qk_norm_peers
 
-    return qk_norm_peers.run(shapes.select(args.shape), args.tokens)
+    return qk_norm_peers.run(shapes.select(args.shape), tokens)
+
+
+def peer_cases(args, op):
+    """What run_peers would time, a line each."""
+    tokens = ",".join(map(str, tokens_of(args, op)))
+    if op == "decode":
+        return [f"decode, transformers, bf16, context {args.context}: batch {tokens}"]
+    names = [shape.name for shape in shapes.select(args.shape)]
+    if op == "qk_norm":
+        return [f"qk_norm, torch, bf16, {name}: {tokens} tokens" for name in names]
+    return [f"moe, triton and torch, {dtype}, {name}, {routing}: {tokens} tokens"
+            for name in names for dtype in args.dtype for routing in args.routing]
+
+
+def print_plan(args):
+    folder = pathlib.Path(args.bench or "tests/bench")
+    for op in args.op:
+        if args.only != "peers":
+            for command in bench_commands(args, op, folder):
+                print("$", " ".join(command))
+        if args.only != "tenon":
+            print("\n".join(peer_cases(args, op)))
+
+
+def print_results(args, header, results):
+    for key, value in header.items():
+        print(f"{key}: {value}")
+    for op in args.op:  # each with peers of its own
+        rows = [r for r in results if r["op"] == OPS[op][0]]
+        if rows:
+            print(report.format_table(*report.rows_of(rows), markdown=args.markdown))
 
 
 def main(argv):
     args = parse_arguments(argv)
-    header, results = {}, []
-    if args.only != "peers":
-        header, results = run_tenon(args)
-    if args.only != "tenon":
-        results += run_peers(args)
-    if args.json:
-        pathlib.Path(args.json).write_text(report.to_json(header, results))
-    for key, value in header.items():
-        print(f"{key}: {value}")
-    print(report.format_table(*report.rows_of(results), markdown=args.markdown))
+    if args.dry_run:
+        print_plan(args)
+        return 0
+    header, results, failed = {}, [], False
+    for op in args.op:  # both sides of an op one right after the other
+        if args.only != "peers":
+            header, found = run_tenon(args, op)
+            results += found
+        if args.only != "tenon":
+            try:
+                results += run_peers(args, op)
+            except Exception:  # a peer's failure must not take ours with it
+                traceback.print_exc()
+                failed = True
+        if args.json:
+            pathlib.Path(args.json).write_text(report.to_json(header, results))
+    print_results(args, header, results)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

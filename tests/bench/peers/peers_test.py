@@ -6,7 +6,9 @@ import json
 import pathlib
 import re
 import sys
+import tempfile
 import unittest
+import unittest.mock
 
 HERE = pathlib.Path(__file__).absolute().parent
 sys.path.insert(0, str(HERE))
@@ -35,21 +37,22 @@ def peer(who, tokens, us):
 class ArgumentsTest(unittest.TestCase):
     def test_defaults(self):
         args = compare.parse_arguments([])
-        self.assertEqual(args.op, "moe")
-        self.assertEqual(args.tokens, shapes.TOKENS)
+        self.assertEqual(args.op, ["moe", "qk_norm", "decode"])
+        self.assertEqual(compare.tokens_of(args, "moe"), shapes.TOKENS)
+        self.assertEqual(compare.tokens_of(args, "decode"), [1, 8, 32])
         self.assertEqual(args.routing, ["uniform"])
         self.assertEqual(args.dtype, ["bf16", "fp8"])
 
     def test_lists(self):
         args = compare.parse_arguments(
             ["--tokens", "1,64", "--routing", "skewed,all-to-one", "--dtype", "fp8"])
-        self.assertEqual(args.tokens, [1, 64])
+        self.assertEqual(compare.tokens_of(args, "moe"), [1, 64])
         self.assertEqual(args.routing, ["skewed", "all-to-one"])
         self.assertEqual(args.dtype, ["fp8"])
 
     def test_rejects(self):
         for argv in (["--dtype", "fp4"], ["--routing", "random"], ["--tokens", "0"],
-                     ["--tokens", "1,,2"], ["--shape", "gpt"], ["--op", "sampler"]):
+                     ["--tokens", "1,,2"], ["--shape", "gpt"], ["--op", "moe,sampler"]):
             with self.assertRaises(SystemExit), contextlib.redirect_stderr(
                     io.StringIO()):
                 compare.parse_arguments(argv)
@@ -58,20 +61,81 @@ class ArgumentsTest(unittest.TestCase):
         folder = pathlib.Path("/b")
         args = compare.parse_arguments(
             ["--shape", "tp4", "--routing", "uniform,skewed", "--tokens", "8"])
-        commands = compare.bench_commands(args, folder)
+        commands = compare.bench_commands(args, "moe", folder)
         self.assertEqual(len(commands), 2)
         self.assertEqual(commands[1], [
             "/b/moe_bench", "--op", "moe_layer", "--routing", "skewed", "--dtype",
             "bf16,fp8", "--json", "--device", "cuda", "--shape", "tp4", "--tokens",
             "8"])
         args = compare.parse_arguments(["--op", "qk_norm", "--tokens", "1,64"])
-        self.assertEqual(compare.bench_commands(args, folder), [[
+        self.assertEqual(compare.bench_commands(args, "qk_norm", folder), [[
             "/b/qk_norm_bench", "--op", "qk_norm", "--json", "--device", "cuda",
             "--shape", "30b-a3b-tp1", "--tokens", "1,64"]])
         args = compare.parse_arguments(["--op", "decode", "--dtype", "bf16"])
-        self.assertEqual(compare.bench_commands(args, folder), [[
+        self.assertEqual(compare.bench_commands(args, "decode", folder), [[
             "/b/decode_bench", "--json", "--device", "cuda", "--prefill", "0",
             "--batch", "1,8,32", "--context", "1024", "--dtype", "bf16"]])
+
+    def test_dry_run_tells_what_would_run(self):
+        text = self.printed("--dry-run", "--op", "moe,decode", "--dtype", "fp8",
+                            "--tokens", "1,8")
+        self.assertEqual(text.splitlines(), [
+            "$ tests/bench/moe_bench --op moe_layer --routing uniform --dtype fp8 "
+            "--json --device cuda --shape 30b-a3b-tp1 --tokens 1,8",
+            "moe, triton and torch, fp8, qwen3-30b-a3b-tp1, uniform: 1,8 tokens",
+            "$ tests/bench/decode_bench --json --device cuda --prefill 0 --batch 1,8 "
+            "--context 1024 --dtype fp8",
+            "decode, transformers, bf16, context 1024: batch 1,8"])
+        text = self.printed("--dry-run", "--op", "qk_norm", "--only", "peers",
+                            "--tokens", "64")
+        self.assertEqual(
+            text, "qk_norm, torch, bf16, qwen3-30b-a3b-tp1: 64 tokens\n")
+
+    def printed(self, *argv):
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            compare.main(argv)
+        return out.getvalue()
+
+
+class RunTest(unittest.TestCase):
+    """compare.py with programs and peers that only pretend."""
+
+    def run_with(self, peers):
+        """The exit code, the lines printed and the results of a run."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name, op, note in (("moe_bench", "moe_layer", "uniform"),
+                                   ("decode_bench", "decode", "context 1024")):
+                program = pathlib.Path(folder) / name
+                result = tenon(8, 100.0, op=op, note=note)
+                program.write_text(
+                    f"#!/bin/sh\necho '{tenon_output(result)}'\n")
+                program.chmod(0o755)
+            out, json_file = io.StringIO(), pathlib.Path(folder) / "all.json"
+            with unittest.mock.patch.object(compare, "run_peers", peers), \
+                    contextlib.redirect_stdout(out), \
+                    contextlib.redirect_stderr(io.StringIO()):
+                code = compare.main(["--op", "moe,decode", "--bench", folder,
+                                     "--json", str(json_file)])
+            return (code, out.getvalue().splitlines(),
+                    json.loads(json_file.read_text())["results"])
+
+    def test_both_sides_in_one_table(self):
+        code, lines, results = self.run_with(lambda args, op: [dict(
+            peer("a peer", 8, 150.0), op=compare.OPS[op][0],
+            note="uniform" if op == "moe" else "context 1024")])
+        self.assertEqual(code, 0)
+        self.assertEqual(sum("a peer" in l and l.endswith("1.500") for l in lines), 2)
+        self.assertEqual(len(results), 4)
+
+    def test_a_peer_that_fails_leaves_our_numbers(self):
+        def peers(args, op):
+            raise ImportError("no torch here")
+
+        code, lines, results = self.run_with(peers)
+        self.assertEqual(code, 1)
+        self.assertEqual(sum("100.00" in line for line in lines), 2)
+        self.assertEqual(len(results), 2)
 
 
 class ReportTest(unittest.TestCase):
