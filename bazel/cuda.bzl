@@ -53,7 +53,7 @@ def _cuda_library_impl(ctx):
         ctx.actions.run(
             executable = ctx.attr.nvcc,
             arguments = [args],
-            inputs = depset([src], transitive = [headers]),
+            inputs = depset([src] + ctx.files._toolkit, transitive = [headers]),
             outputs = [obj],
             mnemonic = "CudaCompile",
             use_default_shell_env = True,
@@ -97,6 +97,8 @@ _cuda_library = rule(
         "hdrs": attr.label_list(allow_files = [".h", ".cuh"]),
         "deps": attr.label_list(providers = [CcInfo], aspects = [_cuda_headers]),
         "nvcc": attr.string(default = NVCC),
+        # Another toolkit in the same place compiles anew.
+        "_toolkit": attr.label(default = "@local_cuda//:version", allow_files = True),
         "_cc_toolchain": attr.label(default = "@bazel_tools//tools/cpp:current_cc_toolchain"),
     },
     fragments = ["cpp"],
