@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "engine/session.h"
@@ -121,6 +122,55 @@ TEST_P(SessionSamplingTest, DecodeStepsHaveThemToo) {
   other[0].edits = &ban;
   other[0].num_edits = 1;
   EXPECT_NE(Step({other[0]})[0].token, best);
+}
+
+// They come back from those steps alone that have a row that asks: each step in
+// flight has its own, and those of an earlier one are nobody's.
+TEST_P(SessionSamplingTest, EveryStepInFlightHasItsTopTokens) {
+  CreateSession();
+  const std::vector<std::pair<int32_t, int32_t>> asked = {
+      {5, 0}, {0, 0}, {0, 3}, {0, 0}, {0, 0}, {2, 1}, {4, 4}, {0, 0}};
+  const auto rows_of = [&](StepRow a, StepRow b, size_t step) {
+    for (StepRow* row : {&a, &b}) {
+      row->continues = step > 0;
+      if (step == 0) continue;
+      row->tokens = nullptr;
+      row->num_tokens = 1;
+    }
+    a.sampling.num_top_logprobs = asked[step].first;
+    b.sampling.num_top_logprobs = asked[step].second;
+    return std::vector<StepRow>{a, b};
+  };
+  const StepRow a = NewRow(), b = NewRow();
+  std::vector<std::vector<StepRowResult>> expected;
+  for (size_t step = 0; step < asked.size(); ++step) {
+    expected.push_back(Step(rows_of(a, b, step)));
+  }
+  const StepRow c = NewRow(), d = NewRow();
+  ASSERT_TRUE(session_->EnqueueStep(rows_of(c, d, 0)).ok());
+  for (size_t step = 0; step < asked.size(); ++step) {
+    SCOPED_TRACE(step);
+    if (step + 1 < asked.size()) {
+      ASSERT_TRUE(session_->EnqueueStep(rows_of(c, d, step + 1)).ok());
+    }
+    std::vector<StepRowResult> results;
+    ASSERT_TRUE(session_->WaitStep(&results).ok());
+    ASSERT_EQ(results.size(), 2u);
+    EXPECT_EQ(results[0].num_top, asked[step].first);
+    EXPECT_EQ(results[1].num_top, asked[step].second);
+    for (size_t i = 0; i < 2; ++i) {
+      const StepRowResult& same = expected[step][i];
+      EXPECT_EQ(results[i].token, same.token);
+      EXPECT_EQ(results[i].num_top, same.num_top);
+      for (int32_t j = 0; j < same.num_top; ++j) {
+        EXPECT_EQ(results[i].top_tokens[j], same.top_tokens[j]);
+        EXPECT_EQ(results[i].top_logprobs[j], same.top_logprobs[j]);
+      }
+      if (same.num_top > 0) {  // greedy
+        EXPECT_EQ(same.top_tokens[0], same.token);
+      }
+    }
+  }
 }
 
 TEST_P(SessionSamplingTest, LogitEditsKeepASequenceFromRepeating) {
