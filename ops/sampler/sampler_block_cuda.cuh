@@ -61,6 +61,7 @@ class Block {
     }
     return pair;
   }
+  __device__ uint32_t Min(uint32_t value) { return ~Max({~value, 0}).a; }
 
   // The sum over this and all earlier threads, and over all.
   __device__ uint64_t InclusiveSum(uint64_t value, uint64_t* total) {

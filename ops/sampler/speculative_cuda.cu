@@ -8,7 +8,6 @@ namespace tenon {
 namespace {
 
 using cuda::Block;
-using cuda::BlockScratch;
 using cuda::kDecideThreads;
 using cuda::kDecideWarps;
 
@@ -17,7 +16,7 @@ constexpr int kSegment = 1024;
 constexpr int kMaxSegments = static_cast<int>(kMaxVocab / kSegment);
 
 struct SpeculativeShared {
-  BlockScratch scratch;
+  Block::Scratch scratch;
   uint64_t segment_mass[kMaxSegments];
 };
 
