@@ -16,7 +16,8 @@ struct CandidateScratch {
   int num_tiles;
   int count;
   int tiles[kMaxCandidates];
-  uint64_t keys[kMaxCandidates];  // in no order
+  uint64_t keys[kMaxCandidates];         // in no order
+  uint32_t edited[kMaxCandidates / 32];  // bits of keys that edits replace
   uint64_t masses[kMaxCandidates];
   uint32_t places[kMaxCandidates];  // in draw order
   // By rank.
@@ -92,8 +93,9 @@ class Candidates {
  private:
   __device__ void ListTiles(const DecideRow& row, uint32_t floor);
   __device__ void CollectTiles(const DecideRow& row, uint32_t floor);
-  __device__ int CollectEdits(const DecideRow& row, uint32_t floor,
-                              const ThreadEdits& first_edits);
+  __device__ void CollectEdits(const DecideRow& row, uint32_t floor,
+                               const ThreadEdits& first_edits);
+  __device__ int DropEdited();
   // Fills what the scratch has by rank.
   __device__ void Rank(const DecideRow& row, int count);
   __device__ void Add(uint32_t key, int id) {
@@ -148,6 +150,7 @@ __device__ __forceinline__ void Candidates::ListTiles(const DecideRow& row,
     s_.num_tiles = 0;
     s_.count = 0;
   }
+  if (threadIdx.x < kMaxCandidates / 32) s_.edited[threadIdx.x] = 0;
   __syncthreads();
   const int lane = static_cast<int>(threadIdx.x % 32);
   for (int base = 0; base < row.num_tiles; base += kDecideThreads) {
@@ -193,13 +196,12 @@ __device__ __forceinline__ void Candidates::CollectTiles(const DecideRow& row,
   }
 }
 
-// What edits make of their logits, in place of these.
-__device__ __noinline__ inline int Candidates::CollectEdits(
+// Adds what edits make of their logits and marks what they replace.
+__device__ __noinline__ inline void Candidates::CollectEdits(
     const DecideRow& row, uint32_t floor, const ThreadEdits& first_edits) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int count = min(s_.count, kMaxCandidates);
   __syncthreads();
-  int dropped = 0;
   ThreadEdits own = first_edits;
   for (int first = 0; first < row.edits.end;) {
 #pragma unroll
@@ -211,10 +213,7 @@ __device__ __noinline__ inline int Candidates::CollectEdits(
         const uint64_t key = CandidateKey(__shfl_sync(~0u, raw, source),
                                           __shfl_sync(~0u, own.id[u], source));
         for (int i = lane; i < count; i += 32) {
-          if (s_.keys[i] == key) {
-            s_.keys[i] = DroppedCandidate(i);
-            ++dropped;
-          }
+          if (s_.keys[i] == key) atomicOr(&s_.edited[i / 32], 1u << (i % 32));
         }
       }
       const uint32_t key = OrderedKey(own.x[u]);
@@ -223,6 +222,17 @@ __device__ __noinline__ inline int Candidates::CollectEdits(
     first += kEditsAtOnce * kDecideThreads;
     if (first < row.edits.end) own = ReadEdits(row, first);
   }
+}
+
+// Returns how many there were.
+__device__ __forceinline__ int Candidates::DropEdited() {
+  const int thread = static_cast<int>(threadIdx.x);
+  if ((s_.edited[thread / 32] >> (thread % 32) & 1) != 0) {
+    s_.keys[thread] = DroppedCandidate(thread);
+  }
+  int dropped = 0;
+#pragma unroll
+  for (int i = 0; i < kMaxCandidates / 32; ++i) dropped += __popc(s_.edited[i]);
   return dropped;
 }
 
@@ -235,8 +245,9 @@ __device__ __noinline__ inline int Candidates::Collect(
   __syncthreads();
   int dropped = 0;
   if (row.edits.end > 0 && s_.count <= kMaxCandidates) {
-    dropped = static_cast<int>(block_.Sum(
-        static_cast<uint64_t>(CollectEdits(row, floor, first_edits))));
+    CollectEdits(row, floor, first_edits);
+    __syncthreads();
+    dropped = DropEdited();
   }
   found_ = s_.count;
   if (found_ > kMaxCandidates) return -1;

@@ -6,7 +6,7 @@
 namespace tenon {
 namespace {
 
-// Cuts the workspace into what the first launch leaves for the second.
+// Cuts the workspace into what launches leave for those after them.
 cuda::SamplerScratch ScratchOf(const SamplerParams& p,
                                WorkspaceCutter* workspace) {
   const int64_t rows = p.logits.shape[0];

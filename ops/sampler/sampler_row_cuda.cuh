@@ -32,7 +32,7 @@ struct Outcome {
 
 // What the deciding kernel leaves to the one for wide rows.
 enum RowTasks : uint32_t {
-  kDrawRow = 1u << 0,  // all that follows, too, but for what has no token
+  kDrawRow = 1u << 0,  // and what is told of the token, and top tokens not raw
   kTopOfRow = 1u << 1,
   kTopOfRaw = 1u << 2,
   kProbabilitiesOfRow = 1u << 3,
@@ -122,13 +122,15 @@ struct alignas(16) Piece {
 };
 
 // 16 bytes where `exists`, otherwise four words of `fill`: without a branch, so
-// that many loads are in flight. kStream: not to be read again soon.
+// that many loads are in flight. Volatile keeps them behind the wait for the
+// kernels that write them. kStream: not to be read again soon.
 template <bool kStream>
 __device__ __forceinline__ uint4 Load16If(bool exists, const void* from,
                                           uint32_t fill) {
   uint4 words = {fill, fill, fill, fill};
   if constexpr (kStream) {
-    asm("{\n"
+    asm volatile(
+        "{\n"
         ".reg .pred exists;\n"
         "setp.ne.u32 exists, %5, 0;\n"
         "@exists ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
@@ -136,7 +138,8 @@ __device__ __forceinline__ uint4 Load16If(bool exists, const void* from,
         : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w)
         : "l"(from), "r"(exists ? 1u : 0u));
   } else {
-    asm("{\n"
+    asm volatile(
+        "{\n"
         ".reg .pred exists;\n"
         "setp.ne.u32 exists, %5, 0;\n"
         "@exists ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];\n"
