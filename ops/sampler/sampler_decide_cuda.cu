@@ -307,9 +307,8 @@ __device__ __forceinline__ uint32_t FinishRich(
     WriteRow(call, index, shared.row, shared.raw, shared.outcome,
              shared.inputs.mu);
   }
-  if (drawn && top_of_raw &&
-      !WriteTop(call, index, shared.raw, raw_bounds, candidates, -1, {},
-                shared)) {
+  if (top_of_raw && !WriteTop(call, index, shared.raw, raw_bounds, candidates,
+                              -1, {}, shared)) {
     tasks |= cuda::kTopOfRaw;
   }
   if (call.probabilities != nullptr) tasks |= cuda::kProbabilitiesOfRow;

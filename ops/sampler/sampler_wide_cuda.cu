@@ -166,9 +166,9 @@ __device__ __noinline__ void FinishRow(Team& team, const SamplerCall& call,
     }
     __syncthreads();
   }
-  const bool top = call.top_tokens != nullptr;
-  const bool top_of_raw = top && call.top_kind == LogprobKind::kRaw;
-  if ((tasks & cuda::kTopOfRow) != 0 || (draw && top && !top_of_raw)) {
+  const bool top =
+      call.top_tokens != nullptr && call.top_kind != LogprobKind::kRaw;
+  if ((tasks & cuda::kTopOfRow) != 0 || (draw && top)) {
     WriteTop(team, call, index, shared.row, tile_mass, shared);
   }
   if ((tasks & cuda::kProbabilitiesOfRow) != 0) {
@@ -183,7 +183,7 @@ __device__ __noinline__ void FinishRow(Team& team, const SamplerCall& call,
     WriteRow(call, index, shared.row, shared.raw, shared.outcome,
              shared.inputs.mu);
   }
-  if ((tasks & cuda::kTopOfRaw) != 0 || (draw && top_of_raw)) {
+  if ((tasks & cuda::kTopOfRaw) != 0) {
     WriteTop(team, call, index, shared.raw, tile_mass, shared);
   }
   team.Sync();
@@ -205,7 +205,8 @@ __global__ void __launch_bounds__(kDecideThreads, 2)
     const uint32_t tasks = row < call.rows ? call.scratch.states[row].tasks : 0;
     if (__syncthreads_or(static_cast<int>(tasks)) == 0) continue;
     shared.tasks[threadIdx.x] = tasks;
-    __syncthreads();
+    // Blocks that have not begun yet have no shared memory to write to.
+    team.Sync();
     for (int i = 0; i < kDecideThreads; ++i) {
       if (shared.tasks[i] == 0) continue;
       FinishRow(team, call, first + int64_t{i} * teams, shared.tasks[i], arrays,

@@ -237,11 +237,13 @@ __device__ WideFilters::Selection WideFilters::Select(uint32_t lowest,
     const int shift = max(32 - kLog2Bins - __clz(static_cast<int>(range)), 0);
     FillBins(lowest, range, shift, key, weight);
     PickBin(target);
-    if (s_.picked < 0) return {false, 0, 0, 0};
-    target -= s_.before_picked;
-    lowest += static_cast<uint32_t>(s_.picked) << shift;
+    const int picked = s_.picked;
+    const uint64_t before = s_.before_picked;
     const uint64_t there = s_.in_picked;
-    __syncthreads();
+    __syncthreads();  // before they are reset
+    if (picked < 0) return {false, 0, 0, 0};
+    target -= before;
+    lowest += static_cast<uint32_t>(picked) << shift;
     if (shift == 0) return {true, lowest, target, there};
     range = (1u << shift) - 1;
   }

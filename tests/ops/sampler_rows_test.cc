@@ -267,6 +267,40 @@ TEST_P(SamplerRowsTest, TopLogprobsOfEveryKind) {
   }
 }
 
+// However a row is drawn, its raw top tokens are of the logits as they are.
+TEST_P(SamplerRowsTest, RawTopTokensListAnInfinityThatIsBanned) {
+  constexpr double kInf = std::numeric_limits<double>::infinity();
+  constexpr int32_t kBanned = 123;
+  std::vector<float> row = Normal(kVocab, 11, 0.0f, 1.0f);
+  row[kBanned] = std::numeric_limits<float>::infinity();
+  const TestTensor logits = Logits(row);
+  SamplingParams plain;
+  plain.num_top_logprobs = 3;
+  SamplingParams few = plain;
+  few.top_k = 6;
+  SamplingParams many = plain;
+  many.typical_p = 0.9f;
+  SamplerCall call = CallOf(logits.view(), {plain, few, many});
+  LogitEdit ban;
+  ban.id = kBanned;
+  ban.state = LogitEdit::kBan;
+  call.edits.assign(3, {ban});
+  call.num_top = 3;
+  call.top_kind = LogprobKind::kRaw;
+  const SamplerResult result = Run(call);
+  for (int r = 0; r < 3; ++r) {
+    SCOPED_TRACE(r);
+    EXPECT_GE(result.tokens[r], 0);
+    EXPECT_NE(result.tokens[r], kBanned);
+    EXPECT_EQ(result.raw_logprobs[r], -kInf);
+    for (int i = 0; i < 3; ++i) {
+      EXPECT_EQ(result.top_tokens[3 * r + i], i == 0 ? kBanned : -1);
+    }
+    EXPECT_EQ(result.top_logprobs[3 * r], 0.0);
+    EXPECT_TRUE(std::isnan(result.top_logprobs[3 * r + 1]));
+  }
+}
+
 TEST_P(SamplerRowsTest, DraftsAndTargetsAreIndependentDraws) {
   const TestTensor logits = Logits(std::vector<float>(kVocab, 0.0f));
   std::vector<SamplingParams> params(3000);
