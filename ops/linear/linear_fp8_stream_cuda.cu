@@ -24,7 +24,6 @@ static_assert(kGroup == 2, "the rows of an mma");
 
 constexpr int kPassBytes = 2048;  // of a row; as many columns
 constexpr int kPassBlocks = kPassBytes / kBlock;
-constexpr int kWarpBlocks = kPassBlocks / kWarps;  // kWarps blocks apart
 
 // Of weights on their way to one multiprocessor at a time.
 constexpr int kInFlightBytes = 66 * 1024;
@@ -50,6 +49,9 @@ constexpr int Passes(int in_features) {
 #if TENON_SM90A
 
 using linear_stream::SyncMultiplying;
+
+// Of a pass that a warp multiplies, kWarps blocks apart.
+constexpr int kWarpBlocks = kPassBlocks / kWarps;
 
 // Two tiles (the second may not exist) in one pass over the depth.
 struct Step {

@@ -18,7 +18,6 @@ using linear_stream::Range;
 static_assert(kMultiplyThreads == cuda::kRmsNormThreads, "for its bits");
 
 constexpr int kWarpBytes = 512;  // of a row that a warp multiplies at a time
-constexpr int kWarpVecs = kWarpBytes / 16 / 4;  // of a lane
 constexpr int kPassBytes = kWarps * kWarpBytes;
 
 // See Args; measured.
@@ -40,6 +39,9 @@ constexpr int Passes(int in_features) {
 #if TENON_SM90A
 
 using linear_stream::SyncMultiplying;
+
+// Of those bytes, that a lane multiplies.
+constexpr int kWarpVecs = kWarpBytes / 16 / 4;
 
 // Calls f(at) for the vectors of a row that are this thread's.
 template <class F>
