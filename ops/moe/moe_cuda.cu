@@ -374,7 +374,8 @@ Status Compute(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
     TENON_RETURN_IF_ERROR(ComputePortable<T>(p, scratch, config, stream));
   } else if (config.few_stages > 0 && CanUseMoeFew(p, gpu.num_processors)) {
     TENON_RETURN_IF_ERROR(MoePrepareFewCuda(p, scratch, stream));
-    return LaunchMoeFew(p, scratch, config.few_stages, stream);
+    return LaunchMoeFew(p, scratch, gpu.num_processors, config.few_stages,
+                        stream);
   } else {
     TENON_RETURN_IF_ERROR(ComputeHopper(p, scratch, config, stream));
   }

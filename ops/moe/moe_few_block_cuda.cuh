@@ -14,7 +14,6 @@
 
 namespace tenon::moe_few {
 
-inline constexpr int kMaxSlots = kMoeFewSlots;
 inline constexpr int kBlockBytes = 8 * 128;  // of 8 rows of weights
 inline constexpr int kTileColumns = 16;  // of hidden, in a tile of gate and up
 inline constexpr int kTileSteps = 4;     // of the depth, in a stage of it
@@ -36,6 +35,8 @@ template <class T_, int kTokens_>
 struct Shape {
   using T = T_;
   static constexpr int kTokens = kTokens_;
+  // Whole rounds of the 128 threads that look at the choice.
+  static constexpr int kMaxSlots = kTokens == 8 ? 128 : kMoeFewSlots;
   static constexpr bool kFp8 = std::is_same_v<T, __nv_fp8_e4m3>;
   static constexpr int kTokenBlockBytes = kTokens * 128;
   static constexpr int kHiddenBuffers = kTokens == 8 ? kMaxHiddenBuffers : 2;
@@ -231,7 +232,7 @@ class Block {
   // By the first 128 threads: which tokens chose which expert; then, when the
   // loader has numbered them, the pair of each slot.
   __device__ __forceinline__ void FindChoices() const {
-    constexpr int kRounds = S::kTokens == 8 ? 1 : kMaxSlots / 128;
+    constexpr int kRounds = S::kMaxSlots / 128;
     const int slots = p_.tokens * p_.top_k;
     int id[kRounds];
     float weight[kRounds];

@@ -170,24 +170,19 @@ auto WithShape(const MoeParams& p, const F& f) {
 }  // namespace
 
 bool CanUseMoeFew(const MoeParams& p, int num_processors) {
-  const int64_t tokens = p.x.shape[0];
-  const int64_t slots = NumElements(p.topk_ids);
-  return tokens <= kMoeFewTokens && slots <= (tokens > 8 ? kMaxSlots : 128) &&
-         RowBytes(p.gate) % 128 == 0 && RowBytes(p.down) % 128 == 0 &&
+  return p.x.shape[0] <= kMoeFewTokens && RowBytes(p.gate) % 128 == 0 &&
+         RowBytes(p.down) % 128 == 0 &&
          p.down.rows <= int64_t{num_processors} * kMaxUnits * kUnitRows &&
          p.gate.rows <= int64_t{1} << 20 && WithShape(p, [&](auto s) {
-           return MakePlan<decltype(s)>(p, num_processors, kMaxStages).stages >=
-                  kMinStages;
+           using S = decltype(s);
+           return NumElements(p.topk_ids) <= S::kMaxSlots &&
+                  MakePlan<S>(p, num_processors, kMaxStages).stages >=
+                      kMinStages;
          });
 }
 
 Status LaunchMoeFew(const MoeParams& p, const MoeScratch& scratch,
-                    int32_t stages, Stream stream) {
-  int num_processors = 0;
-  TENON_RETURN_IF_ERROR(cuda::ToStatus(
-      cudaDeviceGetAttribute(&num_processors, cudaDevAttrMultiProcessorCount,
-                             p.x.device.index),
-      kOp));
+                    int num_processors, int32_t stages, Stream stream) {
   return WithShape(p, [&](auto s) {
     return Launch<decltype(s)>(p, scratch, num_processors, stages, stream);
   });

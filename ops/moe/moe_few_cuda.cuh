@@ -20,7 +20,7 @@ bool CanUseMoeFew(const MoeParams& params, int num_processors);
 // With a ring of `stages` stages of 16 KiB for weights, as far as there is
 // room.
 Status LaunchMoeFew(const MoeParams& params, const MoeScratch& scratch,
-                    int32_t stages, Stream stream);
+                    int num_processors, int32_t stages, Stream stream);
 
 }  // namespace tenon
 

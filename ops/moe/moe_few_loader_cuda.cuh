@@ -105,7 +105,7 @@ class Loader : private Block<S> {
       cuda::StoreShared(HeaderAt(stage_.index), step.Pack());
       cuda::Arrive(Full(stage_.index));
     }
-    if (kFp8) cuda::ArriveAfterCopies(Full(stage_.index));
+    if constexpr (kFp8) cuda::ArriveAfterCopies(Full(stage_.index));
     stage_.Next(p_.stages);
   }
 

@@ -142,6 +142,23 @@ TEST_P(MoeKernelsTest, NoSizeChangesABitOfFewTokens) {
   }
 }
 
+// So wide that on any GPU a block has several units of 8 columns of out, and so
+// deep that the last stage of down is not full.
+TEST_P(MoeKernelsTest, NoSizeChangesABitOfFewTokensOfWideModels) {
+  if (!on_cuda() || dtype() == DType::kFloat32) {
+    GTEST_SKIP() << "the kernel for few tokens is CUDA's, in 16 bits";
+  }
+  for (Experts experts : {Experts::kAsX, Experts::kFp8Blocks}) {
+    Problem problem;
+    problem.experts = experts;
+    problem.tokens = 3;
+    problem.num_experts = problem.top_k = 2;
+    problem.hidden = 2176;
+    problem.intermediate = 896;
+    ExpectSameBits(problem, true);
+  }
+}
+
 TEST_P(MoeKernelsTest, NoSizeChangesABitWhereIdsRepeatOrAreOfNoExpert) {
   for (Experts experts :
        {Experts::kAsX, Experts::kFp8Blocks, Experts::kFp8Rows}) {
