@@ -338,6 +338,60 @@ TEST_P(SessionMirostatTest, ForksTruncationAndSetting) {
   Go({&a, &fork});
 }
 
+// A fork begins with what its parent has after all steps in flight; who gets
+// the parent's slot, while a step still writes there, begins anew.
+TEST_P(SessionMirostatTest, SequencesComeAndGoWithStepsInFlight) {
+  CreateSession();
+  const auto first = [&] {
+    StepRow row = NewRow();
+    row.sampling.temperature = 1.3f;
+    row.sampling.mirostat_tau = 3.0f;
+    row.sampling.mirostat_eta = 0.3f;
+    return row;
+  };
+  const auto next = [](StepRow row, const int32_t* token) {
+    row.tokens = token;
+    row.num_tokens = 1;
+    row.continues = token == nullptr;
+    return row;
+  };
+  const auto fork = [&](StepRow row) {
+    row.sequence = *session_->ForkSequence(row.sequence);
+    return row;
+  };
+  const StepRow a = first();
+  std::vector<StepRowResult> expected = Step({a});
+  expected.push_back(Step({next(a, nullptr)})[0]);
+  expected.push_back(Step({next(fork(a), &expected[1].token)})[0]);
+  EXPECT_NE(expected[1].mirostat_mu, expected[2].mirostat_mu);
+
+  const auto enqueue = [&](const std::vector<StepRow>& rows) {
+    ASSERT_TRUE(session_->EnqueueStep(rows).ok());
+  };
+  const auto expect = [&](const std::vector<size_t>& steps) {
+    std::vector<StepRowResult> results;
+    ASSERT_TRUE(session_->WaitStep(&results).ok());
+    ASSERT_EQ(results.size(), steps.size());
+    for (size_t i = 0; i < steps.size(); ++i) {
+      EXPECT_EQ(results[i].token, expected[steps[i]].token) << steps[i];
+      EXPECT_EQ(results[i].mirostat_mu, expected[steps[i]].mirostat_mu);
+    }
+  };
+  const StepRow parent = first();
+  enqueue({parent});
+  enqueue({next(parent, nullptr)});
+  const StepRow forked = fork(parent);
+  ASSERT_TRUE(session_->ReleaseSequence(parent.sequence).ok());
+  const StepRow heir = first();
+  ASSERT_EQ(heir.sequence.slot, parent.sequence.slot);
+  expect({0});
+  enqueue({heir});
+  expect({1});
+  enqueue({next(forked, &expected[1].token), next(heir, nullptr)});
+  expect({0});
+  expect({2, 1});
+}
+
 TEST_P(SessionMirostatTest, AStepThatIsRefusedLeavesIt) {
   CreateSession();
   Sequence a;
