@@ -314,6 +314,39 @@ TEST_P(SamplerRowsTest, DraftsAndTargetsAreIndependentDraws) {
   EXPECT_LT(equal, 14);  // 3 expected
 }
 
+// Many logits at once are read in another way.
+TEST_P(SamplerRowsTest, ManyRowsDrawWhatFewDo) {
+  constexpr int64_t kLogits = int64_t{4} << 20;
+  constexpr int64_t kPieces = 3;
+  for (int64_t vocab : {331, 5001, 30011}) {
+    SCOPED_TRACE(vocab);
+    const TestTensor logits = Logits(Normal(vocab, 12, 0.0f, 3.0f));
+    const int64_t rows = (kLogits / vocab / kPieces + 1) * kPieces;
+    std::vector<SamplingParams> params(rows);
+    for (int64_t i = 0; i < rows; ++i) {
+      SamplingParams& s = params[i];
+      s.position = static_cast<uint64_t>(i);
+      if (i % 5 == 0) s.temperature = 0.0f;
+      if (i % 5 == 1) s.top_k = 20;
+      if (i % 5 == 2) s.top_p = 0.6f;
+      if (i % 5 == 3) s.top_n_sigma = 1.5f;
+    }
+    testing::Drawn pieces;
+    for (auto begin = params.begin(); begin != params.end();
+         begin += rows / kPieces) {
+      const testing::Drawn piece = Draw(Repeat(logits.view(), rows / kPieces),
+                                        {begin, begin + rows / kPieces});
+      pieces.tokens.insert(pieces.tokens.end(), piece.tokens.begin(),
+                           piece.tokens.end());
+      pieces.logprobs.insert(pieces.logprobs.end(), piece.logprobs.begin(),
+                             piece.logprobs.end());
+      pieces.statuses.insert(pieces.statuses.end(), piece.statuses.begin(),
+                             piece.statuses.end());
+    }
+    EXPECT_TRUE(Draw(Repeat(logits.view(), rows), params) == pieces);
+  }
+}
+
 // Rows of every kind at once, in any order and number, give what each gives
 // alone.
 TEST_P(SamplerRowsTest, AnyMixInOneBatchGivesWhatEachRowGivesAlone) {
