@@ -25,6 +25,9 @@ class ExpertCounter {
   // the host, in stream order.
   Status Enqueue(int64_t tokens, Stream stream);
 
+  // Of a step that has no tokens, and so no Enqueue.
+  void Clear() { ids_per_layer_ = 0; }
+
   // Of each sparse layer, in order, after a synchronisation; overwrites
   // `counts`, which needs room for as many.
   void Count(std::vector<int32_t>* counts);

@@ -97,6 +97,7 @@ Status Session::Impl::Enqueue(const std::vector<StepRow>& rows,
     append.push_back({row.sequence, row.num_tokens});
   }
   TENON_RETURN_IF_ERROR(cache.PlanAppend(append));
+  flight.experts.Clear();
   flight.tokens = 0;
   for (const StepRow& row : rows) flight.tokens += row.num_tokens;
   Status status;

@@ -392,6 +392,12 @@ TEST_P(SessionTest, StatsCountRowsTokensAndExperts) {
   EXPECT_EQ(stats.rows, 2);
   EXPECT_EQ(stats.tokens, 41);
   EXPECT_GT(stats.distinct_experts[0], 2);
+  // Nothing is left of the steps before.
+  ASSERT_TRUE(session->Step({}, &results, &stats).ok());
+  EXPECT_TRUE(results.empty());
+  EXPECT_EQ(stats.rows, 0);
+  EXPECT_EQ(stats.tokens, 0);
+  EXPECT_EQ(stats.distinct_experts, (std::vector<int32_t>{0, 0}));
 }
 
 TEST_P(SessionTest, FillsAGivenNumberOfBytesWithPages) {
