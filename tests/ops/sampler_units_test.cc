@@ -248,7 +248,7 @@ TEST(SamplingParamsTest, RejectsOutOfRange) {
     s.filter_order = static_cast<FilterOrder>(3);
   });
   expect({"reserved0", "1"}, [](SamplingParams& s) { s.reserved0 = 1; });
-  expect({"reserved", "7"}, [](SamplingParams& s) { s.reserved[6] = 7; });
+  expect({"reserved", "7"}, [](SamplingParams& s) { s.reserved[5] = 7; });
 }
 
 TEST(RowPlanTest, OrderedKeysOrderFloatsAndComeBack) {
