@@ -40,6 +40,7 @@
 #include "engine/session.h"
 #include "tests/bench/bench.h"
 #include "tests/bench/decode_profile.h"
+#include "tests/testing/bench_model.h"
 
 namespace tenon {
 namespace {
@@ -69,29 +70,12 @@ std::vector<bool> ParseChoice(const std::string& text, const char* yes,
   std::exit(2);
 }
 
-ModelConfig Qwen3Moe30B(int32_t layers, bool fp8) {
-  ModelConfig config;
+ModelConfig BenchModel(int32_t layers, bool fp8) {
+  ModelConfig config = testing::Qwen3Moe30B(layers);
   if (fp8) {
     config.fp8_scaling = Fp8Scaling::kBlocks;
     config.fp8_scale_suffix = "_scale_inv";
   }
-  config.architecture = Architecture::kQwen3Moe;
-  config.hidden_size = 2048;
-  config.num_layers = layers;
-  config.num_heads = 32;
-  config.num_kv_heads = 4;
-  config.head_dim = 128;
-  config.intermediate_size = 6144;
-  config.moe_intermediate_size = 768;
-  config.num_experts = 128;
-  config.num_experts_per_tok = 8;
-  config.norm_topk_prob = true;
-  config.decoder_sparse_step = 1;
-  config.vocab_size = 151936;
-  config.rms_norm_eps = 1e-6f;
-  config.rope_theta = 1e6;
-  config.max_position_embeddings = 40960;
-  config.tie_word_embeddings = false;
   return config;
 }
 
@@ -154,7 +138,7 @@ class DecodeBench {
       : bench_(bench),
         max_context_(max_context),
         dtype_(dtype),
-        config_(Qwen3Moe30B(layers, dtype == DType::kFloat8E4M3)) {
+        config_(BenchModel(layers, dtype == DType::kFloat8E4M3)) {
     const DType rest = dtype == DType::kFloat8E4M3 ? DType::kBFloat16 : dtype;
     std::fprintf(stderr, "making %d layers of random weights in %s\n",
                  config_.num_layers, DTypeName(dtype));

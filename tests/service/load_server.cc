@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "service/server.h"
-#include "tests/service/bench_model.h"
+#include "tests/testing/bench_model.h"
 
 namespace tenon::service {
 namespace {
@@ -54,7 +54,7 @@ bool ParseFlags(int argc, char** argv, Flags* flags) {
 Status Run(const Flags& flags) {
   const bool is_small = flags.layers == 0;
   StatusOr<std::shared_ptr<const Model>> model = Model::Random(
-      is_small ? SmallestModel() : Qwen3Moe30B(flags.layers),
+      is_small ? testing::SmallestModel() : testing::Qwen3Moe30B(flags.layers),
       is_small ? DType::kFloat32 : DType::kBFloat16, flags.device, 1);
   TENON_RETURN_IF_ERROR(model.status());
   SessionOptions options;

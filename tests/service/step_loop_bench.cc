@@ -17,7 +17,7 @@
 
 #include "service/step_loop.h"
 #include "service/validator.h"
-#include "tests/service/bench_model.h"
+#include "tests/testing/bench_model.h"
 
 namespace tenon::service {
 namespace {
@@ -125,8 +125,8 @@ void Measure(int rows, std::vector<char>* trash, const Limits& limits,
 int Main(int argc, char** argv) {
   const size_t kib = argc > 1 ? static_cast<size_t>(std::atoi(argv[1])) : 0;
   std::vector<char> trash(kib << 10);
-  auto model =
-      Model::Random(SmallestModel(), DType::kFloat32, {DeviceType::kCpu, 0}, 1);
+  auto model = Model::Random(testing::SmallestModel(), DType::kFloat32,
+                             {DeviceType::kCpu, 0}, 1);
   if (!model.ok()) {
     std::fprintf(stderr, "%s\n", model.status().message());
     return 1;

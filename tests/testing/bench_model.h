@@ -1,9 +1,9 @@
-#ifndef TENON_TESTS_SERVICE_BENCH_MODEL_H_
-#define TENON_TESTS_SERVICE_BENCH_MODEL_H_
+#ifndef TENON_TESTS_TESTING_BENCH_MODEL_H_
+#define TENON_TESTS_TESTING_BENCH_MODEL_H_
 
 #include "engine/model_config.h"
 
-namespace tenon::service {
+namespace tenon::testing {
 
 // About as little as a model can be: its steps leave the service's own time to
 // be seen.
@@ -46,6 +46,6 @@ inline ModelConfig Qwen3Moe30B(int32_t layers) {
   return config;
 }
 
-}  // namespace tenon::service
+}  // namespace tenon::testing
 
-#endif  // TENON_TESTS_SERVICE_BENCH_MODEL_H_
+#endif  // TENON_TESTS_TESTING_BENCH_MODEL_H_
