@@ -26,6 +26,13 @@ int CodeOf(const grpc::Status& status) {
   return grpc::StatusCode::CANCELLED;
 }
 
+// Of a call that waits for its connection. Rarely one to 127.0.0.1 cannot be
+// made; until gRPC tries again, all calls would fail.
+class Context final : public grpc::ClientContext {
+ public:
+  Context() { set_wait_for_ready(true); }
+};
+
 class GrpcTransport final : public ChaosTransport {
  public:
   explicit GrpcTransport(const std::string& address)
@@ -41,7 +48,7 @@ class GrpcTransport final : public ChaosTransport {
 
   int Create(const v1::CreateSequencesRequest& request,
              v1::CreateSequencesResponse* response, Fault fault) override {
-    grpc::ClientContext context;
+    Context context;
     SetDeadline(fault, &context);
     return CodeOf(stub_->CreateSequences(&context, request, response));
   }
@@ -49,14 +56,14 @@ class GrpcTransport final : public ChaosTransport {
   int Step(const v1::StepRequest& request, v1::StepResponse* response,
            Fault fault) override {
     if (fault.stream) return StreamStep(request, response, fault);
-    grpc::ClientContext context;
+    Context context;
     SetDeadline(fault, &context);
     return CodeOf(stub_->Step(&context, request, response));
   }
 
   void StepTwice(const v1::StepRequest& request, int codes[2],
                  v1::StepResponse responses[2]) override {
-    grpc::ClientContext contexts[2];
+    Context contexts[2];
     std::promise<int> done[2];
     for (int i = 0; i < 2; ++i) {
       stub_->async()->Step(&contexts[i], &request, &responses[i],
@@ -69,19 +76,19 @@ class GrpcTransport final : public ChaosTransport {
 
   int Fork(const v1::ForkSequencesRequest& request,
            v1::ForkSequencesResponse* response) override {
-    grpc::ClientContext context;
+    Context context;
     return CodeOf(stub_->ForkSequences(&context, request, response));
   }
 
   int Release(const v1::ReleaseSequencesRequest& request) override {
-    grpc::ClientContext context;
+    Context context;
     v1::ReleaseSequencesResponse response;
     return CodeOf(stub_->ReleaseSequences(&context, request, &response));
   }
 
   int Generate(const v1::GenerateRequest& request, int cancel_after,
                std::vector<uint32_t>* tokens) override {
-    grpc::ClientContext context;
+    Context context;
     auto reader = stub_->Generate(&context, request);
     v1::GenerateResponse response;
     while (reader->Read(&response)) {
@@ -113,7 +120,7 @@ class GrpcTransport final : public ChaosTransport {
   int StreamStep(const v1::StepRequest& request, v1::StepResponse* response,
                  Fault fault) {
     if (stream_ == nullptr) {
-      context_ = std::make_unique<grpc::ClientContext>();
+      context_ = std::make_unique<Context>();
       stream_ = stub_->StepStream(context_.get());
     }
     if (!stream_->Write(request)) return CloseStream();
@@ -130,7 +137,7 @@ class GrpcTransport final : public ChaosTransport {
 
   const std::shared_ptr<grpc::Channel> channel_;
   const std::unique_ptr<v1::Decode::Stub> stub_;
-  std::unique_ptr<grpc::ClientContext> context_;
+  std::unique_ptr<Context> context_;
   std::unique_ptr<grpc::ClientReaderWriter<v1::StepRequest, v1::StepResponse>>
       stream_;
 };
