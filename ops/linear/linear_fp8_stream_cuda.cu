@@ -25,21 +25,24 @@ static_assert(kGroup == 2, "the rows of an mma");
 constexpr int kPassBytes = 2048;  // of a row; as many columns
 constexpr int kPassBlocks = kPassBytes / kBlock;
 
-// Of weights on their way to one multiprocessor at a time.
-constexpr int kInFlightBytes = 66 * 1024;
+// Of weights on their way to one multiprocessor at a time; measured.
+constexpr int kInFlightBytes = 34 * 1024;
+
+constexpr int kTokens = kLinearFp8StreamTokens;
+static_assert(kTokens <= 8, "the columns of an mma");
+// Of two tiles in one pass over the depth.
+constexpr int kOutputs = kTokens * kGroup * kRows;
+// Of these whose sums are added up at one time: every thread has an element.
+constexpr int kSteps = kMultiplyThreads / kOutputs;
+constexpr int kSumsPitch = 2 * kRows + 4;  // no bank conflicts
 
 // What is in shared memory first; then x, its scales and the ring.
-template <int kHalves>
 struct Shared {
-  static constexpr int kTokens = kHalves * 8;
-  static constexpr int kPitch = 2 * kRows + 4;  // no bank conflicts
-  // Groups of two tiles and passes whose sums are added up at one time, so that
-  // every thread has an element.
-  static constexpr int kSteps = 2 / kHalves;
+  using Sums = float[kPassBlocks][kTokens][kSumsPitch];
 
   linear_stream::Barriers barriers;
-  float squares[kLinearFewTokens][kWarps];
-  float sums[kSteps][kPassBlocks][kTokens][kPitch];
+  float squares[kTokens][kWarps];
+  Sums sums[kSteps];
 };
 
 constexpr int Passes(int in_features) {
@@ -95,7 +98,6 @@ __device__ __forceinline__ uint4 LoadOrZero(const char* from, bool exists) {
 
 // What a lane multiplies in a step: of each of the warp's blocks 16 bytes of
 // both halves of the depth.
-template <int kHalves>
 struct Operands {
   // The lane's rows of either tile, from the pass on, and of x.
   __device__ __forceinline__ void Load(const Args& a, const Step& step,
@@ -113,18 +115,13 @@ struct Operands {
         const bool exists = of_row < a.in_features;
         low[i][half] = LoadOrZero(low_row + column, exists);
         high[i][half] = LoadOrZero(high_row + column, exists && has_high);
-#pragma unroll
-        for (int h = 0; h < kHalves; ++h) {
-          x[i][half][h] = LoadOrZero(x_row + h * 8 * a.x_pitch + of_row,
-                                     exists && h * 8 + lane / 4 < a.tokens);
-        }
+        x[i][half] = LoadOrZero(x_row + of_row, exists && lane / 4 < a.tokens);
       }
     }
   }
 
   // The warp's blocks take turns, each in the order of MultiplyAdd64.
-  __device__ __forceinline__ void Multiply(
-      float (&c)[kWarpBlocks][kHalves][4]) const {
+  __device__ __forceinline__ void Multiply(float (&c)[kWarpBlocks][4]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -135,12 +132,9 @@ struct Operands {
           linear_fp8::WeightsToHalf(linear_fp8::Word(low[i][half], j),
                                     linear_fp8::Word(high[i][half], j),
                                     weights);
-#pragma unroll
-          for (int h = 0; h < kHalves; ++h) {
-            uint32_t b[2];
-            cuda::Fp8x4ToHalf(linear_fp8::Word(x[i][half][h], j), b);
-            cuda::Mma<__half>(c[i][h], weights, b[0], b[1]);
-          }
+          uint32_t b[2];
+          cuda::Fp8x4ToHalf(linear_fp8::Word(x[i][half], j), b);
+          cuda::Mma<__half>(c[i], weights, b[0], b[1]);
         }
       }
     }
@@ -148,14 +142,14 @@ struct Operands {
 
   uint4 low[kWarpBlocks][2];
   uint4 high[kWarpBlocks][2];
-  uint4 x[kWarpBlocks][2][kHalves];
+  uint4 x[kWarpBlocks][2];
 };
 
-template <class T, int kHalves>
+template <class T>
 class Multiplier {
  public:
   __device__ __forceinline__ Multiplier(const Args& a, const Range& range,
-                                        Shared<kHalves>& shared, const char* xs,
+                                        Shared& shared, const char* xs,
                                         const float* x_scales, const char* ring)
       : a_(a),
         range_(range),
@@ -177,7 +171,7 @@ class Multiplier {
         if (step.pass == 0 && IsMine(step)) Begin(step);
         const Step next = step.Next(passes_);
         const BlockScales of_next(a_, range_, next);
-        float c[kWarpBlocks][kHalves][4] = {};
+        float c[kWarpBlocks][4] = {};
         Multiply(step, c);
         // The sums of the last steps have been added up.
         if (s == 0 && (first.tile > 0 || first.pass > 0)) SyncMultiplying();
@@ -195,14 +189,7 @@ class Multiplier {
   }
 
  private:
-  static constexpr int kSteps = Shared<kHalves>::kSteps;
-  static constexpr int kTokens = Shared<kHalves>::kTokens;
-  static constexpr int kPitch = Shared<kHalves>::kPitch;
-  static constexpr int kOutputs = kTokens * kGroup * kRows;  // of a step
-  static_assert(kOutputs * kSteps == kMultiplyThreads, "one for each thread");
-  using Sums = float[kPassBlocks][kTokens][kPitch];
-
-  // With 8 tokens every other two tiles are half of the threads'.
+  // Threads take turns with the tiles.
   __device__ __forceinline__ static bool IsMine(const Step& step) {
     return step.tile / kGroup % kSteps ==
            static_cast<int>(threadIdx.x / kOutputs);
@@ -221,8 +208,8 @@ class Multiplier {
     output_.Begin(a_, MyToken(), (range_.first + step.tile) * kRows + MyRow());
   }
 
-  __device__ __forceinline__ void Multiply(
-      const Step& step, float (&c)[kWarpBlocks][kHalves][4]) {
+  __device__ __forceinline__ void Multiply(const Step& step,
+                                           float (&c)[kWarpBlocks][4]) {
     const int row = threadIdx.x % 32 / 4;
     const bool has_high = step.tile + 1 < range_.count;
     const auto weights = [&](int stage) {
@@ -230,7 +217,7 @@ class Multiplier {
     };
     const char* const low = weights(reader_.Wait());
     const char* const high = has_high ? weights(reader_.Wait(1)) : low;
-    Operands<kHalves> operands;
+    Operands operands;
     operands.Load(a_, step, low, high, has_high, xs_ + row * a_.x_pitch);
     operands.Multiply(c);
     reader_.Release();
@@ -238,9 +225,10 @@ class Multiplier {
   }
 
   // Leaves a step's scaled sums in shared memory.
-  __device__ __forceinline__ void Keep(
-      const Step& step, const BlockScales& scales,
-      const float (&c)[kWarpBlocks][kHalves][4], Sums& sums) const {
+  __device__ __forceinline__ void Keep(const Step& step,
+                                       const BlockScales& scales,
+                                       const float (&c)[kWarpBlocks][4],
+                                       Shared::Sums& sums) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < kWarpBlocks; ++i) {
@@ -248,22 +236,19 @@ class Multiplier {
       const int block = step.pass * kPassBlocks + in_pass;
       if (block >= groups_) break;
 #pragma unroll
-      for (int h = 0; h < kHalves; ++h) {
-#pragma unroll
-        for (int t = 0; t < 2; ++t) {
-          const int token = h * 8 + lane % 4 * 2 + t;
-          if (token >= a_.tokens) continue;
-          const float x_scale = x_scales_[token * groups_ + block];
-          float* const to = &sums[in_pass][token][lane / 4];
-          to[0] = linear_fp8::Scaled(c[i][h][t], x_scale, scales.v[i][0]);
-          to[kRows] =
-              linear_fp8::Scaled(c[i][h][2 + t], x_scale, scales.v[i][1]);
-        }
+      for (int t = 0; t < 2; ++t) {
+        const int token = lane % 4 * 2 + t;
+        if (token >= a_.tokens) continue;
+        const float x_scale = x_scales_[token * groups_ + block];
+        float* const to = &sums[in_pass][token][lane / 4];
+        to[0] = linear_fp8::Scaled(c[i][t], x_scale, scales.v[i][0]);
+        to[kRows] = linear_fp8::Scaled(c[i][2 + t], x_scale, scales.v[i][1]);
       }
     }
   }
 
-  __device__ __forceinline__ void AddUp(const Step& step, const Sums& sums) {
+  __device__ __forceinline__ void AddUp(const Step& step,
+                                        const Shared::Sums& sums) {
     if (!output_.exists) return;
     const int blocks = min(kPassBlocks, groups_ - step.pass * kPassBlocks);
 #pragma unroll 8
@@ -275,7 +260,7 @@ class Multiplier {
 
   const Args& a_;
   const Range& range_;
-  Shared<kHalves>& shared_;
+  Shared& shared_;
   const char* const xs_;
   const float* const x_scales_;
   const char* const ring_;
@@ -293,14 +278,14 @@ constexpr int XScalesBytes(int64_t tokens, int64_t in_features) {
                           16);
 }
 
-// Up to 8 * kHalves tokens.
-template <class T, int kCount, int kHalves>
+// kCount: vectors of x that a thread keeps at one time.
+template <class T, int kCount>
 __global__ void __launch_bounds__(linear_stream::kThreads, 2)
     Fp8StreamKernel(const __grid_constant__ Args a) {
 #if TENON_SM90A
   extern __shared__ __align__(128) char memory[];
-  auto& shared = *reinterpret_cast<Shared<kHalves>*>(memory);
-  char* const xs = memory + sizeof(Shared<kHalves>);
+  auto& shared = *reinterpret_cast<Shared*>(memory);
+  char* const xs = memory + sizeof(Shared);
   auto* const x_scales = reinterpret_cast<float*>(xs + a.tokens * a.x_pitch);
   char* const ring =
       reinterpret_cast<char*>(x_scales) + XScalesBytes(a.tokens, a.in_features);
@@ -309,8 +294,7 @@ __global__ void __launch_bounds__(linear_stream::kThreads, 2)
 
   if (threadIdx.x >= kMultiplyThreads) {
     linear_stream::LoadWeights<1, kPassBytes>(a, range, shared.barriers,
-                                              cuda::SharedAddress(ring),
-                                              [] { __syncthreads(); });
+                                              cuda::SharedAddress(ring));
     return;
   }
   // With constant weights before the wait: the next kernel may begin to load
@@ -321,7 +305,7 @@ __global__ void __launch_bounds__(linear_stream::kThreads, 2)
   if (a.norm_weight != nullptr && threadIdx.x < a.in_features / 8) {
     norm_weights = static_cast<const uint4*>(a.norm_weight)[threadIdx.x];
   }
-  __syncthreads();
+  linear_stream::AwaitBarriers();
   cuda::WaitBeforeReading();
   if (a.x_vecs == 1) {
     linear_stream::PrepareFp8X<true, T, kCount>(a, shared.squares, xs, x_scales,
@@ -330,7 +314,7 @@ __global__ void __launch_bounds__(linear_stream::kThreads, 2)
     linear_stream::PrepareFp8X<false, T, kCount>(a, shared.squares, xs,
                                                  x_scales, norm_weights);
   }
-  Multiplier<T, kHalves>(a, range, shared, xs, x_scales, ring).Run(scales);
+  Multiplier<T>(a, range, shared, xs, x_scales, ring).Run(scales);
 #endif
 }
 
@@ -349,8 +333,7 @@ Plan MakePlan(int64_t tokens, int64_t in_features, int64_t most_stages) {
   Plan plan;
   plan.x_pitch = linear_stream::Pitch(in_features);
   plan.pitch = linear_stream::Pitch(std::min<int64_t>(in_features, kPassBytes));
-  const int64_t fixed = (tokens <= 8 ? sizeof(Shared<1>) : sizeof(Shared<2>)) +
-                        tokens * plan.x_pitch +
+  const int64_t fixed = sizeof(Shared) + tokens * plan.x_pitch +
                         XScalesBytes(tokens, in_features);
   const int64_t stage = int64_t{kRows} * plan.pitch;
   const int64_t stages =
@@ -363,16 +346,14 @@ Plan MakePlan(int64_t tokens, int64_t in_features, int64_t most_stages) {
   return plan;
 }
 
-// Vectors of x that a thread keeps at one time.
 constexpr int Slots(int64_t tokens) { return tokens == 1 ? 4 : 8; }
 
 template <class T>
 Status Launch(const Args& args, const Plan& plan, int grid, Stream stream) {
-  return linear_stream::Launch(
-      args, plan.bytes, grid, stream,
-      args.tokens == 1   ? Fp8StreamKernel<T, Slots(1), 1>
-      : args.tokens <= 8 ? Fp8StreamKernel<T, Slots(8), 1>
-                         : Fp8StreamKernel<T, Slots(16), 2>);
+  return linear_stream::Launch(args, plan.bytes, grid, stream,
+                               args.tokens == 1
+                                   ? Fp8StreamKernel<T, Slots(1)>
+                                   : Fp8StreamKernel<T, Slots(kTokens)>);
 }
 
 }  // namespace
@@ -384,7 +365,7 @@ bool LinearFp8Streams(const LinearParams& p) {
       !p.norm.present() || (linear_stream::NormIsAligned(p) &&
                             p.norm.rounding == NormRounding::kFloat32Multiply &&
                             linear_stream::XVecs(in_features) <= Slots(tokens));
-  return p.weight.dtype == DType::kFloat8E4M3 && tokens <= kLinearFewTokens &&
+  return p.weight.dtype == DType::kFloat8E4M3 && tokens <= kTokens &&
          p.x.dtype != DType::kFloat32 && cuda::RowsAreWholeChunks(p.x) &&
          cuda::RowsAreWholeChunks(p.weight) && takes_norm &&
          in_features <= linear_stream::kMaxSharedBytes &&

@@ -112,7 +112,7 @@ class XPreparer {
 
   // Whole rows. Writes this block's share of them to normed.
   __device__ __forceinline__ void Normalize(
-      float (&squares)[kLinearFewTokens][kWarps]) {
+      float (&squares)[kLinearFp8StreamTokens][kWarps]) {
     const float of_lane = InverseRms(squares);
     const int share_begin = blockIdx.x * a_.normed_share * 8;
     const int share_end = share_begin + a_.normed_share * 8;
@@ -187,7 +187,7 @@ class XPreparer {
 
   // The factor of the norm of the row of vector threadIdx.x % 32.
   __device__ __forceinline__ float InverseRms(
-      float (&squares)[kLinearFewTokens][kWarps]) const {
+      float (&squares)[kLinearFp8StreamTokens][kWarps]) const {
     const int lane = threadIdx.x % 32;
     const int slot = LaneSlot<32, kCount>();
     int ended = -1;            // the token whose sum this lane gets, if any
@@ -223,7 +223,7 @@ class XPreparer {
 // Brings x to shared memory, normalised if that is asked for, and quantised.
 template <bool kOneVec, class T, int kCount>
 __device__ __forceinline__ void PrepareFp8X(
-    const Args& a, float (&squares)[kLinearFewTokens][kWarps], char* xs,
+    const Args& a, float (&squares)[kLinearFp8StreamTokens][kWarps], char* xs,
     float* scales, const uint4& first_weights) {
   XPreparer<T, kCount, kOneVec> preparer(a, first_weights);
 #pragma unroll 1

@@ -42,6 +42,10 @@ LinearProblem MakeLinearProblem(const LinearParams& params);
 inline constexpr int64_t kLinearGemvTokens = 4;
 LinearKernel SelectLinearKernel(const LinearProblem& problem);
 
+// Streaming of fp8 weights is best up to this many tokens: every block
+// quantises all of them.
+inline constexpr int64_t kLinearFp8StreamTokens = 4;
+
 // The same for fp8 weights that LinearFp8Streams does not take, measured on an
 // H100 (docs/kernels/linear_fp8.md): kGemv up to kLinearFp8GemvTokens tokens,
 // quantising x itself up to kLinearFp8QuantizingTokens; beyond, cuBLASLt where

@@ -246,8 +246,7 @@ __global__ void __launch_bounds__(linear_stream::kThreads, 2)
 
   if (threadIdx.x >= kMultiplyThreads) {
     linear_stream::LoadWeights<2, kPassBytes>(a, range, shared.barriers,
-                                              cuda::SharedAddress(ring),
-                                              [] { __syncthreads(); });
+                                              cuda::SharedAddress(ring));
     return;
   }
   // With constant weights before the wait: the next kernel may begin to load
@@ -257,7 +256,7 @@ __global__ void __launch_bounds__(linear_stream::kThreads, 2)
   if (a.norm_weight != nullptr && threadIdx.x < a.in_features / 8) {
     norm_weights = static_cast<const Vec<T, 8>*>(a.norm_weight)[threadIdx.x];
   }
-  __syncthreads();
+  linear_stream::AwaitBarriers();
   cuda::WaitBeforeReading();
   PrepareX<T, kTokens>(a, shared.squares, xs, norm_weights);
   Multiply<T, kHalves>(a, range, shared, xs, ring);

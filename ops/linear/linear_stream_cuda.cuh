@@ -185,12 +185,15 @@ __device__ __forceinline__ void CopyBulk(uint32_t to, const void* from,
       : "memory");
 }
 
+// Ids of barriers of warps.
+inline constexpr int kMultiplying = 1;  // the warps that multiply
+inline constexpr int kInitialized = 2;  // all
+
 // For the loading warp: rows of kElementBytes * in_features bytes, kPassBytes
-// of them at a time. Calls `started` once, with copies under way.
-template <int kElementBytes, int kPassBytes, class F>
+// of them at a time.
+template <int kElementBytes, int kPassBytes>
 __device__ __forceinline__ void LoadWeights(const Args& a, const Range& range,
-                                            Barriers& barriers, uint32_t ring,
-                                            const F& started) {
+                                            Barriers& barriers, uint32_t ring) {
   const int lane = threadIdx.x % 32;
   if (lane == 0) {
     for (int i = 0; i < a.stages; ++i) {
@@ -200,6 +203,7 @@ __device__ __forceinline__ void LoadWeights(const Args& a, const Range& range,
     cuda::FenceBarrierInit();
   }
   __syncwarp();
+  cuda::ArriveThreads(kInitialized, kThreads);
   const int row_bytes = a.in_features * kElementBytes;
   const int at_first = min(a.in_flight, a.stages);
   int n = 0;
@@ -210,7 +214,6 @@ __device__ __forceinline__ void LoadWeights(const Args& a, const Range& range,
     for (int begin = 0; begin < row_bytes; begin += kPassBytes) {
       const int bytes = min(row_bytes - begin, kPassBytes);
       for (int tile = group; tile < end; ++tile, ++n) {
-        if (n == at_first) started();
         if (n >= at_first) {
           cuda::Wait(At(barriers.full[arriving.index]), arriving.parity);
           arriving.Next(a.stages);
@@ -232,12 +235,15 @@ __device__ __forceinline__ void LoadWeights(const Args& a, const Range& range,
       }
     }
   }
-  if (n <= at_first) started();
 }
 
-// For the other warps.
+// For the other warps: until the loading warp has initialised the ring's
+// barriers.
+__device__ __forceinline__ void AwaitBarriers() {
+  cuda::SyncThreads(kInitialized, kThreads);
+}
 __device__ __forceinline__ void SyncMultiplying() {
-  cuda::SyncThreads(1, kMultiplyThreads);
+  cuda::SyncThreads(kMultiplying, kMultiplyThreads);
 }
 
 // Where a multiplying thread is in the ring.
