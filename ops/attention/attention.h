@@ -75,11 +75,12 @@ struct AttentionParams {
   int32_t max_kv_len = 0;
   int32_t max_query_len = 0;
   bool batch_invariant = false;
-  // A promise that changes no bit: the kernel ahead of this call in the stream
-  // does not write block_table, query_start and kv_len, nor the cache but for
-  // the call's own tokens. Then these are read while that kernel still runs
-  // (programmatic dependent launch), where kernels can. Kernels further ahead
-  // may have written anything.
+  // A promise that changes no bit: the kernel ahead of this call in the stream,
+  // and where that is QkNorm's the one ahead of it, do not write block_table,
+  // query_start and kv_len, nor the cache but for the call's own tokens. Then
+  // these are read while those kernels still run (programmatic dependent
+  // launch), where kernels can. Kernels further ahead may have written
+  // anything.
   bool early_reads = false;
   void* workspace = nullptr;
   size_t workspace_size = 0;

@@ -75,8 +75,7 @@ struct LinearParams {
   TensorView residual;       // optional
   // CUDA: says that nothing enqueued on the stream still writes weight, bias,
   // weight_scales or norm.weight, so that they can be read while the kernels
-  // ahead of this call run; and lets the kernel behind this call begin as
-  // early.
+  // ahead of this call run.
   bool weights_are_constant = false;
   // CUDA: the matrix library to use (see cublas_lt.h), of out's device. Null,
   // or batch_invariant: the kernels built in here.

@@ -297,16 +297,13 @@ __global__ void __launch_bounds__(linear_stream::kThreads, 2)
                                               cuda::SharedAddress(ring));
     return;
   }
-  // With constant weights before the wait: the next kernel may begin to load
-  // its own.
-  cuda::LetNextKernelStart();
   const BlockScales scales(a, range, Step());
   uint4 norm_weights;
   if (a.norm_weight != nullptr && threadIdx.x < a.in_features / 8) {
     norm_weights = static_cast<const uint4*>(a.norm_weight)[threadIdx.x];
   }
   linear_stream::AwaitBarriers();
-  cuda::WaitBeforeReading();
+  cuda::WaitForPreviousKernels();
   if (a.x_vecs == 1) {
     linear_stream::PrepareFp8X<true, T, kCount>(a, shared.squares, xs, x_scales,
                                                 norm_weights);
@@ -336,13 +333,10 @@ Plan MakePlan(int64_t tokens, int64_t in_features, int64_t most_stages) {
   const int64_t fixed = sizeof(Shared) + tokens * plan.x_pitch +
                         XScalesBytes(tokens, in_features);
   const int64_t stage = int64_t{kRows} * plan.pitch;
-  const int64_t stages =
-      std::min({(linear_stream::kMaxSharedBytes - fixed) / stage, most_stages,
-                int64_t{kMaxStages}});
-  if (stages < std::min(most_stages, kFewestStages)) return plan;
-  plan.stages = static_cast<int>(stages);
+  plan.stages = linear_stream::NumStages(fixed, stage, kFewestStages,
+                                         kFewestStages, most_stages);
   plan.in_flight = static_cast<int>(kInFlightBytes / stage);
-  plan.bytes = static_cast<int>(fixed + stages * stage);
+  plan.bytes = static_cast<int>(fixed + plan.stages * stage);
   return plan;
 }
 

@@ -249,15 +249,12 @@ __global__ void __launch_bounds__(linear_stream::kThreads, 2)
                                               cuda::SharedAddress(ring));
     return;
   }
-  // With constant weights before the wait: the next kernel may begin to load
-  // its own.
-  cuda::LetNextKernelStart();
   Vec<T, 8> norm_weights;
   if (a.norm_weight != nullptr && threadIdx.x < a.in_features / 8) {
     norm_weights = static_cast<const Vec<T, 8>*>(a.norm_weight)[threadIdx.x];
   }
   linear_stream::AwaitBarriers();
-  cuda::WaitBeforeReading();
+  cuda::WaitForPreviousKernels();
   PrepareX<T, kTokens>(a, shared.squares, xs, norm_weights);
   Multiply<T, kHalves>(a, range, shared, xs, ring);
 #endif
@@ -283,12 +280,9 @@ Plan MakePlan(int64_t tokens, int64_t in_features, int64_t most_stages) {
       (plan.halves == 1 ? sizeof(Shared<1>) : sizeof(Shared<2>)) +
       tokens * plan.x_pitch;
   const int64_t stage = int64_t{kRows} * plan.pitch;
-  const int64_t stages =
-      std::min({(linear_stream::kMaxSharedBytes - fixed) / stage, most_stages,
-                int64_t{kMaxStages}});
-  if (stages < std::min<int64_t>(most_stages, kInFlight)) return plan;
-  plan.stages = static_cast<int>(stages);
-  plan.bytes = static_cast<int>(fixed + stages * stage);
+  plan.stages = linear_stream::NumStages(fixed, stage, kInFlight, kInFlight + 1,
+                                         most_stages);
+  plan.bytes = static_cast<int>(fixed + plan.stages * stage);
   return plan;
 }
 

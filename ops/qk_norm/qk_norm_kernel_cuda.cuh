@@ -337,6 +337,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kMinBlocks)
   constexpr int kLanes = kHeadDim / (2 * kSize);
   constexpr int kStepHeads = 32 / kLanes;
   constexpr int kHalf = kHeadDim / 2;
+  // Before the wait: attention behind it may load what it has long known.
+  cuda::LetNextKernelStart();
   const int warp = blockIdx.x * blockDim.y + threadIdx.y;
   if (warp >= p.num_warps) return;
   const Part<T> part = FindPart<kLanes, T>(
@@ -359,7 +361,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kMinBlocks)
       p.epsilon == 0.0f) {
     return;
   }
-  cuda::WaitForPreviousKernels();
+  cuda::WaitBeforeReading();
 
   Chunk<T> x[kMaxSteps][2];
   int64_t slot = -1;
