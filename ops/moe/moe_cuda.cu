@@ -119,37 +119,51 @@ Status LaunchGateUp(const GateUp& g, int32_t tile_rows, bool aligned,
 
 constexpr int kSumThreads = 128;
 
-template <class T, int kVec>
+// kAtOnce: rows on their way at the same time.
+template <class T, int kVec, int kAtOnce>
 __global__ void __launch_bounds__(kSumThreads)
     SumKernel(TensorView ids, int num_experts, const T* weighted,
               TensorView residual, TensorView out) {
-  cuda::WaitForPreviousKernels();
+  using V = Vec<T, kVec>;
   const int64_t hidden = out.shape[1];
   const int64_t per_row = hidden / kVec;
   const int64_t i = blockIdx.x * int64_t{kSumThreads} + threadIdx.x;
   const int64_t token = i / per_row;
-  if (token >= out.shape[0]) return;
+  const bool exists = token < out.shape[0];
   const int64_t col = i % per_row * kVec;
-  const int top_k = static_cast<int>(ids.shape[1]);
+  const int top_k = exists ? static_cast<int>(ids.shape[1]) : 0;
+  // All but the rows is older than the kernel before.
   const int32_t* token_ids = ids.As<const int32_t>() + token * ids.stride[0];
+  uint32_t valid = 0;  // a bit for each choice; there are 32 at most
+#pragma unroll 8
+  for (int j = 0; j < top_k; ++j) {
+    const uint32_t id = static_cast<uint32_t>(token_ids[j]);
+    valid |= uint32_t{id < static_cast<uint32_t>(num_experts)} << j;
+  }
+  V to_add;
+  if (exists && residual.present()) {
+    to_add = *reinterpret_cast<const V*>(residual.As<const T>() +
+                                         token * residual.stride[0] + col);
+  }
+  cuda::WaitForPreviousKernels();
+  if (!exists) return;
   const T* row = weighted + token * top_k * hidden + col;
   float sums[kVec] = {};
-  Vec<T, kVec> to_add;
-  if (residual.present()) {
-    to_add = *reinterpret_cast<const Vec<T, kVec>*>(
-        residual.As<const T>() + token * residual.stride[0] + col);
-  }
-#pragma unroll 4
-  for (int j = 0; j < top_k; ++j) {
-    if (static_cast<unsigned>(token_ids[j]) >=
-        static_cast<unsigned>(num_experts)) {
-      continue;
-    }
-    const auto v = *reinterpret_cast<const Vec<T, kVec>*>(row + j * hidden);
+  for (; valid != 0; valid >>= kAtOnce, row += kAtOnce * hidden) {
+    V terms[kAtOnce];
 #pragma unroll
-    for (int c = 0; c < kVec; ++c) sums[c] += cuda::ToFloat(v.v[c]);
+    for (int j = 0; j < kAtOnce; ++j) {
+      if ((valid >> j & 1) == 0) continue;
+      terms[j] = *reinterpret_cast<const V*>(row + j * hidden);
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      if ((valid >> j & 1) == 0) continue;
+#pragma unroll
+      for (int c = 0; c < kVec; ++c) sums[c] += cuda::ToFloat(terms[j].v[c]);
+    }
   }
-  Vec<T, kVec> sum;
+  V sum;
 #pragma unroll
   for (int c = 0; c < kVec; ++c) {
     sum.v[c] = cuda::FromFloat<T>(sums[c]);
@@ -158,8 +172,7 @@ __global__ void __launch_bounds__(kSumThreads)
                                     cuda::ToFloat(sum.v[c]));
     }
   }
-  *reinterpret_cast<Vec<T, kVec>*>(out.As<T>() + token * out.stride[0] + col) =
-      sum;
+  *reinterpret_cast<V*>(out.As<T>() + token * out.stride[0] + col) = sum;
 }
 
 template <class T>
@@ -170,7 +183,11 @@ Status LaunchSum(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
       (!p.residual.present() || cuda::RowsAreAligned(p.residual, 16));
   const int64_t threads = NumElements(p.out) / (wide ? kWide : 1);
   const int64_t blocks = CeilDiv(threads, int64_t{kSumThreads});
-  auto* const kernel = wide ? SumKernel<T, kWide> : SumKernel<T, 1>;
+  // Few tokens: their trips to memory count. Many: threads that are resident.
+  constexpr int64_t kFewTokens = 128;
+  auto* const kernel = !wide                         ? SumKernel<T, 1, 4>
+                       : p.out.shape[0] > kFewTokens ? SumKernel<T, kWide, 4>
+                                                     : SumKernel<T, kWide, 8>;
   return cuda::LaunchDependent(
       kOp, stream, dim3(static_cast<unsigned>(blocks)), dim3(kSumThreads), 0,
       kernel, p.topk_ids, static_cast<int>(p.gate.num_experts),

@@ -47,7 +47,6 @@ class WideMultiplier : private MultiplierBase<S> {
   using MultiplierBase<S>::SkipTile;
   using MultiplierBase<S>::SlotOf;
   using MultiplierBase<S>::Release;
-  using MultiplierBase<S>::BlockScales;
   using MultiplierBase<S>::p_;
   using MultiplierBase<S>::lane_;
   using MultiplierBase<S>::group_;
@@ -134,7 +133,7 @@ class WideMultiplier : private MultiplierBase<S> {
     const float* scales[2];
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
-      scales[q] = BlockScales(tile.expert, FirstRow(tile, q), q);
+      scales[q] = BlockScales(p_, tile.expert, FirstRow(tile, q), q);
     }
 #pragma unroll 1
     for (int step = 0; step < p_.depth_steps; ++step) {
