@@ -154,15 +154,6 @@ __device__ __forceinline__ void LoadBoxToCluster(uint32_t to,
       "l"(map), "r"(col), "r"(row), "r"(plane), "r"(barrier), "h"(blocks)
       : "memory");
 }
-// The same for a map of 4 dimensions, given the innermost first.
-__device__ __forceinline__ void LoadBox(uint32_t to, const CUtensorMap* map,
-                                        int4 at, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::"
-      "bytes [%0], [%1, {%2, %3, %4, %5}], [%6];\n" ::"r"(to),
-      "l"(map), "r"(at.x), "r"(at.y), "r"(at.z), "r"(at.w), "r"(barrier)
-      : "memory");
-}
 // The same for a map of 5 dimensions, the innermost first.
 __device__ __forceinline__ void LoadBox(uint32_t to, const CUtensorMap* map,
                                         const int (&at)[5], uint32_t barrier) {

@@ -242,13 +242,7 @@ MoeScratch LayOutScratch(const MoeParams& p) {
     s.tiles = cutter.Take<int32_t>(
         3 *
         MoeMaxTiles(slots, static_cast<int32_t>(num_experts), kMoeMinTileRows));
-    s.few_counters =
-        cutter.Take<int32_t>(kMoeFewCounters * kMoeFewCounterStride);
-    const int64_t few = std::min(slots, kMoeFewSlots);
-    s.hidden = cutter.TakeBytes(
-        intermediate *
-        (fp8 ? std::max(slots, few * static_cast<int64_t>(sizeof(float)))
-             : slots * element));
+    s.hidden = cutter.TakeBytes(slots * intermediate * (fp8 ? 1 : element));
   } else {
     s.active_experts = cutter.Take<int32_t>(num_experts);
     s.gathered = cutter.Take<float>(slots * hidden);

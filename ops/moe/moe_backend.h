@@ -11,14 +11,6 @@ namespace tenon {
 // efficiently, few enough that intermediates stay small.
 inline constexpr int64_t kMoeCpuChunkTokens = 512;
 
-// CUDA: most that the kernel for few tokens takes, and what it counts: tiles
-// taken, and those of each expert that are ready. Every counter has a cache
-// line of its own, as all blocks wait for them at the same time.
-inline constexpr int64_t kMoeFewTokens = 32;
-inline constexpr int64_t kMoeFewSlots = 256;
-inline constexpr int32_t kMoeFewCounters = 1 + kMoeFewSlots;
-inline constexpr int32_t kMoeFewCounterStride = 128 / sizeof(int32_t);
-
 // The pieces of the workspace, for one chunk of tokens. A slot is a (token,
 // choice) pair of the chunk.
 struct MoeScratch {
@@ -30,15 +22,14 @@ struct MoeScratch {
   int32_t* active_experts = nullptr;  // CPU
   float* gathered = nullptr;          // CPU: x by position in sorted_slots
   // silu(gate) * up. CUDA: rows by slot, in x's dtype, or quantised to fp8
-  // where the experts are (for few tokens float32). CPU: by position in
-  // sorted_slots, rounded to x's dtype (quantised) but held as float32.
+  // where the experts are. CPU: by position in sorted_slots, rounded to x's
+  // dtype (quantised) but held as float32.
   void* hidden = nullptr;
   // With fp8 experts; groups of 128 columns.
   void* x_fp8 = nullptr;             // CUDA: [tokens, hidden]
   float* x_scales = nullptr;         // CUDA: [tokens, groups of hidden]
   float* hidden_scales = nullptr;    // of `hidden`: [slots, groups]
   float* gathered_scales = nullptr;  // CPU: of `gathered`
-  int32_t* few_counters = nullptr;   // CUDA: [kMoeFewCounters], strided
   void* weighted = nullptr;  // rows of the down projection by slot, x's dtype
   size_t bytes = 0;
 };
@@ -54,11 +45,6 @@ Status AlignChunk(const MoeParams& chunk, const MoeScratch& scratch,
 // experts are fp8, x_fp8 and x_scales as QuantizeFp8 does.
 Status MoePrepareCuda(const MoeParams& chunk, const MoeScratch& scratch,
                       Stream stream);
-
-// CUDA, up to kMoeFewTokens tokens and kMoeFewSlots slots: the same, but for
-// expert_offsets and sorted_slots; few_counters are set to 0.
-Status MoePrepareFewCuda(const MoeParams& chunk, const MoeScratch& scratch,
-                         Stream stream);
 
 // Backends trust `chunk`: Moe() has validated it. It has at most
 // kMoeChunkTokens (kMoeCpuChunkTokens) tokens, and at least one. Its router, if

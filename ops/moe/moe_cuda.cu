@@ -2,7 +2,6 @@
 
 #include "ops/core/gemm_tile_cuda.cuh"
 #include "ops/moe/moe_backend.h"
-#include "ops/moe/moe_few_cuda.cuh"
 #include "ops/moe/moe_gemm_cuda.cuh"
 #include "ops/moe/moe_hopper_cuda.cuh"
 #include "ops/moe/moe_kernel_choice.h"
@@ -10,9 +9,8 @@
 #include "ops/quantize/quantize_cuda.cuh"
 
 // Launches on Hopper: what goes before (MoePrepareCuda), gate and up projection
-// with SwiGLU, down projection with the routing weight, sum; or, for few
-// tokens, what goes before, and all the rest (moe_few_cuda.cuh). Elsewhere:
-// router, align unless there are few slots, then the same three. They overlap
+// with SwiGLU, down projection with the routing weight, sum. Elsewhere: router,
+// align unless there are few slots, then the same three. They overlap
 // (LaunchDependent): each has its blocks set up, and the down projection its
 // first weights under way, while the one before it ends.
 
@@ -121,91 +119,49 @@ Status LaunchGateUp(const GateUp& g, int32_t tile_rows, bool aligned,
 
 constexpr int kSumThreads = 128;
 
-template <class T, int kVec>
+// kAtOnce: rows on their way at the same time.
+template <class T, int kVec, int kAtOnce>
 __global__ void __launch_bounds__(kSumThreads)
     SumKernel(TensorView ids, int num_experts, const T* weighted,
               TensorView residual, TensorView out) {
-  cuda::WaitForPreviousKernels();
+  using V = Vec<T, kVec>;
   const int64_t hidden = out.shape[1];
   const int64_t per_row = hidden / kVec;
   const int64_t i = blockIdx.x * int64_t{kSumThreads} + threadIdx.x;
   const int64_t token = i / per_row;
-  if (token >= out.shape[0]) return;
+  const bool exists = token < out.shape[0];
   const int64_t col = i % per_row * kVec;
-  const int top_k = static_cast<int>(ids.shape[1]);
+  const int top_k = exists ? static_cast<int>(ids.shape[1]) : 0;
+  // All but the rows is older than the kernel before.
   const int32_t* token_ids = ids.As<const int32_t>() + token * ids.stride[0];
-  const T* row = weighted + token * top_k * hidden + col;
-  float sums[kVec] = {};
-  Vec<T, kVec> to_add;
-  if (residual.present()) {
-    to_add = *reinterpret_cast<const Vec<T, kVec>*>(
-        residual.As<const T>() + token * residual.stride[0] + col);
-  }
-#pragma unroll 4
+  uint32_t valid = 0;  // a bit for each choice; there are 32 at most
+#pragma unroll 8
   for (int j = 0; j < top_k; ++j) {
-    if (static_cast<unsigned>(token_ids[j]) >=
-        static_cast<unsigned>(num_experts)) {
-      continue;
-    }
-    const auto v = *reinterpret_cast<const Vec<T, kVec>*>(row + j * hidden);
-#pragma unroll
-    for (int c = 0; c < kVec; ++c) sums[c] += cuda::ToFloat(v.v[c]);
+    const uint32_t id = static_cast<uint32_t>(token_ids[j]);
+    valid |= uint32_t{id < static_cast<uint32_t>(num_experts)} << j;
   }
-  Vec<T, kVec> sum;
-#pragma unroll
-  for (int c = 0; c < kVec; ++c) {
-    sum.v[c] = cuda::FromFloat<T>(sums[c]);
-    if (residual.present()) {
-      sum.v[c] = cuda::FromFloat<T>(cuda::ToFloat(to_add.v[c]) +
-                                    cuda::ToFloat(sum.v[c]));
-    }
-  }
-  *reinterpret_cast<Vec<T, kVec>*>(out.As<T>() + token * out.stride[0] + col) =
-      sum;
-}
-
-// The same of up to 8 choices of 16 bytes each, all of them and their ids in
-// one trip to memory.
-constexpr int kAtOnce = 8;
-
-template <class T>
-__global__ void __launch_bounds__(kSumThreads)
-    SumAtOnceKernel(TensorView ids, int num_experts, const T* weighted,
-                    TensorView residual, TensorView out) {
-  constexpr int kVec = 16 / sizeof(T);
-  using V = Vec<T, kVec>;
-  cuda::WaitForPreviousKernels();
-  const int hidden = static_cast<int>(out.shape[1]);
-  const int per_row = hidden / kVec;
-  const int i = static_cast<int>(blockIdx.x) * kSumThreads + threadIdx.x;
-  const int token = i / per_row;
-  if (token >= out.shape[0]) return;
-  const int col = (i - token * per_row) * kVec;
-  const int top_k = static_cast<int>(ids.shape[1]);
-  const int32_t* token_ids = ids.As<const int32_t>() + token * ids.stride[0];
-  const T* row = weighted + int64_t{token} * top_k * hidden + col;
-  int32_t id[kAtOnce];
-  V terms[kAtOnce];
   V to_add;
-#pragma unroll
-  for (int j = 0; j < kAtOnce; ++j) {
-    if (j >= top_k) break;
-    id[j] = token_ids[j];
-    terms[j] = *reinterpret_cast<const V*>(row + int64_t{j} * hidden);
-  }
-  if (residual.present()) {
+  if (exists && residual.present()) {
     to_add = *reinterpret_cast<const V*>(residual.As<const T>() +
                                          token * residual.stride[0] + col);
   }
+  cuda::WaitForPreviousKernels();
+  if (!exists) return;
+  const T* row = weighted + token * top_k * hidden + col;
   float sums[kVec] = {};
+  for (; valid != 0; valid >>= kAtOnce, row += kAtOnce * hidden) {
+    V terms[kAtOnce];
 #pragma unroll
-  for (int j = 0; j < kAtOnce; ++j) {
-    if (j >= top_k) break;
-    if (static_cast<unsigned>(id[j]) >= static_cast<unsigned>(num_experts)) {
-      continue;
+    for (int j = 0; j < kAtOnce; ++j) {
+      if ((valid >> j & 1) == 0) continue;
+      terms[j] = *reinterpret_cast<const V*>(row + j * hidden);
     }
 #pragma unroll
-    for (int c = 0; c < kVec; ++c) sums[c] += cuda::ToFloat(terms[j].v[c]);
+    for (int j = 0; j < kAtOnce; ++j) {
+      if ((valid >> j & 1) == 0) continue;
+#pragma unroll
+      for (int c = 0; c < kVec; ++c) sums[c] += cuda::ToFloat(terms[j].v[c]);
+    }
   }
   V sum;
 #pragma unroll
@@ -227,11 +183,11 @@ Status LaunchSum(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
       (!p.residual.present() || cuda::RowsAreAligned(p.residual, 16));
   const int64_t threads = NumElements(p.out) / (wide ? kWide : 1);
   const int64_t blocks = CeilDiv(threads, int64_t{kSumThreads});
-  const bool at_once = wide && p.topk_ids.shape[1] <= kAtOnce &&
-                       p.out.shape[0] <= kMoeSumAtOnceTokens;
-  auto* const kernel = at_once ? SumAtOnceKernel<T>
-                       : wide  ? SumKernel<T, kWide>
-                               : SumKernel<T, 1>;
+  // Few tokens: their trips to memory count. Many: threads that are resident.
+  constexpr int64_t kFewTokens = 128;
+  auto* const kernel = !wide                         ? SumKernel<T, 1, 4>
+                       : p.out.shape[0] > kFewTokens ? SumKernel<T, kWide, 4>
+                                                     : SumKernel<T, kWide, 8>;
   return cuda::LaunchDependent(
       kOp, stream, dim3(static_cast<unsigned>(blocks)), dim3(kSumThreads), 0,
       kernel, p.topk_ids, static_cast<int>(p.gate.num_experts),
@@ -267,7 +223,6 @@ Status LaunchFp8GateUp(const MoeTileSource& source, const MoeParams& p,
 struct Gpu {
   int compute_capability = 0;
   int memory_bus_bits = 0;
-  int num_processors = 0;
 };
 
 Status QueryGpu(Device device, Gpu* gpu) {
@@ -275,8 +230,7 @@ Status QueryGpu(Device device, Gpu* gpu) {
   for (const auto& [attribute, value] :
        {std::pair(cudaDevAttrComputeCapabilityMajor, &major),
         std::pair(cudaDevAttrComputeCapabilityMinor, &minor),
-        std::pair(cudaDevAttrGlobalMemoryBusWidth, &gpu->memory_bus_bits),
-        std::pair(cudaDevAttrMultiProcessorCount, &gpu->num_processors)}) {
+        std::pair(cudaDevAttrGlobalMemoryBusWidth, &gpu->memory_bus_bits)}) {
     TENON_RETURN_IF_ERROR(cuda::ToStatus(
         cudaDeviceGetAttribute(value, attribute, device.index), kOp));
   }
@@ -370,15 +324,9 @@ Status Compute(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
   Gpu gpu;
   TENON_RETURN_IF_ERROR(QueryGpu(p.x.device, &gpu));
   const MoeKernelConfig config = ChooseKernels(p, gpu);
-  if (!CanUseMoeHopper(p, gpu.compute_capability)) {
-    TENON_RETURN_IF_ERROR(ComputePortable<T>(p, scratch, config, stream));
-  } else if (config.few_stages > 0 && CanUseMoeFew(p, gpu.num_processors)) {
-    TENON_RETURN_IF_ERROR(MoePrepareFewCuda(p, scratch, stream));
-    return LaunchMoeFew(p, scratch, gpu.num_processors, config.few_stages,
-                        stream);
-  } else {
-    TENON_RETURN_IF_ERROR(ComputeHopper(p, scratch, config, stream));
-  }
+  TENON_RETURN_IF_ERROR(CanUseMoeHopper(p, gpu.compute_capability)
+                            ? ComputeHopper(p, scratch, config, stream)
+                            : ComputePortable<T>(p, scratch, config, stream));
   return LaunchSum<T>(p, scratch, stream);
 }
 

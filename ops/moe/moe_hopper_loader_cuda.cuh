@@ -76,7 +76,11 @@ struct Shape {
   static constexpr int kWeightBytes = kGroups * 2 * kBlockBytes;
   static constexpr int kTokenBytes = kTokens * 128;
   static constexpr int kStageBytes = kWeightBytes + kTokenBytes;
-  static constexpr int kScaleBytes = kFp8 ? kTokens * 4 : 0;  // of a stage
+  // Scales of a stage, of its tokens. Narrow: then one for each block of
+  // weights, which would be late if it were read when it is needed.
+  static constexpr int kWeightScales = kFp8 && !kWide ? kGroups * 2 : 0;
+  static constexpr int kScaleBytes =
+      kFp8 ? (kTokens + kWeightScales + 3) / 4 * 16 : 0;
   // Results on their way out, of a warpgroup. Narrow: buffers of kOutTokens
   // tokens by 64 rows. Wide: for each warp 16 tokens by 128 bytes, 16 bytes
   // apart.
@@ -108,10 +112,11 @@ struct Shape {
   // Warps of the loading warpgroup that fetch tokens, after warp 0, which
   // fetches weights. The last warp of the four tells which tiles there are.
   static constexpr int kTokenThreads = kGateUp ? 96 : 32;
-  // Arrivals at a full stage: weights, and tokens by TMA or by copies of each
-  // thread.
+  // Arrivals at a full stage: weights and the scale of each block, and tokens
+  // by TMA or by copies of each thread.
   static constexpr int kFullArrivals =
-      kGateUp ? 1 + kTokenThreads : (kFp8 ? 2 + kTokenThreads : 2);
+      1 + kWeightScales +
+      (kGateUp ? kTokenThreads : (kFp8 ? 1 + kTokenThreads : 1));
   // At an empty one: every thread that read scales there; or, where only wgmma
   // reads, one for each warp; of a pair, one for each warp of both blocks.
   static constexpr int kEmptyArrivals = kGroups * (kPaired ? 2 * 4
@@ -227,6 +232,16 @@ class TileFinder {
   int last_;  // one past the tiles of the lane's experts
 };
 
+// fp8: the scales along the depth of matrix q in row `row` of the weights, or
+// in the last one; null where rows have one each, which is applied at the end.
+__device__ __forceinline__ const float* BlockScales(const Params& p, int expert,
+                                                    int row, int q) {
+  const ExpertScales& s = p.weight_scales[q];
+  if (s.block_rows == 1) return nullptr;
+  return s.data + expert * s.expert_stride +
+         min(row, p.rows - 1) / s.block_rows * s.row_stride;
+}
+
 // A stage of the ring, and the parity of its phase.
 template <int kStages>
 struct Stage {
@@ -260,6 +275,10 @@ class Ring {
   }
   __device__ __forceinline__ uint32_t Scales(int stage) const {
     return shared_ + S::kScalesAt + stage * S::kScaleBytes;
+  }
+  // Of a block of weights of the stage.
+  __device__ __forceinline__ uint32_t WeightScale(int stage, int block) const {
+    return Scales(stage) + (S::kTokens + block) * 4;
   }
   __device__ __forceinline__ uint32_t Out(int group) const {
     return shared_ + S::kOutAt + group * S::kOutBytes;
@@ -303,9 +322,11 @@ class Loader : private Ring<S> {
     Tile tile;
     while (finder.Next(&tile)) {
       if (S::kGateUp) TellTile(tile, &turn);
+      const float* const scales = WeightScales(tile);
       for (int step = 0; step < p_.depth_steps; ++step) {
         cuda::Wait(Empty(stage.index), stage.parity ^ 1);
         if (lane_ == 0) LoadWeights(tile, step, stage.index);
+        CopyWeightScale(scales, step, stage.index);
         stage.Next();
       }
     }
@@ -402,6 +423,28 @@ class Loader : private Ring<S> {
         cuda::LoadBoxToCluster(to, map, tile.expert, row, step * kPerStep, full,
                                0b11);
       }
+    }
+  }
+
+  // The scales along the depth of the block of weights that this lane has to
+  // fetch them of; null where there is none.
+  __device__ __forceinline__ const float* WeightScales(const Tile& tile) const {
+    if constexpr (S::kWeightScales > 0) {
+      const int row = tile.row + (S::kGateUp ? lane_ / 2 : lane_) * 64;
+      if (lane_ < S::kWeightScales) {
+        return BlockScales(p_, tile.expert, row, lane_ % 2);
+      }
+    }
+    return nullptr;
+  }
+  __device__ __forceinline__ void CopyWeightScale(const float* scales, int step,
+                                                  int stage) const {
+    if constexpr (S::kWeightScales > 0) {
+      if (lane_ >= S::kWeightScales) return;
+      if (scales != nullptr) {
+        cuda::CopyOrZero4(this->WeightScale(stage, lane_), scales + step, true);
+      }
+      cuda::ArriveAfterCopies(Full(stage));
     }
   }
 

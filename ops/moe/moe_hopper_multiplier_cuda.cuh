@@ -67,17 +67,6 @@ class MultiplierBase : protected Ring<S> {
     }
   }
 
-  // fp8: the scales along the depth of matrix q in row `row` of the weights, or
-  // in the last one; null where rows have one each, which is applied at the
-  // end.
-  __device__ __forceinline__ const float* BlockScales(int expert, int row,
-                                                      int q) const {
-    const ExpertScales& s = p_.weight_scales[q];
-    if (s.block_rows == 1) return nullptr;
-    return s.data + expert * s.expert_stride +
-           min(row, p_.rows - 1) / s.block_rows * s.row_stride;
-  }
-
   const Params& p_;
   const int lane_;
   const int group_;

@@ -57,7 +57,7 @@ class NarrowMultiplier : private MultiplierBase<S> {
   using MultiplierBase<S>::SkipTile;
   using MultiplierBase<S>::SlotOf;
   using MultiplierBase<S>::Release;
-  using MultiplierBase<S>::BlockScales;
+  using MultiplierBase<S>::WeightScale;
   using MultiplierBase<S>::p_;
   using MultiplierBase<S>::lane_;
   using MultiplierBase<S>::group_;
@@ -140,17 +140,14 @@ class NarrowMultiplier : private MultiplierBase<S> {
                                                     Stage<kStages>* stage,
                                                     Accumulators& acc) const {
     constexpr int kN = kTokens;
-    const float* scales[2];
+    const bool has_blocks = p_.weight_scales[0].block_rows > 1;
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
-      scales[q] = BlockScales(tile.expert, BlockRow(tile, q), q);
 #pragma unroll
       for (int i = 0; i < kN / 2; ++i) acc[q][i] = 0.0f;
     }
 #pragma unroll 1
     for (int step = 0; step < p_.depth_steps; ++step) {
-      const float scale[2] = {scales[0] != nullptr ? scales[0][step] : 1.0f,
-                              scales[1] != nullptr ? scales[1][step] : 1.0f};
       cuda::Wait(Full(stage->index), stage->parity);
       if (S::kGateUp) cuda::FenceAsyncProxy();  // tokens came by cp.async
       const uint64_t a = cuda::MatrixDescriptor(Weights(stage->index) +
@@ -158,27 +155,39 @@ class NarrowMultiplier : private MultiplierBase<S> {
       const uint64_t b = cuda::MatrixDescriptor(Tokens(stage->index));
       const uint32_t token_scales =
           Scales(stage->index) + lane_ % 4 * 2 * sizeof(float);
+      float scale[2] = {1.0f, 1.0f};
 #pragma unroll
       for (int q = 0; q < 2; ++q) {
-        float products[kN / 2];
-        cuda::FenceWgmma();
+        if (!has_blocks) break;
+        scale[q] =
+            cuda::LoadShared<float>(WeightScale(stage->index, group_ * 2 + q));
+      }
+      float products[2][kN / 2];
+      cuda::FenceWgmma();
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          cuda::Wgmma<T, kN>(products, a + q * (S::kBlockBytes >> 4) + 2 * k,
+      for (int k = 0; k < 4; ++k) {
+#pragma unroll
+        for (int q = 0; q < 2; ++q) {
+          cuda::Wgmma<T, kN>(products[q], a + q * (S::kBlockBytes >> 4) + 2 * k,
                              b + 2 * k, k > 0);
         }
-        cuda::CommitWgmma();
-        cuda::WaitForWgmma<0>();
+      }
+      cuda::CommitWgmma();
+      cuda::WaitForWgmma<0>();
 #pragma unroll
-        for (int j = 0; j < kN / 8; ++j) {
-          const float2 s =
-              cuda::LoadShared<float2>(token_scales + j * 8 * sizeof(float));
+      for (int j = 0; j < kN / 8; ++j) {
+        const float2 s =
+            cuda::LoadShared<float2>(token_scales + j * 8 * sizeof(float));
+#pragma unroll
+        for (int q = 0; q < 2; ++q) {
           const float s0 = s.x * scale[q];
           const float s1 = s.y * scale[q];
-          acc[q][4 * j] = fmaf(products[4 * j], s0, acc[q][4 * j]);
-          acc[q][4 * j + 1] = fmaf(products[4 * j + 1], s1, acc[q][4 * j + 1]);
-          acc[q][4 * j + 2] = fmaf(products[4 * j + 2], s0, acc[q][4 * j + 2]);
-          acc[q][4 * j + 3] = fmaf(products[4 * j + 3], s1, acc[q][4 * j + 3]);
+          const float* const p = &products[q][4 * j];
+          float* const sum = &acc[q][4 * j];
+          sum[0] = fmaf(p[0], s0, sum[0]);
+          sum[1] = fmaf(p[1], s1, sum[1]);
+          sum[2] = fmaf(p[2], s0, sum[2]);
+          sum[3] = fmaf(p[3], s1, sum[3]);
         }
       }
       Release(stage->index);

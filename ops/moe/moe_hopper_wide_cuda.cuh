@@ -4,7 +4,6 @@
 #include <cstdint>
 
 #include "ops/moe/moe_hopper_multiplier_cuda.cuh"
-#include "ops/moe/moe_kernel_config.h"
 #include "ops/quantize/quantize_cuda.cuh"
 
 // The warpgroups that multiply, for many tokens. Each of the two has 64 tokens,
@@ -48,7 +47,6 @@ class WideMultiplier : private MultiplierBase<S> {
   using MultiplierBase<S>::SkipTile;
   using MultiplierBase<S>::SlotOf;
   using MultiplierBase<S>::Release;
-  using MultiplierBase<S>::BlockScales;
   using MultiplierBase<S>::p_;
   using MultiplierBase<S>::lane_;
   using MultiplierBase<S>::group_;
@@ -135,11 +133,8 @@ class WideMultiplier : private MultiplierBase<S> {
     const float* scales[2];
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
-      scales[q] = BlockScales(tile.expert, FirstRow(tile, q), q);
+      scales[q] = BlockScales(p_, tile.expert, FirstRow(tile, q), q);
     }
-    // Only where both have tokens.
-    const bool turns = kMoeFp8Turns > 0 && tile.count > 64;
-    if (turns && group_ == 1) PassTurn();
 #pragma unroll 1
     for (int step = 0; step < p_.depth_steps; ++step) {
       const float scale[2] = {scales[0] != nullptr ? scales[0][step] : 1.0f,
@@ -151,9 +146,6 @@ class WideMultiplier : private MultiplierBase<S> {
           cuda::LoadShared<float>(token_scales + TokenOf(1) * 4)};
 #pragma unroll
       for (int q = 0; q < 2; ++q) {
-        const bool passes =
-            turns && !(group_ == 1 && q == 1 && step + 1 == p_.depth_steps);
-        if (turns) cuda::SyncThreads(1 + group_, 256);
         float products[kCols / 2];
         cuda::FenceWgmma();
 #pragma unroll
@@ -162,9 +154,7 @@ class WideMultiplier : private MultiplierBase<S> {
                                 operands.b + q * kNextBlock + 2 * k, k > 0);
         }
         cuda::CommitWgmma();
-        if (kMoeFp8Turns == 1 && passes) PassTurn();
         cuda::WaitForWgmma<0>();
-        if (kMoeFp8Turns == 2 && passes) PassTurn();
         if (q == 1) Release(stage->index);
         const float s0 = token_scale[0] * scale[q];
         const float s1 = token_scale[1] * scale[q];
@@ -179,11 +169,6 @@ class WideMultiplier : private MultiplierBase<S> {
       stage->Next();
     }
     ScaleRows(tile, acc);
-  }
-
-  // Lets the other warpgroup ask for its next products.
-  __device__ __forceinline__ void PassTurn() const {
-    cuda::ArriveThreads(2 - group_, 256);
   }
 
   // First row of weights of product q.

@@ -62,10 +62,6 @@ Status CheckRows(const char* what, const char* dtype, DType weights,
     if (!HasMoeMmaTile(weights, config.mma_tile_rows)) {
       return fail(StrCat("no kernel has mma_tile_rows ", config.mma_tile_rows));
     }
-    if (config.few_stages != 0 && (config.few_stages < kMoeMinFewStages ||
-                                   config.few_stages > kMoeMaxFewStages)) {
-      return fail(StrCat("no kernel has few_stages ", config.few_stages));
-    }
   }
   return Status();
 }

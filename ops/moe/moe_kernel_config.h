@@ -33,33 +33,15 @@ struct MoeWgmmaTile {
   }
 };
 
-// fp8, many tokens: whether the two warpgroups that multiply take turns, so
-// that one's products are made while the other one scales its own. 0: no; 1:
-// the next turn begins when products have been asked for; 2: when they are
-// there.
-inline constexpr int kMoeFp8Turns = 0;
-
-// Up to this many tokens (and 8 choices of each) the sum asks for all rows of a
-// token at once: more registers, one trip to memory.
-inline constexpr int64_t kMoeSumAtOnceTokens = 0;
-
-// Up to 32 tokens on Hopper: both projections and the sum in one launch, with
-// this many stages of 16 KiB of weights on their way to each multiprocessor (as
-// far as there is room). 0: launches of their own, as for more tokens.
-inline constexpr int32_t kMoeFewStages = 0;
-inline constexpr int32_t kMoeMinFewStages = 4;
-inline constexpr int32_t kMoeMaxFewStages = 12;
-
 struct MoeKernelConfig {
   MoeWgmmaTile gate_up;
   MoeWgmmaTile down;
-  int32_t mma_tile_rows = 64;          // portable kernels: tokens of a tile
-  int32_t few_stages = kMoeFewStages;  // not in files of tuned tables
+  int32_t mma_tile_rows = 64;  // portable kernels: tokens of a tile
 
   friend constexpr bool operator==(const MoeKernelConfig& a,
                                    const MoeKernelConfig& b) {
     return a.gate_up == b.gate_up && a.down == b.down &&
-           a.mma_tile_rows == b.mma_tile_rows && a.few_stages == b.few_stages;
+           a.mma_tile_rows == b.mma_tile_rows;
   }
 };
 

@@ -125,10 +125,6 @@ inline constexpr MoeKernelRow kMoeKernelsH100Float8[] = {
      {{32, 2, 1}, {32, 2, 1}, 64}},
     {2048, 192, MoeKernelRow::kAnyLoad,
      {{128, 2, 1}, {128, 2, 1}, 64}},
-    {2048, 768, 0.0625,
-     {{8, 1, 1}, {8, 1, 1}, 16}},
-    {2048, 768, 0.25,
-     {{8, 1, 1}, {32, 2, 1}, 16}},
     {2048, 768, 4,
      {{8, 1, 1}, {8, 1, 1}, 16}},
     {2048, 768, 12,
@@ -177,7 +173,7 @@ inline constexpr MoeKernelRow kMoeKernelsH100Float8[] = {
 inline constexpr MoeKernelTable kMoeKernelsH100 = {
     {},
     {kMoeKernelsH100Float16, 27},
-    {kMoeKernelsH100Float8, 29}};
+    {kMoeKernelsH100Float8, 27}};
 
 inline constexpr char kMoeKernelsH200Device[] =
     "NVIDIA H200";

@@ -226,9 +226,6 @@ __global__ void __launch_bounds__(512)
                      const __grid_constant__ Layout layout) {
   cuda::WaitForPreviousKernels();
   if (blockIdx.x > 0) return Quantize(p);
-  for (int i = threadIdx.x; i < p.num_counters; i += blockDim.x) {
-    p.counters[i * kMoeFewCounterStride] = 0;
-  }
   uint32_t* const keys = moe_prepare::Shared<uint32_t>(layout.slots);
   const int num_slots = p.tokens * p.columns;
   const auto mark = [&](int slot, int id) {
@@ -242,14 +239,13 @@ __global__ void __launch_bounds__(512)
                          [&](int token, int column, int id) {
                            mark(token * p.columns + column, id);
                          });
-  } else if (p.expert_offsets != nullptr) {
+  } else {
     const int32_t* ids = p.topk_ids.As<const int32_t>();
     for (int s = threadIdx.x; s < num_slots; s += blockDim.x) {
       const int token = s / p.columns;
       mark(s, ids[token * p.topk_ids.stride[0] + s - token * p.columns]);
     }
   }
-  if (p.expert_offsets == nullptr) return;
   if (threadIdx.x < 3) keys[num_slots + threadIdx.x] = ~0u;
   __syncthreads();
   for (int i = threadIdx.x; i <= p.num_experts + num_slots; i += blockDim.x) {
@@ -375,8 +371,7 @@ Plan MakePlan(const Params& p, int max_threads, int max_cluster) {
   const int64_t slots = tokens * p.columns;
   // A warp to a token, or a thread to a given id; a thread to an expert.
   const int64_t per_token = p.router.logits.present() ? 32 : p.columns;
-  if (p.expert_offsets == nullptr ||
-      (tokens <= kMaxFewTokens && slots <= kMaxFewSlots)) {
+  if (tokens <= kMaxFewTokens && slots <= kMaxFewSlots) {
     plan.cluster = 1;
     plan.tokens_per_block = p.tokens;
     plan.threads = RoundUp(
@@ -455,14 +450,22 @@ Status Prepare(Params p, const Plan& plan, bool hopper, void* workspace,
       dim3(kPlaceThreads), layout.words * size_t{4}, PlaceKernel, p, layout);
 }
 
-// All but where slots go.
-Params ParamsOf(const MoeParams& chunk, const MoeScratch& scratch) {
+}  // namespace
+
+Status MoePrepareCuda(const MoeParams& chunk, const MoeScratch& scratch,
+                      Stream stream) {
+  const cuda::DeviceGuard guard(chunk.x.device);
+  TENON_RETURN_IF_ERROR(guard.status());
+  int max_cluster = 1;
+  TENON_RETURN_IF_ERROR(MaxCluster(chunk.x.device, &max_cluster));
   Params p;
   if (chunk.router != nullptr) p.router = *chunk.router;
   p.topk_ids = chunk.topk_ids;
   p.tokens = static_cast<int32_t>(chunk.topk_ids.shape[0]);
   p.columns = static_cast<int32_t>(chunk.topk_ids.shape[1]);
   p.num_experts = static_cast<int32_t>(chunk.gate.num_experts);
+  p.expert_offsets = scratch.expert_offsets;
+  p.sorted_slots = scratch.sorted_slots;
   if (IsFp8(chunk.gate)) {
     p.x = chunk.x;
     p.x_fp8 = static_cast<uint8_t*>(scratch.x_fp8);
@@ -470,38 +473,9 @@ Params ParamsOf(const MoeParams& chunk, const MoeScratch& scratch) {
     p.x_aligned = chunk.x.shape[1] % cuda::kFp8Vec == 0 &&
                   cuda::RowsAreAligned(chunk.x, 16);
   }
-  return p;
-}
-
-Status Launch(const Params& p, const MoeScratch& scratch, Device device,
-              Stream stream) {
-  const cuda::DeviceGuard guard(device);
-  TENON_RETURN_IF_ERROR(guard.status());
-  int max_cluster = 1;
-  TENON_RETURN_IF_ERROR(MaxCluster(device, &max_cluster));
   const bool many = p.router.logits.present() && p.router.logits.shape[1] > 256;
   const Plan plan = MakePlan(p, many ? MaxThreads<32>() : 1024, max_cluster);
   return Prepare(p, plan, max_cluster > 1, scratch.align, stream);
-}
-
-}  // namespace
-
-Status MoePrepareCuda(const MoeParams& chunk, const MoeScratch& scratch,
-                      Stream stream) {
-  Params p = ParamsOf(chunk, scratch);
-  p.expert_offsets = scratch.expert_offsets;
-  p.sorted_slots = scratch.sorted_slots;
-  return Launch(p, scratch, chunk.x.device, stream);
-}
-
-Status MoePrepareFewCuda(const MoeParams& chunk, const MoeScratch& scratch,
-                         Stream stream) {
-  Params p = ParamsOf(chunk, scratch);
-  p.counters = scratch.few_counters;
-  // No more experts than slots are counted.
-  p.num_counters = static_cast<int32_t>(
-      std::min<int64_t>(kMoeFewCounters, 1 + NumElements(chunk.topk_ids)));
-  return Launch(p, scratch, chunk.x.device, stream);
 }
 
 }  // namespace tenon

@@ -32,10 +32,6 @@ struct Params {
   uint16_t* counts = nullptr;
   int32_t counts_stride = 0;  // even
 
-  // Without expert_offsets few tokens are routed alone, and these set to 0.
-  int32_t* counters = nullptr;
-  int32_t num_counters = 0;
-
   TensorView x;
   bool x_aligned = false;    // as LoadForFp8 says
   uint8_t* x_fp8 = nullptr;  // [tokens, hidden], null: x is not quantised

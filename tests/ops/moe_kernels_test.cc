@@ -29,11 +29,6 @@ class MoeKernelsTest : public Fixture {
       config.mma_tile_rows = rows;
       configs.push_back(config);
     }
-    for (int32_t stages : {kMoeMinFewStages, 7, kMoeMaxFewStages}) {
-      MoeKernelConfig config;
-      config.few_stages = stages;
-      configs.push_back(config);
-    }
     return configs;
   }
 
@@ -46,13 +41,6 @@ class MoeKernelsTest : public Fixture {
     return table;
   }
 
-  // All launches on their own, the first size of each kernel.
-  static MoeKernelConfig FirstConfig() {
-    MoeKernelConfig config;
-    config.few_stages = 0;
-    return config;
-  }
-
   void ExpectSameBits(const Problem& problem, bool with_residual = false) {
     SCOPED_TRACE(problem.Text());
     const testing::TestTensor residual(
@@ -61,8 +49,7 @@ class MoeKernelsTest : public Fixture {
         Normal(problem.tokens * problem.hidden, 9));
     Call call(device(), dtype(), problem);
     if (with_residual) call.params().residual = residual.view();
-    MoeKernelRow first;
-    first.config = FirstConfig();
+    const MoeKernelRow first;
     const MoeKernelTable first_table =
         TableFor(call.params().gate.dtype, first);
     call.params().kernels = &first_table;
@@ -72,8 +59,7 @@ class MoeKernelsTest : public Fixture {
     for (const MoeKernelConfig& config : AllConfigs(weights)) {
       SCOPED_TRACE(StrCat("token tiles ", config.gate_up.token_tile, ", ",
                           config.down.token_tile, ", rows ",
-                          config.mma_tile_rows, ", few stages ",
-                          config.few_stages));
+                          config.mma_tile_rows));
       MoeKernelRow row;
       row.config = config;
       const MoeKernelTable table = TableFor(weights, row);
@@ -124,7 +110,7 @@ TEST_P(MoeKernelsTest, NoSizeChangesABitOfASmallCall) {
   }
 }
 
-// Few tokens may have all of the layer in one launch.
+// Tiles and steps that are not full, rows that are apart, many choices.
 TEST_P(MoeKernelsTest, NoSizeChangesABitOfFewTokens) {
   for (Experts experts :
        {Experts::kAsX, Experts::kFp8Blocks, Experts::kFp8Rows}) {
@@ -139,23 +125,6 @@ TEST_P(MoeKernelsTest, NoSizeChangesABitOfFewTokens) {
       problem.padding = 16;
       ExpectSameBits(problem, tokens % 2 == 0);
     }
-  }
-}
-
-// So wide that on any GPU a block has several units of 8 columns of out, and so
-// deep that the last stage of down is not full.
-TEST_P(MoeKernelsTest, NoSizeChangesABitOfFewTokensOfWideModels) {
-  if (!on_cuda() || dtype() == DType::kFloat32) {
-    GTEST_SKIP() << "the kernel for few tokens is CUDA's, in 16 bits";
-  }
-  for (Experts experts : {Experts::kAsX, Experts::kFp8Blocks}) {
-    Problem problem;
-    problem.experts = experts;
-    problem.tokens = 3;
-    problem.num_experts = problem.top_k = 2;
-    problem.hidden = 2176;
-    problem.intermediate = 896;
-    ExpectSameBits(problem, true);
   }
 }
 
@@ -202,10 +171,6 @@ TEST_P(MoeKernelsTest, RejectsTablesThatCannotBeUsed) {
   row.config.down.token_tile = 12;
   testing::ExpectInvalid(Moe(call.params(), stream()),
                          {"Moe", "kernels", "float8", "down", "12"});
-  row = MoeKernelRow();
-  row.config.few_stages = kMoeMaxFewStages + 1;
-  testing::ExpectInvalid(Moe(call.params(), stream()),
-                         {"Moe", "kernels", "float8", "few_stages", "13"});
   row = MoeKernelRow();
   row.max_slots_per_expert = 1.0;
   testing::ExpectInvalid(Moe(call.params(), stream()),
