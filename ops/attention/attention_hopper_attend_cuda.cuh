@@ -33,6 +33,30 @@ __device__ __forceinline__ float PairSum(uint32_t pair) {
   }
 }
 
+// Four float8 e4m3 values as two pairs of T, which is exact. The conversions
+// read halves of a register, so that no shift is needed.
+template <class T>
+__device__ __forceinline__ void WidenFloat8(uint32_t word, uint32_t* low,
+                                            uint32_t* high) {
+  asm("{\n"
+      ".reg .b16 pairs<2>;\n"
+      "mov.b32 {pairs0, pairs1}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, pairs0;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, pairs1;\n"
+      "}\n"
+      : "=r"(*low), "=r"(*high)
+      : "r"(word));
+  if constexpr (!std::is_same_v<T, __half>) {
+#pragma unroll
+    for (uint32_t* pair : {low, high}) {
+      __half2 v;
+      memcpy(&v, pair, sizeof(v));
+      const float2 f = __half22float2(v);
+      *pair = Pack<T>(f.x, f.y);
+    }
+  }
+}
+
 // Where 16-byte chunk `chunk` of key `key` lies in a tile of K or V.
 template <class S>
 __device__ __forceinline__ uint32_t ChunkOffset(int key, int chunk) {
@@ -52,7 +76,8 @@ class Attend {
   __device__ Attend(const Args& a, const Tile& tile, unsigned char* shared)
       : a_(a),
         tile_(tile),
-        softmax_(reinterpret_cast<float2*>(shared + S::kSoftmaxAt)),
+        softmax_(reinterpret_cast<float2*>(shared + S::kSoftmaxAt) +
+                 Team() * kWarps * 8),
         queries_(SharedAddress(shared)) {
     if constexpr (kKeepQueries) {
 #pragma unroll
@@ -78,7 +103,7 @@ class Attend {
 
   // Adds this warp's keys of the stage at `stage`, whose first is `key`.
   __device__ __forceinline__ void AddStage(int32_t key, uint32_t stage) {
-    const int first = threadIdx.x / 32 * 16;  // of the stage
+    const int first = Warp() * 16;  // of the stage
     key += first;
     if (key >= tile_.length) return;
     const uint32_t v_tile = stage + S::kTileBytes;
@@ -108,17 +133,24 @@ class Attend {
       sum_[r] += __shfl_xor_sync(~0u, sum_[r], 2);
       const int first_row = r * 8;
       if (first_row >= rows) continue;
-      SyncThreads(1, kAttendThreads);  // the room is free
+      SyncThreads(1 + Team(), kAttendThreads);  // the room is free
       SaveRows(r, reinterpret_cast<float2*>(room));
-      SyncThreads(1, kAttendThreads);
+      FenceAsyncProxy();  // TMA writes there next
+      SyncThreads(1 + Team(), kAttendThreads);
       MergeRows(reinterpret_cast<const float2*>(room), first_row,
                 min(8, rows - first_row), store_out, store_softmax);
     }
-    FenceAsyncProxy();  // TMA writes there next
   }
 
  private:
   static constexpr bool kKeepQueries = S::kDim <= 128;
+
+  __device__ __forceinline__ static int Team() {
+    return threadIdx.x / kAttendThreads;
+  }
+  __device__ __forceinline__ static int Warp() {  // of the team
+    return threadIdx.x % kAttendThreads / 32;
+  }
 
   // Zeros for the values of keys [begin, end) of a stage, which do not exist: a
   // weight of 0 would not make NaN vanish.
@@ -161,9 +193,7 @@ class Attend {
 #pragma unroll
           for (int n = 0; n < 2; ++n) {
             const uint32_t words[4] = {k[n].x, k[n].y, k[n].z, k[n].w};
-            b[2 * n] = WidenFloat8<T>(static_cast<uint16_t>(words[i]));
-            b[2 * n + 1] =
-                WidenFloat8<T>(static_cast<uint16_t>(words[i] >> 16));
+            WidenFloat8<T>(words[i], &b[2 * n], &b[2 * n + 1]);
           }
         } else {
           LoadMatrices(
@@ -291,15 +321,13 @@ class Attend {
     if constexpr (S::kFloat8) {
       // A 16-bit element is two columns of a key. Even columns make one tile of
       // the output, odd ones the next.
-      low = __byte_perm(low, 0, 0x3120);
-      high = __byte_perm(high, 0, 0x3120);
+      uint32_t lows[2];
+      uint32_t highs[2];
+      WidenFloat8<Weight>(__byte_perm(low, 0, 0x3120), &lows[0], &lows[1]);
+      WidenFloat8<Weight>(__byte_perm(high, 0, 0x3120), &highs[0], &highs[1]);
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd) {
-        const uint32_t b0 =
-            WidenFloat8<Weight>(static_cast<uint16_t>(low >> (16 * odd)));
-        const uint32_t b1 =
-            WidenFloat8<Weight>(static_cast<uint16_t>(high >> (16 * odd)));
-        Mma<Weight>(out_[n + odd], weights, b0, b1);
+        Mma<Weight>(out_[n + odd], weights, lows[odd], highs[odd]);
       }
     } else {
       Mma<Weight>(out_[n], weights, low, high);
@@ -310,7 +338,7 @@ class Attend {
   // order of PairColumn: [warp, pair, lane].
   __device__ __forceinline__ void SaveRows(int r, float2* room) const {
     const int lane = threadIdx.x % 32;
-    const int warp = threadIdx.x / 32;
+    const int warp = Warp();
     float2* const to = room + warp * kN * 32 + lane;
 #pragma unroll
     for (int n = 0; n < kN; n += 2) {
@@ -335,7 +363,7 @@ class Attend {
       const float2* room, int first_row, int rows, const StoreOut& store_out,
       const StoreSoftmax& store_softmax) const {
     const int lane = threadIdx.x % 32;
-    const int warp = threadIdx.x / 32;
+    const int warp = Warp();
     const int row = lane / 4;
     if (row < rows) {
       float factors[kWarps];
@@ -356,7 +384,7 @@ class Attend {
     // A thread for each row and block.
     static_assert(8 * kParts <= kAttendThreads, "in one go");
     const int of_row = threadIdx.x % 8;
-    const int block = threadIdx.x / 8;
+    const int block = threadIdx.x % kAttendThreads / 8;
     if (of_row < rows && block < gridDim.x) {
       float factors[kWarps];
       store_softmax(first_row + of_row, block, MergeSoftmax(of_row, factors));

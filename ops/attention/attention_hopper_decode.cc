@@ -48,6 +48,10 @@ HopperDecodePlan PlanHopperDecode(const AttentionParams& p,
   while (d.cluster_blocks > 2 && d.cluster_blocks * clusters > kBlocks) {
     d.cluster_blocks /= 2;
   }
+  // Two teams hide each other's latency as two blocks of an SM do, with more
+  // room for stages.
+  const bool alone = d.cluster_blocks * clusters <= kBlocks;
+  d.teams = alone && d.cluster_blocks == 2 ? 2 : 1;
   return d;
 }
 

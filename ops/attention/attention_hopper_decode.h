@@ -32,6 +32,8 @@ struct HopperDecodePlan {
   int64_t num_tiles = 0;
   // Blocks, at most, that share a (tile, KV head): a cluster.
   int32_t cluster_blocks = 1;
+  // Warps of a block are in so many teams, each with its own parts.
+  int32_t teams = 1;
 };
 
 // An upper bound of the tiles of the first `sequence` sequences, which have

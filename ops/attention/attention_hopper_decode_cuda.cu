@@ -5,11 +5,12 @@
 #include "ops/attention/attention_hopper_decode_cuda.cuh"
 
 // Split-KV attention of few queries on Hopper. A cluster takes a tile of
-// queries and a KV head; each block takes some parts of the context, through a
-// ring of stages that one warp fills by TMA, and sends their results to where
-// they are combined: every block combines a slice of the tile's output, all
-// parts in order. One launch, no scratch memory, and no bit depends on the
-// number of blocks.
+// queries and a KV head; each team of warps in its blocks takes some parts of
+// the context, through a ring of stages that one of them fills by TMA, and
+// sends their results to where they are combined: every block combines a slice
+// of the tile's output, all parts in order, once a barrier of its own has
+// counted their bytes. One launch, no scratch memory, and no bit depends on the
+// number of blocks or teams.
 
 namespace tenon::cuda {
 namespace {
@@ -28,7 +29,7 @@ __device__ __forceinline__ void LoadQueries(const Args& a,
   constexpr int kChunks = S::kDim / 8;
   const int rows = tile.num_queries * a.group;
   for (int i = threadIdx.x; i < S::kRows * kChunks;
-       i += decode::kAttendThreads) {
+       i += a.teams * decode::kAttendThreads) {
     const int row = i / kChunks;
     const int chunk = i % kChunks;
     uint4 v = make_uint4(0, 0, 0, 0);
@@ -42,45 +43,60 @@ __device__ __forceinline__ void LoadQueries(const Args& a,
   }
 }
 
+// What all parts send to this block.
+template <class S>
+__device__ __forceinline__ int BytesToCombine(const Args& a,
+                                              const decode::Tile& tile,
+                                              int32_t stages) {
+  const int rows = tile.num_queries * a.group;
+  const int begin = static_cast<int>(blockIdx.x) << a.log2_slice;
+  const int floats = max(0, min(1 << a.log2_slice, rows * S::kDim - begin));
+  return min(stages, decode::kParts) * (floats * 4 + rows * 8);
+}
+
 // Combines this block's slice of the tile's output.
 template <class S>
 __device__ __forceinline__ void Combine(const Args& a, const decode::Tile& tile,
                                         int32_t kv_head, int32_t stages,
                                         const float* parts) {
   using T = typename S::T;
-  const int blocks = static_cast<int>(gridDim.x);
   const int tile_rows = a.queries_per_tile * a.group;
-  const int slice = decode::SliceFloats(tile_rows, S::kDim, blocks);
+  const int slice = 1 << a.log2_slice;
   const auto* softmax =
       reinterpret_cast<const float2*>(parts + decode::kParts * slice);
-  for (int i = 2 * threadIdx.x; i < slice; i += 2 * decode::kAttendThreads) {
+  const auto exists = [&](int part) {
+    return decode::PartBegin(stages, part) <
+           decode::PartBegin(stages, part + 1);
+  };
+  for (int i = 2 * threadIdx.x; i < slice;
+       i += 2 * a.teams * decode::kAttendThreads) {
     const int element = static_cast<int>(blockIdx.x) * slice + i;
     const int row = element / S::kDim;
     if (row >= tile.num_queries * a.group) break;
-    float max = -INFINITY;
-    float2 of_part[decode::kParts];
+    // All parts are read at once, also those that do not exist.
+    float2 softmax_of[decode::kParts];
+    float2 values_of[decode::kParts];
 #pragma unroll
     for (int part = 0; part < decode::kParts; ++part) {
-      const bool exists =
-          decode::PartBegin(stages, part) < decode::PartBegin(stages, part + 1);
-      of_part[part] = exists ? softmax[part * tile_rows + row]
-                             : make_float2(-INFINITY, 0.0f);
-      max = fmaxf(max, of_part[part].x);
+      softmax_of[part] = softmax[part * tile_rows + row];
+      values_of[part] =
+          *reinterpret_cast<const float2*>(parts + part * slice + i);
+    }
+    float max = -INFINITY;
+#pragma unroll
+    for (int part = 0; part < decode::kParts; ++part) {
+      if (exists(part)) max = fmaxf(max, softmax_of[part].x);
     }
     float2 value = make_float2(0.0f, 0.0f);
     float sum = 0.0f;
 #pragma unroll
     for (int part = 0; part < decode::kParts; ++part) {
-      if (decode::PartBegin(stages, part) ==
-          decode::PartBegin(stages, part + 1)) {
-        continue;
+      const float weight = decode::PowerOf2(softmax_of[part].x - max);
+      if (exists(part)) {
+        value.x = fmaf(values_of[part].x, weight, value.x);
+        value.y = fmaf(values_of[part].y, weight, value.y);
+        sum = fmaf(softmax_of[part].y, weight, sum);
       }
-      const float weight = decode::PowerOf2(of_part[part].x - max);
-      const float2 v =
-          *reinterpret_cast<const float2*>(parts + part * slice + i);
-      value.x = fmaf(v.x, weight, value.x);
-      value.y = fmaf(v.y, weight, value.y);
-      sum = fmaf(of_part[part].y, weight, sum);
     }
     T* out = static_cast<T*>(a.out) +
              (tile.token + row / a.group) * a.out_stride[0] +
@@ -90,13 +106,16 @@ __device__ __forceinline__ void Combine(const Args& a, const decode::Tile& tile,
   }
 }
 
-// Zeros for the tokens from `token` on, which belong to no sequence.
+// Zeros for the tokens that belong to no sequence, by a warp of each block of
+// the first tile.
 template <class S>
-__device__ __forceinline__ void ClearTokens(const Args& a, int32_t token,
-                                            int32_t kv_head) {
+__device__ __forceinline__ void ClearUncovered(const Args& a, int32_t kv_head) {
   using T = typename S::T;
-  for (int64_t t = token + blockIdx.x; t < a.num_tokens; t += gridDim.x) {
-    for (int i = threadIdx.x; i < a.group * S::kDim; i += decode::kThreads) {
+  if (blockIdx.z != 0 || !a.zero_uncovered) return;
+  WaitForPreviousKernels();
+  const int32_t covered = max(0, a.query_start[a.num_seqs]);
+  for (int64_t t = covered + blockIdx.x; t < a.num_tokens; t += gridDim.x) {
+    for (int i = threadIdx.x % 32; i < a.group * S::kDim; i += 32) {
       const int64_t head = kv_head * a.group + i / S::kDim;
       static_cast<T*>(
           a.out)[t * a.out_stride[0] + head * a.out_stride[1] + i % S::kDim] =
@@ -107,28 +126,33 @@ __device__ __forceinline__ void ClearTokens(const Args& a, int32_t token,
 
 #endif  // TENON_SM90A
 
-// Grid: blocks of a cluster, KV heads, tiles.
+// Grid: blocks of a cluster, KV heads, tiles. The warps that attend come first,
+// then one of each team that loads.
 template <class S>
-__global__ void __launch_bounds__(decode::kThreads, S::kBlocksPerSm)
+__global__ void __launch_bounds__(S::kMaxThreads)
     HopperDecodeKernel(const __grid_constant__ Args a) {
 #if TENON_SM90A
   extern __shared__ __align__(1024) unsigned char shared[];
-  unsigned char* const tail = shared + a.num_stages * S::kStageBytes;
+  const int ring_bytes = a.num_stages * S::kStageBytes;
+  unsigned char* const tail = shared + a.teams * ring_bytes;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
+  const bool loads = warp >= a.teams * decode::kWarps;
+  const int team =
+      loads ? warp - a.teams * decode::kWarps : warp / decode::kWarps;
   const int32_t kv_head = static_cast<int32_t>(blockIdx.y);
-  const int rank = static_cast<int>(blockIdx.x);
   const int blocks = static_cast<int>(gridDim.x);
-  decode::Ring ring;
-  ring.stages = SharedAddress(shared);
-  ring.full = SharedAddress(tail + S::kBarriersAt);
-  ring.empty = ring.full + 8 * decode::kMaxStages;
-  ring.count = a.num_stages;
+  const uint32_t barriers = SharedAddress(tail + S::kBarriersAt);
+  const uint32_t received = SharedAddress(tail + S::kReceivedAt);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < a.num_stages; ++i) {
-      InitBarrier(ring.full + 8 * i, 1);
-      InitBarrier(ring.empty + 8 * i, decode::kWarps);
+    for (int i = 0; i < a.teams; ++i) {
+      const uint32_t full = barriers + i * S::kRingBarriers;
+      for (int j = 0; j < a.num_stages; ++j) {
+        InitBarrier(full + 8 * j, 1);
+        InitBarrier(full + 8 * (decode::kMaxStages + j), decode::kWarps);
+      }
     }
+    InitBarrier(received, 1);
     FenceBarrierInit();
     PrefetchTensorMap(&a.k_map);
     PrefetchTensorMap(&a.v_map);
@@ -136,33 +160,38 @@ __global__ void __launch_bounds__(decode::kThreads, S::kBlocksPerSm)
   if (!a.early_reads) WaitForPreviousKernels();
   const decode::Tile tile =
       decode::FindTile(a, static_cast<int32_t>(blockIdx.z));
-  if (blockIdx.z == 0 && a.zero_uncovered) {
-    const int32_t covered = a.query_start[a.num_seqs];
-    if (covered < a.num_tokens) {
-      WaitForPreviousKernels();
-      ClearTokens<S>(a, max(0, covered), kv_head);
-    }
-  }
   if (tile.num_queries == 0) {  // nor have the other blocks of the cluster any
     WaitForPreviousKernels();
+    if (loads && team == 0) ClearUncovered<S>(a, kv_head);
     return;
   }
   const int32_t stages = CeilDiv(tile.length, decode::kKeys);
-  const int begin = decode::kParts * rank / blocks;
-  const int end = decode::kParts * (rank + 1) / blocks;
+  const int rank = static_cast<int>(blockIdx.x) * a.teams + team;
+  const int begin = decode::kParts * rank / (blocks * a.teams);
+  const int end = decode::kParts * (rank + 1) / (blocks * a.teams);
+  const int32_t end_stage = decode::PartBegin(stages, end);
   __syncthreads();  // barriers are initialised
   decode::SignalCluster();
 
-  if (warp == decode::kWarps) {
+  decode::Ring ring;
+  ring.stages = SharedAddress(shared + team * ring_bytes);
+  ring.full = barriers + team * S::kRingBarriers;
+  ring.empty = ring.full + 8 * decode::kMaxStages;
+  ring.count = a.num_stages;
+  if (loads) {
     decode::LoadStages<S>(a, tile, kv_head, decode::PartBegin(stages, begin),
-                          decode::PartBegin(stages, end), ring);
+                          end_stage, ring);
+    if (team == 0) ClearUncovered<S>(a, kv_head);
     return;
+  }
+  if (threadIdx.x == 0) {
+    ArriveExpectBytes(received, BytesToCombine<S>(a, tile, stages));
   }
   WaitForPreviousKernels();
   LoadQueries<S>(a, tile, kv_head, tail);
-  SyncThreads(1, decode::kAttendThreads);
+  SyncThreads(1 + decode::kMaxTeams, a.teams * decode::kAttendThreads);
   const int tile_rows = a.queries_per_tile * a.group;
-  const int slice = decode::SliceFloats(tile_rows, S::kDim, blocks);
+  const int slice = 1 << a.log2_slice;
   float* const parts = reinterpret_cast<float*>(tail + S::kPartsAt);
   const uint32_t to = SharedAddress(parts);
   const uint32_t to_softmax = to + decode::kParts * slice * 4;
@@ -183,15 +212,16 @@ __global__ void __launch_bounds__(decode::kThreads, S::kBlocksPerSm)
         cluster_runs = true;
         // The stage is room to merge in until it is given back.
         attend.Finish(
-            shared + at,
+            shared + team * ring_bytes + at,
             [&](int row, int column, float2 v) {
               const int element = row * S::kDim + column;
-              decode::StoreInCluster(to + (part * slice + element % slice) * 4,
-                                     element / slice, v.x, v.y);
+              const int at_receiver = part * slice + (element & (slice - 1));
+              decode::SendInCluster(to + at_receiver * 4, received,
+                                    element >> a.log2_slice, v.x, v.y);
             },
             [&](int row, int receiver, float2 softmax) {
-              decode::StoreInCluster(to_softmax + (part * tile_rows + row) * 8,
-                                     receiver, softmax.x, softmax.y);
+              decode::SendInCluster(to_softmax + (part * tile_rows + row) * 8,
+                                    received, receiver, softmax.x, softmax.y);
             });
       }
       __syncwarp();
@@ -201,8 +231,7 @@ __global__ void __launch_bounds__(decode::kThreads, S::kBlocksPerSm)
     }
   }
   if (!cluster_runs) decode::AwaitCluster();
-  decode::SignalCluster();
-  decode::AwaitCluster();
+  Wait(received, 0);
   Combine<S>(a, tile, kv_head, stages, parts);
 #endif  // TENON_SM90A
 }
@@ -210,6 +239,14 @@ __global__ void __launch_bounds__(decode::kThreads, S::kBlocksPerSm)
 int Log2(int64_t v) {
   int log2 = 0;
   while (v >> (log2 + 1) != 0) ++log2;
+  return log2;
+}
+
+// Of what each of `blocks` combines of a tile: a power of two, since dividing
+// by it is cheap.
+int Log2Slice(int tile_floats, int blocks) {
+  int log2 = 2;
+  while (blocks << log2 < tile_floats) ++log2;
   return log2;
 }
 
@@ -264,22 +301,24 @@ Status LaunchShape(const AttentionArgs& args, const HopperDecodePlan& plan,
   const AttentionParams& p = args.params;
   Args a;
   TENON_RETURN_IF_ERROR(MakeArgs(args, plan, &a));
+  a.teams = S::kTeamsPerSm == 2 ? plan.teams : 1;
   // Two blocks fit an SM if each has so much shared memory, which lets the next
   // kernel's blocks in as well; else one.
   constexpr int kHalf = 113 * 1024;
   constexpr int kWhole = 227 * 1024;
   constexpr int kMinStages = 2;
-  constexpr int kRoom = S::kBlocksPerSm == 2 ? kHalf : kWhole;
+  const int room = a.teams == S::kTeamsPerSm ? kWhole : kHalf;
   const int tile_rows = plan.queries_per_tile * a.group;
   int blocks = plan.cluster_blocks;
   const auto bytes = [&](int num_stages) {
-    return num_stages * S::kStageBytes + S::kPartsAt +
-           decode::ReceivedBytes(tile_rows, S::kDim, blocks);
+    return a.teams * num_stages * S::kStageBytes + S::kPartsAt +
+           decode::ReceivedBytes(tile_rows,
+                                 Log2Slice(tile_rows * S::kDim, blocks));
   };
-  while (blocks < decode::kParts && bytes(kMinStages) > kRoom) blocks *= 2;
+  while (blocks < decode::kParts && bytes(kMinStages) > room) blocks *= 2;
+  a.log2_slice = Log2Slice(tile_rows * S::kDim, blocks);
   a.num_stages = kMinStages;
-  while (a.num_stages < decode::kMaxStages &&
-         bytes(a.num_stages + 1) <= kRoom) {
+  while (a.num_stages < decode::kMaxStages && bytes(a.num_stages + 1) <= room) {
     ++a.num_stages;
   }
   auto* const kernel = HopperDecodeKernel<S>;
@@ -290,8 +329,9 @@ Status LaunchShape(const AttentionArgs& args, const HopperDecodePlan& plan,
   const dim3 grid(static_cast<unsigned>(blocks),
                   static_cast<unsigned>(p.k_cache.shape[2]),
                   static_cast<unsigned>(plan.num_tiles));
-  cudaLaunchConfig_t config =
-      LaunchConfig(stream, grid, dim3(decode::kThreads), bytes(a.num_stages));
+  cudaLaunchConfig_t config = LaunchConfig(
+      stream, grid, dim3(static_cast<unsigned>(a.teams * decode::kTeamThreads)),
+      bytes(a.num_stages));
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;

@@ -14,10 +14,14 @@ namespace tenon::cuda::hopper_decode {
 
 inline constexpr int kKeys = kDecodeStageKeys;
 inline constexpr int kParts = kDecodeParts;
-inline constexpr int kWarps = 4;  // that attend; one more loads
+// A team: warps that attend to some parts, a warp that loads them, and the
+// ring between them. Teams of a block are alone with their parts, as blocks of
+// a cluster are.
+inline constexpr int kWarps = 4;  // that attend
 inline constexpr int kAttendThreads = 32 * kWarps;
-inline constexpr int kThreads = kAttendThreads + 32;
-inline constexpr int kMaxStages = 8;
+inline constexpr int kTeamThreads = kAttendThreads + 32;
+inline constexpr int kMaxTeams = 2;
+inline constexpr int kMaxStages = 8;  // of a ring
 
 struct Args {
   CUtensorMap k_map;  // boxes of 128 bytes of min(page_size, kKeys) tokens
@@ -40,7 +44,9 @@ struct Args {
   int32_t tiles_per_seq;     // 0: tiles are aligned
   int32_t max_queries;       // of a sequence; those with more are not served
   int32_t max_kv_len;
-  int32_t num_stages;
+  int32_t log2_slice;   // floats of a tile that a block combines
+  int32_t teams;        // of a block
+  int32_t num_stages;   // of a team's ring
   bool zero_uncovered;  // tokens that belong to no sequence
   bool early_reads;
   float scale;  // of a score in units of log2 e
@@ -55,8 +61,9 @@ struct Shape {
   using Weight = std::conditional_t<sizeof(C) == 1, __half, T>;
   static constexpr int kDim = kDim_;
   static constexpr int kRows = kDecodeRows;
-  // Registers for the output of so many blocks.
-  static constexpr int kBlocksPerSm = kDim <= 128 ? 2 : 1;
+  // Registers for the output of so many teams, of one block or two.
+  static constexpr int kTeamsPerSm = kDim <= 128 ? 2 : 1;
+  static constexpr int kMaxThreads = kTeamsPerSm * kTeamThreads;
   static constexpr bool kFloat8 = sizeof(C) == 1;
   static constexpr int kBoxElements = 128 / sizeof(C);
   static constexpr int kBoxes = kDim / kBoxElements;
@@ -67,19 +74,18 @@ struct Shape {
   // Shared memory behind the stages.
   static constexpr int kQueryBytes = kRows * kDim * 2;
   static constexpr int kSoftmaxAt = kQueryBytes;  // of 8 rows of each warp
-  static constexpr int kBarriersAt = kSoftmaxAt + kWarps * 8 * 8;
-  static constexpr int kPartsAt = kBarriersAt + 2 * kMaxStages * 8;
+  static constexpr int kBarriersAt =
+      kSoftmaxAt + kMaxTeams * kWarps * 8 * 8;  // of each team's ring
+  static constexpr int kRingBarriers = 2 * kMaxStages * 8;
+  static constexpr int kReceivedAt = kBarriersAt + kMaxTeams * kRingBarriers;
+  static constexpr int kPartsAt = kReceivedAt + 16;
   static_assert(kWarps * 8 * kDim * 4 <= kStageBytes, "room to merge");
 };
 
-// What a block of a cluster of `blocks` gets of the results of all parts:
-// [kParts, slice] floats, then [kParts, tile_rows] maxima and sums.
-inline __host__ __device__ int SliceFloats(int tile_rows, int dim, int blocks) {
-  return CeilDiv(tile_rows * dim, 4 * blocks) * 4;
-}
-inline __host__ __device__ int ReceivedBytes(int tile_rows, int dim,
-                                             int blocks) {
-  return kParts * (SliceFloats(tile_rows, dim, blocks) * 4 + tile_rows * 8);
+// What a block gets of the results of all parts: [kParts, slice] floats, then
+// [kParts, tile_rows] maxima and sums.
+inline int ReceivedBytes(int tile_rows, int log2_slice) {
+  return kParts * ((4 << log2_slice) + tile_rows * 8);
 }
 
 #if TENON_SM90A
@@ -175,6 +181,20 @@ __device__ __forceinline__ void LoadPage(uint32_t to, const CUtensorMap* map,
       : "memory");
 }
 
+// True for one lane. The compiler knows it, and so does not loop over lanes
+// where registers of an instruction (TMA) have to be uniform.
+__device__ __forceinline__ bool ElectLane() {
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}\n"
+      : "=r"(elected));
+  return elected != 0;
+}
+
 // The warp that loads: stages [begin, end) of a tile's keys. What the kernel
 // ahead may still write, it loads last, after that kernel.
 template <class S>
@@ -182,18 +202,19 @@ __device__ __forceinline__ void LoadStages(const Args& a, const Tile& tile,
                                            int32_t kv_head, int32_t begin,
                                            int32_t end, Ring ring) {
   const int lane = threadIdx.x % 32;
+  const int32_t length = tile.length;
   const int32_t log2_boxes = 6 - a.log2_box_rows;  // of a stage, along its keys
   const int32_t boxes = 1 << log2_boxes;
   const int32_t log2_per_page = a.log2_page_size - a.log2_box_rows;
   const int32_t end_box =
-      CeilDiv(min(end * kKeys, tile.length), 1 << a.log2_box_rows);
+      CeilDiv(min(end * kKeys, length), 1 << a.log2_box_rows);
   const int32_t* table = a.block_table + tile.sequence * a.table_stride;
   const auto page_of = [&](int32_t box) {
     const int32_t page = box < end_box ? table[box >> log2_per_page] : 0;
     return page >= 0 && page < a.num_pages ? page : 0;
   };
   static_assert(kKeys == 64, "log2_boxes");
-  bool waited = !a.early_reads;
+  const int32_t old_length = a.early_reads ? tile.old_length : length;
   // Pages of 32 boxes, and those of the next 32.
   int32_t first_box = begin << log2_boxes;
   int32_t pages = page_of(first_box + lane);
@@ -205,33 +226,29 @@ __device__ __forceinline__ void LoadStages(const Args& a, const Tile& tile,
       pages = next_pages;
       next_pages = page_of(first_box + 32 + lane);
     }
-    if (!waited && min((stage + 1) * kKeys, tile.length) > tile.old_length) {
-      WaitForPreviousKernels();
-      waited = true;
-    }
+    if (min((stage + 1) * kKeys, length) > old_length) WaitForPreviousKernels();
+    const uint32_t full = ring.full + 8 * ring.at;
+    uint32_t to = ring.stages + ring.at * S::kStageBytes;
     Wait(ring.empty + 8 * ring.at, ring.phase ^ 1);
     const int32_t exist = min(boxes, end_box - box);
-    if (lane == 0) {
-      ArriveExpectBytes(ring.full + 8 * ring.at,
-                        (exist << a.log2_box_rows) * 128 * S::kBoxes * 2);
+    if (ElectLane()) {
+      ArriveExpectBytes(full, (exist << a.log2_box_rows) * 128 * S::kBoxes * 2);
     }
     __syncwarp();
-    const uint32_t to = ring.stages + ring.at * S::kStageBytes;
-    const int32_t copies = boxes * S::kBoxes * 2;
-    for (int32_t first = 0; first < copies; first += 32) {
-      const int32_t copy = first + lane;
-      const int32_t i = copy & (boxes - 1);
-      const int32_t col = (copy >> log2_boxes) % S::kBoxes;
-      const int32_t is_v = (copy >> log2_boxes) / S::kBoxes;
-      const int32_t page = __shfl_sync(~0u, pages, (box - first_box + i) & 31);
-      if (copy < copies && i < exist) {
-        const int32_t in_page = (box + i) & ((1 << log2_per_page) - 1);
-        LoadPage(to + is_v * S::kTileBytes + col * S::kBoxBytes +
-                     (i << a.log2_box_rows) * 128,
-                 is_v ? &a.v_map : &a.k_map, col * S::kBoxElements,
-                 in_page << a.log2_box_rows, kv_head, page,
-                 ring.full + 8 * ring.at);
+    for (int32_t i = 0; i < exist; ++i) {
+      const int32_t page = __shfl_sync(~0u, pages, box - first_box + i);
+      const int32_t row = ((box + i) & ((1 << log2_per_page) - 1))
+                          << a.log2_box_rows;
+      if (ElectLane()) {
+#pragma unroll
+        for (int col = 0; col < S::kBoxes; ++col) {
+          LoadPage(to + col * S::kBoxBytes, &a.k_map, col * S::kBoxElements,
+                   row, kv_head, page, full);
+          LoadPage(to + S::kTileBytes + col * S::kBoxBytes, &a.v_map,
+                   col * S::kBoxElements, row, kv_head, page, full);
+        }
       }
+      to += 128 << a.log2_box_rows;
     }
     ring.Advance();
   }
@@ -242,20 +259,24 @@ __device__ __forceinline__ void LoadStages(const Args& a, const Tile& tile,
 // ---------------------------------------------------------------------------
 
 // The two halves of a barrier for all threads of the cluster that have not
-// ended; what was stored before the first can be read after the second.
+// ended: after it, all blocks run, with the barriers that they initialised
+// before (FenceBarrierInit). Other stores are not ordered by it: that would
+// wait for all of this thread's accesses, global ones as well.
 __device__ __forceinline__ void SignalCluster() {
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 }
 __device__ __forceinline__ void AwaitCluster() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
-// Stores to where block `rank` of the cluster has what this one has at `to`.
-__device__ __forceinline__ void StoreInCluster(uint32_t to, int rank, float x,
-                                               float y) {
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};\n" ::"r"(
-                   ClusterAddress(to, rank)),
-               "f"(x), "f"(y)
-               : "memory");
+// Stores to where block `rank` of the cluster has what this one has at `to`;
+// that block's barrier counts the 8 bytes.
+__device__ __forceinline__ void SendInCluster(uint32_t to, uint32_t barrier,
+                                              int rank, float x, float y) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, "
+      "%2}, [%3];\n" ::"r"(ClusterAddress(to, rank)),
+      "f"(x), "f"(y), "r"(ClusterAddress(barrier, rank))
+      : "memory");
 }
 
 #endif  // TENON_SM90A

@@ -118,14 +118,19 @@ TEST_P(AttentionDecodeTest, ServesAnyLengthBelowTheBound) {
 
 TEST_P(AttentionDecodeTest, SingleQueryHasTheSameBitsInAnyCompany) {
   if (!IgnoresTheBatch()) GTEST_SKIP() << "only with batch_invariant";
-  for (bool float8_cache : {false, true}) {
+  // On Hopper, two teams of warps to a block, and two blocks to an SM.
+  const std::vector<int> counts =
+      OnCuda() ? std::vector<int>{24, 36} : std::vector<int>{9};
+  for (int kind = 0; kind < 2 * static_cast<int>(counts.size()); ++kind) {
+    const bool float8_cache = kind % 2 != 0;
+    const int count = counts[kind / 2];
+    SCOPED_TRACE(StrCat(count, float8_cache ? ", fp8" : ""));
     Shape shape;
     shape.num_heads = 16;
     shape.num_kv_heads = 2;
     shape.head_dim = 128;
     shape.float8_cache = float8_cache;
     const int64_t width = 16 * 128;
-    const int count = OnCuda() ? 36 : 9;
     for (int i = 0; i < count; ++i) {
       shape.sequences.push_back({1, 1 + i * 177 % 1500});
     }
@@ -185,11 +190,24 @@ HopperDecodePlan PlanOf(const AttentionParams& p) {
 }
 
 TEST(AttentionHopperDecodeTest, ClustersFillTheGpuOnce) {
-  const std::vector<std::pair<int64_t, int32_t>> expected = {
-      {1, 16}, {2, 16}, {4, 8}, {8, 4}, {16, 2}, {32, 2}, {64, 2}, {500, 2}};
-  for (const auto& [num_seqs, blocks] : expected) {
-    EXPECT_EQ(PlanOf(ShapeOnly(num_seqs, 1)).cluster_blocks, blocks)
-        << num_seqs;
+  struct Expected {
+    int64_t num_seqs;
+    int32_t blocks;
+    int32_t teams;
+  };
+  for (const Expected& e : std::vector<Expected>{{1, 16, 1},
+                                                 {2, 16, 1},
+                                                 {4, 8, 1},
+                                                 {8, 4, 1},
+                                                 {9, 2, 2},
+                                                 {16, 2, 2},
+                                                 {17, 2, 1},
+                                                 {32, 2, 1},
+                                                 {64, 2, 1},
+                                                 {500, 2, 1}}) {
+    const HopperDecodePlan plan = PlanOf(ShapeOnly(e.num_seqs, 1));
+    EXPECT_EQ(plan.cluster_blocks, e.blocks) << e.num_seqs;
+    EXPECT_EQ(plan.teams, e.teams) << e.num_seqs;
   }
   EXPECT_EQ(PlanOf(ShapeOnly(8, 1, 1)).cluster_blocks, 16);
 }
