@@ -2,6 +2,7 @@
 #define TENON_SERVICE_SEQUENCE_TABLE_H_
 
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -18,12 +19,12 @@ using Clock = std::chrono::steady_clock;
 using Time = Clock::time_point;
 
 // A sequence as the service knows it.
-struct Sequence {
-  // What every step of it looks at comes first, close together.
+struct alignas(64) Sequence {
+  // What every step of it looks at comes first, in one cache line: the step
+  // before may have run on another core.
   uint64_t handle = 0;
   uint64_t session_id = 0;  // 0: of a Generate call
-  SequenceId engine_id;
-  uint64_t check = 0;  // the last Step call that was looked at with it
+  uint64_t check = 0;       // the last Step call that was looked at with it
   Time lease_end;
   std::chrono::milliseconds lease{0};
   int32_t length = 0;      // tokens in the cache
@@ -33,12 +34,16 @@ struct Sequence {
   v1::RowStatus status = v1::ROW_STATUS_OK;  // otherwise it is finished
   bool in_call = false;  // a call under way owns it: the lease does not run
   bool ignore_eos = false;
+  bool has_edits = false;        // `edits`
+  bool has_stop_tokens = false;  // `stop_tokens`
+
+  SequenceId engine_id;
   // With the tokens that are in the cache, where they are counted; the most
   // edits that rules make.
   std::unique_ptr<LogitEdits> edits;
   int64_t rule_edits = 0;
   std::vector<int32_t> stop_tokens;
-  SamplingParams sampling;
+  SamplingParams sampling;  // never changes once there was a step
 
   std::vector<int32_t> prompt;
   int32_t prefilled = 0;   // tokens of the prompt that are in the cache
@@ -54,9 +59,8 @@ struct Sequence {
 
 // Of what a step looks at.
 inline void Prefetch(const Sequence* sequence) {
-  const char* memory = reinterpret_cast<const char*>(sequence);
-  __builtin_prefetch(memory, 1);
-  __builtin_prefetch(memory + 64, 1);
+  static_assert(offsetof(Sequence, has_stop_tokens) < 64, "one cache line");
+  __builtin_prefetch(sequence, 1);
 }
 
 // Handles and what they name. A handle is the server's epoch, a slot, and a tag

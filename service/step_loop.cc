@@ -26,7 +26,7 @@ void StepLoop::SetEngineLimits(const Limits& limits, SessionOptions* options) {
 StepLoop::StepLoop(std::unique_ptr<Session> engine,
                    const StepLoopOptions& options)
     : options_(options),
-      epoch_(RandomBits()),
+      epoch_(RandomBits() | 1),  // no handle is 0
       heartbeat_(Clock::now().time_since_epoch().count()),
       engine_(std::move(engine)),
       config_(engine_->model().config),
@@ -36,8 +36,11 @@ StepLoop::StepLoop(std::unique_ptr<Session> engine,
       next_expiry_(Clock::now()) {
   const size_t rows = static_cast<size_t>(options.limits.rows_per_step);
   checked_.reserve(rows);
-  inputs_.reserve(rows);
+  // A prompt's row has a token at least.
+  inputs_.resize(rows +
+                 static_cast<size_t>(options.limits.prefill_tokens_per_step));
   rows_.reserve(rows);
+  plain_rows_.reserve(rows);
   row_sequences_.reserve(rows);
   placed_.reserve(rows);
   results_.reserve(rows);
@@ -140,7 +143,7 @@ bool StepLoop::RunOnce() {
   TakeIncoming();
   if (now >= next_expiry_) ExpireLeases(now);
   MakeBatch();
-  if (!rows_.empty()) RunBatch();
+  if (num_rows_ != 0) RunBatch();
   UpdateGauges();
   return !units_.empty() || !prompts_.empty();
 }

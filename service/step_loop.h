@@ -138,6 +138,7 @@ class StepLoop {
   Placement PlaceJob(const Unit& unit);
   Failure CheckStep(const StepCall& call, const ClientSession& session);
   void PlaceRows(const v1::StepRequest& request);
+  bool KeepRow(Sequence* sequence);
   int64_t EditsNeeded(const Sequence& sequence, int32_t num_tokens) const;
   StepRow* AddRow(Sequence* sequence, const int32_t* tokens,
                   int32_t num_tokens);
@@ -187,9 +188,12 @@ class StepLoop {
   std::vector<Sequence*> checked_;  // by CheckStep: those of the step
   std::vector<Unit> later_;
   std::vector<Placed> placed_;
-  std::vector<StepRow> rows_;
+  std::vector<StepRow> rows_;  // those from num_rows_ on: of the batch before
+  size_t num_rows_ = 0;
+  // For each row the handle where sequence and place alone make it, or 0.
+  std::vector<uint64_t> plain_rows_;
   std::vector<Sequence*> row_sequences_;
-  std::vector<int32_t> inputs_;   // of decode rows; does not grow
+  std::vector<int32_t> inputs_;   // of decode rows, in their rows' places
   std::vector<LogitEdit> edits_;  // of all rows; empty until one has some
   int64_t num_edits_ = 0;
   int32_t decode_rows_ = 0;

@@ -35,9 +35,8 @@ bool Contains(const std::vector<int32_t>& ids, int32_t id) {
 
 void StepLoop::MakeBatch() {
   ++batch_;
-  rows_.clear();
+  num_rows_ = 0;
   row_sequences_.clear();
-  inputs_.clear();
   placed_.clear();
   num_edits_ = 0;
   decode_rows_ = 0;
@@ -81,7 +80,11 @@ int64_t StepLoop::EditsNeeded(const Sequence& sequence,
 StepRow* StepLoop::AddRow(Sequence* sequence, const int32_t* tokens,
                           int32_t num_tokens) {
   row_sequences_.push_back(sequence);
-  StepRow& row = rows_.emplace_back();
+  if (num_rows_ == plain_rows_.size()) plain_rows_.emplace_back();
+  if (num_rows_ == rows_.size()) rows_.emplace_back();
+  plain_rows_[num_rows_] = 0;
+  StepRow& row = rows_[num_rows_++];
+  row = StepRow();
   row.sequence = sequence->engine_id;
   row.tokens = tokens;
   row.num_tokens = num_tokens;
@@ -133,7 +136,7 @@ StepLoop::Placement StepLoop::PlaceStep(const Unit& unit) {
   }
   int64_t edits = 0;
   for (const Sequence* sequence : checked_) {
-    if (sequence->edits != nullptr) edits += EditsNeeded(*sequence, 1);
+    if (sequence->has_edits) edits += EditsNeeded(*sequence, 1);
   }
   const int64_t room = options_.limits.logit_edits;
   if (edits > room) {
@@ -146,11 +149,23 @@ StepLoop::Placement StepLoop::PlaceStep(const Unit& unit) {
   }
   if (num_edits_ + edits > room) return Placement::kFull;
   session->batch = batch_;
-  placed_.push_back({unit, rows_.size(), static_cast<size_t>(count), digest});
+  placed_.push_back({unit, num_rows_, static_cast<size_t>(count), digest});
   decode_rows_ += count;
   sampled_rows_ += count;
   PlaceRows(*call->request);
   return Placement::kPlaced;
+}
+
+// True if the batch before had the row in the same place and it is the same
+// still, which it is from step to step of a client: a row is three cache lines
+// to write, and the sequence's parameters are two to read.
+bool StepLoop::KeepRow(Sequence* sequence) {
+  if (num_rows_ >= rows_.size() || plain_rows_[num_rows_] != sequence->handle) {
+    return false;
+  }
+  row_sequences_.push_back(sequence);
+  ++num_rows_;
+  return true;
 }
 
 // Of the step that CheckStep has seen.
@@ -158,17 +173,23 @@ void StepLoop::PlaceRows(const v1::StepRequest& request) {
   const bool own_inputs = request.input_token_size() != 0;
   const bool has_overrides = request.has_overrides();
   const int32_t num_top = static_cast<int32_t>(request.top_n());
+  const bool all_plain = !has_overrides && num_top == 0;
   for (size_t i = 0; i < checked_.size(); ++i) {
     Sequence* sequence = checked_[i];
-    inputs_.push_back(own_inputs ? static_cast<int32_t>(
-                                       request.input_token(static_cast<int>(i)))
-                                 : sequence->next_input);
-    StepRow* row = AddRow(sequence, &inputs_.back(), 1);
+    const bool is_plain = all_plain && !sequence->has_edits;
+    int32_t* input = &inputs_[num_rows_];
+    *input =
+        own_inputs
+            ? static_cast<int32_t>(request.input_token(static_cast<int>(i)))
+            : sequence->next_input;
+    if (is_plain && KeepRow(sequence)) continue;
+    StepRow* row = AddRow(sequence, input, 1);
+    if (is_plain) plain_rows_[num_rows_ - 1] = sequence->handle;
     if (has_overrides) {
       row->sampling = MergeSampling(row->sampling, request.overrides());
     }
     row->sampling.num_top_logprobs = num_top;
-    if (sequence->edits != nullptr) {
+    if (sequence->has_edits) {
       FillEdits(sequence, LogitEdits::Source::kOutput, row);
     }
   }
@@ -253,13 +274,13 @@ StepLoop::Placement StepLoop::PlaceJob(const Unit& unit) {
     prefill_left_ -= num_tokens;
     tokens = &sequence->prompt[static_cast<size_t>(sequence->prefilled)];
   } else {
-    inputs_.push_back(sequence->next_input);
-    tokens = &inputs_.back();
+    inputs_[num_rows_] = sequence->next_input;
+    tokens = &inputs_[num_rows_];
     ++decode_rows_;
   }
   sampled_rows_ += sample ? 1 : 0;
   unit.job->batch = batch_;
-  placed_.push_back({unit, rows_.size(), 1, 0});
+  placed_.push_back({unit, num_rows_, 1, 0});
   StepRow* row = AddRow(sequence, tokens, num_tokens);
   row->sample = sample;
   row->sampling.num_top_logprobs = static_cast<int32_t>(
@@ -275,6 +296,7 @@ StepLoop::Placement StepLoop::PlaceJob(const Unit& unit) {
 }
 
 void StepLoop::RunBatch() {
+  rows_.resize(num_rows_);
   launch_ = Clock::now();
   const Status status = engine_->Step(rows_, &results_, &stats_);
   last_step_ = Clock::now() - launch_;
@@ -354,7 +376,8 @@ void StepLoop::Append(Sequence* sequence, int32_t num_tokens,
   ++sequence->num_generated;
   if (!sequence->ignore_eos && Contains(config_.eos_token_ids, result.token)) {
     sequence->status = v1::ROW_STATUS_FINISHED_EOS;
-  } else if (Contains(sequence->stop_tokens, result.token)) {
+  } else if (sequence->has_stop_tokens &&
+             Contains(sequence->stop_tokens, result.token)) {
     sequence->status = v1::ROW_STATUS_FINISHED_STOP;
   } else if (sequence->num_generated >= sequence->max_tokens) {
     sequence->status = v1::ROW_STATUS_FINISHED_LENGTH;

@@ -122,6 +122,7 @@ Failure StepLoop::AddEdits(const v1::NewSequence& request, Sequence* sequence) {
       LogitEdits::Create(config_.vocab_size, sequence->max_length, rules);
   if (!edits.ok()) return FromEngine(edits.status());
   sequence->edits = std::make_unique<LogitEdits>(*std::move(edits));
+  sequence->has_edits = true;
   // Between batches: no row points there.
   edits_.resize(static_cast<size_t>(options_.limits.logit_edits));
   return Failure();
@@ -160,6 +161,7 @@ StatusOr<Sequence*> StepLoop::AddSequence(const v1::NewSequence& request,
   if (!request.sampling().has_seed()) sequence->sampling.seed = RandomBits();
   sequence->stop_tokens.assign(request.stop_token().begin(),
                                request.stop_token().end());
+  sequence->has_stop_tokens = !sequence->stop_tokens.empty();
   sequence->ignore_eos = request.ignore_eos();
   sequence->max_tokens = max_tokens;
   sequence->own_pages = *std::move(claim);
@@ -306,6 +308,7 @@ StatusOr<Sequence*> StepLoop::ForkOne(Sequence* origin, Failure* failure) {
   }
   Sequence* fork = sequences_.Add();
   fork->edits = std::move(edits);
+  fork->has_edits = origin->has_edits;
   fork->rule_edits = origin->rule_edits;
   fork->session_id = origin->session_id;
   fork->engine_id = *id;
@@ -314,6 +317,7 @@ StatusOr<Sequence*> StepLoop::ForkOne(Sequence* origin, Failure* failure) {
   fork->next_input = origin->next_input;
   fork->sampling = origin->sampling;
   fork->stop_tokens = origin->stop_tokens;
+  fork->has_stop_tokens = origin->has_stop_tokens;
   fork->ignore_eos = origin->ignore_eos;
   fork->max_tokens = origin->max_tokens;
   fork->num_generated = origin->num_generated;

@@ -47,6 +47,59 @@ TEST_P(StepLoopTest, ClientsAreBatchedAndKeepTheirTokens) {
   EXPECT_GT(loop_->metrics().rows, loop_->metrics().steps);
 }
 
+// Rows that stay the same from step to step are not made again: not so after
+// overrides, another order, other rows, or another sequence in the place.
+TEST_P(StepLoopTest, RowsFollowTheirSequencesFromStepToStep) {
+  constexpr int32_t kSteps = 16;
+  const auto is_greedy = [](int32_t step) { return step % 4 == 2; };
+  const auto expected = [&](int32_t seed) {
+    SessionOptions options = TestEngineOptions(TestLimits());
+    options.max_tokens = 64;
+    const std::unique_ptr<Session> engine = TestEngine(options);
+    std::vector<int32_t> input;
+    for (uint32_t token : TestPrompt(PromptSize(seed), seed)) {
+      input.push_back(static_cast<int32_t>(token));
+    }
+    StepRow row;
+    row.sequence = *engine->CreateSequence();
+    row.sampling.seed = static_cast<uint64_t>(seed);
+    std::vector<uint32_t> tokens;
+    std::vector<StepRowResult> results;
+    for (int32_t step = 0; step <= kSteps; ++step) {
+      row.tokens = input.data();
+      row.num_tokens = static_cast<int32_t>(input.size());
+      row.sampling.temperature = is_greedy(step) ? 0.0f : 1.0f;
+      EXPECT_TRUE(engine->Step({row}, &results).ok());
+      tokens.push_back(static_cast<uint32_t>(results[0].token));
+      input.assign(1, results[0].token);
+    }
+    return tokens;
+  };
+  Client one = MakeClient(3, 1), other = MakeClient(1, 8);
+  std::vector<size_t> order = {0, 1, 2};
+  for (int32_t step = 1; step <= kSteps; ++step) {
+    v1::StepRequest request;
+    request.set_session_id(one.session);
+    request.set_step_id(static_cast<uint64_t>(step));
+    if (is_greedy(step)) request.mutable_overrides()->set_temperature(0.0f);
+    if (step % 5 == 0) std::swap(order[0], order[2]);
+    for (size_t i : order) request.add_seq(one.seqs[i]);
+    v1::StepResponse response;
+    ASSERT_TRUE(Send(request, &response).ok());
+    for (size_t i = 0; i < order.size(); ++i) {
+      one.tokens[order[i]].push_back(response.token(static_cast<int>(i)));
+    }
+    if (step % 7 == 0) {  // its row is where the first one was
+      ASSERT_TRUE(Step(&other).ok());
+      Release(other);
+      other = MakeClient(1, 8 + step);
+    }
+  }
+  for (size_t i = 0; i < 3; ++i) {
+    EXPECT_EQ(one.tokens[i], expected(1 + static_cast<int32_t>(i)));
+  }
+}
+
 TEST_P(StepLoopTest, AStepTakesEffectOnce) {
   Client client = MakeClient(2, 4);
   v1::StepRequest request;
