@@ -81,8 +81,7 @@ Status SamplerCuda(const SamplerParams& p, Stream stream) {
   TENON_RETURN_IF_ERROR(guard.status());
   const cuda::SamplerCall call = CallOf(p);
   TENON_RETURN_IF_ERROR(LaunchSummarize(call, stream));
-  TENON_RETURN_IF_ERROR(LaunchDecide(call, stream));
-  return LaunchWide(call, stream);
+  return LaunchDecide(call, stream);
 }
 
 }  // namespace tenon

@@ -1,7 +1,8 @@
+#include "ops/sampler/sampler_finish_cuda.cuh"
 #include "ops/sampler/sampler_kernels_cuda.cuh"
 #include "ops/sampler/sampler_narrow_cuda.cuh"
 
-// The kernel that makes a token of a row's summaries, one block for each row.
+// The kernel that makes a token of a row's summaries, by one block of the row.
 // It is made for latency: a row alone is a chain of short steps, and code runs
 // once, so that every instruction and every argument is waited for. What is
 // rare is left to the wide kernel.
@@ -20,10 +21,12 @@ using cuda::LaneLogits;
 using cuda::NarrowFilters;
 using cuda::Outcome;
 using cuda::SamplerCall;
+using cuda::Team;
 using cuda::ThreadEdits;
 using cuda::TileArrays;
 using cuda::TileBounds;
 using cuda::TokenInTile;
+using cuda::WideShared;
 
 // Where top-p comes first, the tokens of so many sub-tiles are tried.
 constexpr int kTopPTiles = 48;
@@ -315,16 +318,13 @@ __device__ __forceinline__ uint32_t FinishRich(
   return tasks;
 }
 
+// By the row's first block. Returns what it leaves undone.
 template <bool kRich>
-__global__ void __launch_bounds__(kDecideThreads, 2)
-    DecideKernel(const __grid_constant__ SamplerCall call) {
-  extern __shared__ double shared_memory[];
-  const int64_t index = blockIdx.x;
+__device__ __forceinline__ uint32_t Decide(const SamplerCall& call,
+                                           int64_t index,
+                                           const TileArrays& arrays,
+                                           DecideShared& shared) {
   const int num_tiles = call.num_tiles;
-  const size_t tile_doubles = TileArrays::Bytes(num_tiles) / sizeof(double);
-  const TileArrays arrays(shared_memory, num_tiles);
-  DecideShared& shared =
-      *reinterpret_cast<DecideShared*>(shared_memory + tile_doubles);
   Block block(&shared.block);
   Candidates candidates(block, &shared.candidates);
   // What the summarising kernel does not write may be read before it is done:
@@ -386,26 +386,78 @@ __global__ void __launch_bounds__(kDecideThreads, 2)
   } else if (tasks == 0 && threadIdx.x < 32) {
     WriteRow(call, index, row, row, shared.outcome, shared.inputs.mu);
   }
-  if (threadIdx.x == 0) {
-    cuda::RowState& state = call.scratch.states[index];
-    state.tasks = tasks;
-    if (tasks != 0) state.outcome = shared.outcome;
+  return tasks;
+}
+
+// A block is the first of its row, or waits for that one.
+template <bool kRich>
+__global__ void __launch_bounds__(kDecideThreads, 2)
+    DecideKernel(const __grid_constant__ SamplerCall call, int log2_blocks) {
+  extern __shared__ double shared_memory[];
+  const TileArrays arrays(shared_memory, call.num_tiles);
+  void* const scratch =
+      shared_memory + TileArrays::Bytes(call.num_tiles) / sizeof(double);
+  const int64_t index = blockIdx.x >> log2_blocks;
+  cuda::RowState& state = call.scratch.states[index];
+  if ((blockIdx.x & ((1u << log2_blocks) - 1)) == 0) {
+    DecideShared& shared = *static_cast<DecideShared*>(scratch);
+    const uint32_t tasks = Decide<kRich>(call, index, arrays, shared);
+    if (threadIdx.x == 0) {
+      state.tasks = tasks;
+      if (tasks != 0) state.outcome = shared.outcome;
+    }
+  } else {
+    cuda::WaitForPreviousKernels();
   }
+  WideShared& shared = *static_cast<WideShared*>(scratch);
+  Team team(&shared.team);
+  team.Sync();
+  const uint32_t tasks = state.tasks;
+  if (tasks != 0) FinishRow(team, call, index, tasks, arrays, shared);
+}
+
+// The logarithm of how many blocks a row has, in case its filters choose from
+// many tokens: as many as there is room for.
+int Log2Blocks(const SamplerCall& call) {
+  constexpr int64_t kRoom = 132;  // multiprocessors
+  int log2 = 0;
+  if (call.is_hopper) {
+    while ((2 << log2) <= cuda::kTeamBlocks &&
+           (int64_t{call.rows} << (log2 + 1)) <= kRoom) {
+      ++log2;
+    }
+  }
+  return log2;
 }
 
 }  // namespace
 
 Status LaunchDecide(const SamplerCall& call, Stream stream) {
-  const size_t shared_bytes =
-      TileArrays::Bytes(call.num_tiles) + sizeof(DecideShared);
+  constexpr size_t kScratch =
+      std::max(sizeof(DecideShared), sizeof(WideShared));
+  const size_t shared_bytes = TileArrays::Bytes(call.num_tiles) + kScratch;
   const bool rich = call.edits != nullptr || call.bitmask != nullptr ||
                     call.top_tokens != nullptr ||
                     call.probabilities != nullptr ||
                     call.scratch.raw_tiles != nullptr;
-  return cuda::LaunchDependent(
-      "Sampler", stream, dim3(static_cast<unsigned>(call.rows)),
-      dim3(kDecideThreads), shared_bytes,
-      rich ? DecideKernel<true> : DecideKernel<false>, call);
+  const int log2_blocks = Log2Blocks(call);
+  cudaLaunchConfig_t config = cuda::LaunchConfig(
+      stream, dim3(static_cast<unsigned>(call.rows) << log2_blocks),
+      dim3(kDecideThreads), shared_bytes);
+  cudaLaunchAttribute attributes[2] = {};
+  if (call.is_hopper) {
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = 1u << log2_blocks;
+    attributes[1].val.clusterDim.y = 1;
+    attributes[1].val.clusterDim.z = 1;
+    config.attrs = attributes;
+    config.numAttrs = log2_blocks > 0 ? 2 : 1;
+  }
+  return cuda::LaunchWithConfig("Sampler", config,
+                                rich ? DecideKernel<true> : DecideKernel<false>,
+                                call, log2_blocks);
 }
 
 }  // namespace tenon

@@ -30,7 +30,7 @@ struct Outcome {
   __device__ bool has_token() const { return drawn.token >= 0; }
 };
 
-// What the deciding kernel leaves to the one for wide rows.
+// What the first block of a row leaves to all of them.
 enum RowTasks : uint32_t {
   kDrawRow = 1u << 0,  // and what is told of the token, and top tokens not raw
   kTopOfRow = 1u << 1,

@@ -1,7 +1,7 @@
 #include "ops/sampler/sampler_kernels_cuda.cuh"
 #include "ops/sampler/sampler_tile_sums_cuda.cuh"
 
-// The kernel that reads all logits once, but for many rows on Hopper. A lane
+// The kernel that reads all logits once. A lane
 // loads the same 16 bytes of several chunks of one sub-tile, and all lanes of a
 // warp together neighbouring bytes, so that there are many loads in flight and
 // hardly any shuffles. Only then it takes the maximum, and only then the
@@ -225,11 +225,8 @@ Status LaunchSplit(const SamplerCall& call, Stream stream) {
   }
   // Few rows are over sooner on more threads, many on fewer instructions.
   constexpr int64_t kMany = 4 << 20;
-  if (int64_t{call.rows} * call.vocab < kMany) {
-    return Launch<T, 4, false, kFast>(call, stream);
-  }
-  return call.is_hopper && call.aligned
-             ? LaunchSummarizeStream(call, stream)
+  return int64_t{call.rows} * call.vocab < kMany
+             ? Launch<T, 4, false, kFast>(call, stream)
              : Launch<T, 2, false, kFast>(call, stream);
 }
 
