@@ -81,8 +81,8 @@ constexpr RowPlan MakeRowPlan(const SamplingParams& params, int64_t vocab) {
   const bool llama = plan.order == FilterOrder::kLlamaCpp;
   if (random) plan.draw_temperature = PositiveOr0(params.temperature);
   if (!llama) plan.temperature = plan.draw_temperature;
-  plan.scale = ScaleOf(plan.temperature);
   plan.draw_scale = ScaleOf(plan.draw_temperature);
+  plan.scale = llama ? ScaleOf(1.0) : plan.draw_scale;
   if (params.top_k > 1 && params.top_k < vocab) plan.top_k = params.top_k;
   if (params.top_p < 1.0f) plan.top_p = params.top_p;
   if (params.min_p > 0.0f) plan.min_p = params.min_p < 1.0f ? params.min_p : 1;

@@ -47,8 +47,10 @@ struct DecideShared {
 };
 
 // The lowest id with the largest logit.
-__device__ __noinline__ int FirstBestToken(const DecideRow& row,
-                                           DecideShared& shared) {
+template <bool kRich>
+__device__ __forceinline__ int FirstBestToken(const DecideRow& row,
+                                              const TileArrays& arrays,
+                                              DecideShared& shared) {
   constexpr int kNone = std::numeric_limits<int>::max();
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -61,12 +63,12 @@ __device__ __noinline__ int FirstBestToken(const DecideRow& row,
   for (int base = 0; base < row.num_tiles; base += kDecideThreads) {
     const int own = base + lane * kDecideWarps + warp;
     unsigned left =
-        __ballot_sync(~0u, own < row.num_tiles && row.tile_key[own] == best);
+        __ballot_sync(~0u, own < row.num_tiles && arrays.key[own] == best);
     for (; left != 0; left &= left - 1) {
       const int tile = __shfl_sync(~0u, own, __ffs(static_cast<int>(left)) - 1);
       const int so_far = lane == 0 ? atomicMin(&shared.first_id, kNone) : kNone;
       if (tile * kChunk > __shfl_sync(~0u, so_far, 0)) break;
-      const LaneLogits logits = LogitsOfTile(row, tile);
+      const LaneLogits logits = cuda::LogitsOfTile<kRich>(row, tile);
       int id = kNone;
 #pragma unroll
       for (int e = cuda::kIdsPerLane - 1; e >= 0; --e) {
@@ -82,6 +84,7 @@ __device__ __noinline__ int FirstBestToken(const DecideRow& row,
 }
 
 // Ends with the one warp that has drawn; the others are ahead of it.
+template <bool kRich>
 __device__ __forceinline__ void DrawPlain(Block& block, const DecideRow& row,
                                           const TileArrays& arrays, float best,
                                           uint64_t row_total,
@@ -110,11 +113,11 @@ __device__ __forceinline__ void DrawPlain(Block& block, const DecideRow& row,
   const int lane = __ffs(static_cast<int>(owner)) - 1;
   tile = __shfl_sync(~0u, tile, lane);
   before = __shfl_sync(~0u, before, lane);
-  const float max = FromOrderedKey(row.tile_key[tile]);
+  const float max = FromOrderedKey(arrays.key[tile]);
   const TokenInTile token = PickInTile(
-      row, tile, LogitsOfTile(row, tile),
+      row, tile, cuda::LogitsOfTile<kRich>(row, tile),
       [&](float x, int) {
-        return FixedMass(strict::Weight(x, max, row.plan->scale));
+        return FixedMass(strict::Weight(x, max, row.scale));
       },
       [&](uint64_t weight) {
         return TargetInTile(target - before, arrays.Mass(tile, bits), weight);
@@ -132,15 +135,16 @@ __device__ __forceinline__ void DrawPlain(Block& block, const DecideRow& row,
 // A bound that the `count` best tokens reach, if there are so many.
 __device__ __forceinline__ uint32_t FloorOfBest(Candidates& candidates,
                                                 const DecideRow& row,
-                                                const TileBounds& bounds,
+                                                uint32_t lowest_tile,
                                                 int count) {
   return count <= row.num_tiles
-             ? candidates.LowerBoundOfKth(row, count, bounds.lowest)
+             ? candidates.LowerBoundOfKth(row, count, lowest_tile)
              : 0;
 }
 
 // Leaves a row with filters to the wide kernel where it may have to choose from
 // more than a few tokens. Returns the candidates' number, then, -1.
+template <bool kRich>
 __device__ __forceinline__ int DrawFiltered(Block& block, const DecideRow& row,
                                             const TileBounds& bounds,
                                             Candidates& candidates,
@@ -172,18 +176,18 @@ __device__ __forceinline__ int DrawFiltered(Block& block, const DecideRow& row,
   }
   uint32_t from = floor;
   if (plan.top_k != 0 || top_p_first) {
-    from = max(from, FloorOfBest(candidates, row, bounds,
+    from = max(from, FloorOfBest(candidates, row, bounds.lowest,
                                  plan.top_k != 0 ? plan.top_k : kTopPTiles));
   }
-  const int count = candidates.Collect(row, from, edits);
+  const int count = candidates.Collect<kRich>(row, from, edits);
   if (count <= 0) return -1;
   if (top_p_first && from != floor &&
-      candidates.MassBefore(count) < MassTarget(plan.top_p, total)) {
+      shared.candidates.prefix[count] < MassTarget(plan.top_p, total)) {
     return -1;
   }
   if (threadIdx.x >= 32) return count;
-  NarrowFilters filters(candidates, row, count);
-  const Drawn drawn = filters.Run(inputs);
+  NarrowFilters filters(shared.candidates, row, plan, 0, count);
+  const Drawn drawn = filters.Run(inputs, candidates.places());
   if (threadIdx.x == 0) {
     shared.outcome.drawn = drawn;
     shared.outcome.kept = true;
@@ -194,14 +198,16 @@ __device__ __forceinline__ int DrawFiltered(Block& block, const DecideRow& row,
 }
 
 // Before the summaries are there. A warp for each of what takes long.
+template <bool kRich>
 __device__ __forceinline__ void Prepare(const SamplerCall& call, int64_t index,
                                         const TileArrays& arrays,
                                         DecideShared& shared) {
   if (threadIdx.x == 0) {
     const RowPlan plan = cuda::PlanOf(call, index);
     shared.plan = plan;
-    shared.row = RowOf(call, index, shared.plan, arrays,
-                       cuda::EditsOf(call, index, plan));
+    shared.row =
+        RowOf(call, index, shared.plan, arrays,
+              kRich ? cuda::EditsOf(call, index, plan) : cuda::RowEdits());
     shared.outcome = Outcome();
   } else if (threadIdx.x == 32) {
     const SamplingParams& params = call.params[index];
@@ -224,13 +230,17 @@ __device__ __forceinline__ void Prepare(const SamplerCall& call, int64_t index,
 }
 
 // The row's top tokens, of candidates that it may have already: `count` of
-// them, or -1. False where that takes the wide kernel.
+// them, or -1. False where that takes all of the row's blocks.
 __device__ __noinline__ bool WriteTop(const SamplerCall& call, int64_t index,
                                       const DecideRow& row,
-                                      const TileBounds& bounds,
-                                      Candidates& candidates, int count,
+                                      const TileArrays& arrays,
+                                      uint32_t lowest_tile, int count,
                                       const ThreadEdits& edits,
                                       DecideShared& shared) {
+  // Of its own: what a function takes by reference is in memory.
+  Block block(&shared.block);
+  Candidates candidates(block, &shared.candidates, arrays);
+  __syncthreads();
   const bool processed = call.top_kind == LogprobKind::kProcessed;
   const Outcome& outcome = shared.outcome;
   const RowPlan& plan = shared.plan;
@@ -242,7 +252,7 @@ __device__ __noinline__ bool WriteTop(const SamplerCall& call, int64_t index,
   float logprob = NAN;
   if (wanted > 0 && row.best > -INFINITY) {  // and not NaN
     if ((processed && plan.greedy) || isinf(row.best)) {
-      const int best = FirstBestToken(row, shared);
+      const int best = FirstBestToken<true>(row, arrays, shared);
       if (column == 0) {
         token = best;
         logprob = 0.0f;
@@ -253,15 +263,15 @@ __device__ __noinline__ bool WriteTop(const SamplerCall& call, int64_t index,
     } else {
       found = count;
       if (count < wanted) {
-        found = candidates.Collect(
-            row, FloorOfBest(candidates, row, bounds, wanted), edits);
+        found = candidates.Collect<true>(
+            row, FloorOfBest(candidates, row, lowest_tile, wanted), edits);
         if (found < 0) return false;
       }
     }
   }
   if (column < min(found, wanted)) {
-    token = candidates.Id(first + column);
-    const float x = candidates.Logit(first + column);
+    token = shared.candidates.Id(first + column);
+    const float x = shared.candidates.Logit(first + column);
     logprob = processed ? ProcessedLogprob(plan, outcome, x)
                         : LogprobOf(x, row.best, row.plan->temperature,
                                     row.total, kMassBits);
@@ -269,20 +279,21 @@ __device__ __noinline__ bool WriteTop(const SamplerCall& call, int64_t index,
   if (column < call.top_columns) {
     WriteTopColumn(call, index, column, token, logprob);
   }
+  __syncthreads();
   return true;
 }
 
 // The outputs of a call that may have all of them. Returns what is left to do.
-__device__ __forceinline__ uint32_t FinishRich(
-    const SamplerCall& call, int64_t index, Block& block,
-    const TileArrays& arrays, const TileBounds& bounds, Candidates& candidates,
-    int count, const ThreadEdits& edits, uint32_t tasks, DecideShared& shared) {
+__device__ __forceinline__ uint32_t
+FinishRich(const SamplerCall& call, int64_t index, Block& block,
+           const TileArrays& arrays, const TileBounds& bounds, int count,
+           const ThreadEdits& edits, uint32_t tasks, DecideShared& shared) {
   const bool drawn = tasks == 0;
   const bool top = call.top_tokens != nullptr;
   const bool top_of_raw = top && call.top_kind == LogprobKind::kRaw;
   // Before the raw ones: it needs the keys of the sub-tiles.
   if (drawn && top && !top_of_raw &&
-      !WriteTop(call, index, shared.row, bounds, candidates, count, edits,
+      !WriteTop(call, index, shared.row, arrays, bounds.lowest, count, edits,
                 shared)) {
     tasks |= cuda::kTopOfRow;
   }
@@ -307,11 +318,11 @@ __device__ __forceinline__ uint32_t FinishRich(
     __syncthreads();
   }
   if (drawn && threadIdx.x < 32) {
-    WriteRow(call, index, shared.row, shared.raw, shared.outcome,
+    WriteRow(call, index, shared.plan, shared.row, shared.raw, shared.outcome,
              shared.inputs.mu);
   }
-  if (top_of_raw && !WriteTop(call, index, shared.raw, raw_bounds, candidates,
-                              -1, {}, shared)) {
+  if (top_of_raw && !WriteTop(call, index, shared.raw, arrays,
+                              raw_bounds.lowest, -1, {}, shared)) {
     tasks |= cuda::kTopOfRaw;
   }
   if (call.probabilities != nullptr) tasks |= cuda::kProbabilitiesOfRow;
@@ -326,10 +337,10 @@ __device__ __forceinline__ uint32_t Decide(const SamplerCall& call,
                                            DecideShared& shared) {
   const int num_tiles = call.num_tiles;
   Block block(&shared.block);
-  Candidates candidates(block, &shared.candidates);
+  Candidates candidates(block, &shared.candidates, arrays);
   // What the summarising kernel does not write may be read before it is done:
   // what wrote that was done before it began.
-  Prepare(call, index, arrays, shared);
+  Prepare<kRich>(call, index, arrays, shared);
   const RowPlan& plan = shared.plan;
   DecideRow& row = shared.row;
   ThreadEdits edits = {};
@@ -358,14 +369,14 @@ __device__ __forceinline__ uint32_t Decide(const SamplerCall& call,
       if (threadIdx.x == 0) row.total = total;
     }
     if (one_hot || plan.greedy) {
-      const int token = FirstBestToken(row, shared);
+      const int token = FirstBestToken<kRich>(row, arrays, shared);
       if (threadIdx.x == 0) {
         shared.outcome.one_hot = one_hot;
         shared.outcome.drawn.token = token;
         shared.outcome.drawn.x = best;
       }
     } else if (!plan.filtered()) {
-      DrawPlain(block, row, arrays, best, total, shared);
+      DrawPlain<kRich>(block, row, arrays, best, total, shared);
     } else {
       if (plan.top_n_sigma > 0.0f) {
         if (threadIdx.x < 32) {
@@ -374,29 +385,34 @@ __device__ __forceinline__ uint32_t Decide(const SamplerCall& call,
         }
         __syncthreads();
       }
-      count =
-          DrawFiltered(block, row, bounds, candidates, edits, total, shared);
+      count = DrawFiltered<kRich>(block, row, bounds, candidates, edits, total,
+                                  shared);
       if (count < 0) tasks = cuda::kDrawRow;
     }
   }
   __syncthreads();
   if constexpr (kRich) {
-    tasks = FinishRich(call, index, block, arrays, bounds, candidates, count,
-                       edits, tasks, shared);
+    tasks = FinishRich(call, index, block, arrays, bounds, count, edits, tasks,
+                       shared);
   } else if (tasks == 0 && threadIdx.x < 32) {
-    WriteRow(call, index, row, row, shared.outcome, shared.inputs.mu);
+    WriteRow(call, index, plan, row, row, shared.outcome, shared.inputs.mu);
   }
   return tasks;
 }
+
+// Of shared memory.
+constexpr size_t kScratch = std::max(sizeof(DecideShared), sizeof(WideShared));
+static_assert(kScratch % sizeof(double) == 0, "arrays of doubles follow");
 
 // A block is the first of its row, or waits for that one.
 template <bool kRich>
 __global__ void __launch_bounds__(kDecideThreads, 2)
     DecideKernel(const __grid_constant__ SamplerCall call, int log2_blocks) {
   extern __shared__ double shared_memory[];
-  const TileArrays arrays(shared_memory, call.num_tiles);
-  void* const scratch =
-      shared_memory + TileArrays::Bytes(call.num_tiles) / sizeof(double);
+  void* const scratch = shared_memory;
+  // Behind it: what has a fixed place needs no address.
+  const TileArrays arrays(shared_memory + kScratch / sizeof(double),
+                          call.num_tiles);
   const int64_t index = blockIdx.x >> log2_blocks;
   cuda::RowState& state = call.scratch.states[index];
   if ((blockIdx.x & ((1u << log2_blocks) - 1)) == 0) {
@@ -433,8 +449,6 @@ int Log2Blocks(const SamplerCall& call) {
 }  // namespace
 
 Status LaunchDecide(const SamplerCall& call, Stream stream) {
-  constexpr size_t kScratch =
-      std::max(sizeof(DecideShared), sizeof(WideShared));
   const size_t shared_bytes = TileArrays::Bytes(call.num_tiles) + kScratch;
   const bool rich = call.edits != nullptr || call.bitmask != nullptr ||
                     call.top_tokens != nullptr ||

@@ -28,9 +28,10 @@ struct DecideRow {
   const uint32_t* tile_key;  // OrderedKey of the maximum, 0 for -inf
   float best;                // the largest logit, finite
   uint64_t total;            // of the sub-tiles' TileMass(kMassBits)
+  float scale;               // of the plan
 
   __device__ __forceinline__ uint64_t Mass(float x) const {
-    return FixedMass(strict::Weight(x, best, plan->scale));
+    return FixedMass(strict::Weight(x, best, scale));
   }
 };
 
@@ -92,10 +93,24 @@ __device__ __forceinline__ LanePart LoadPart(const DecideRow& row, int tile) {
            Load16If<false>(exists && is_wide, from + 16, fill)}};
 }
 
-// What LoadPart leaves out, apart so that loads need not wait for each other.
-__device__ __forceinline__ void CompletePart(const DecideRow& row, int tile,
+// The same of a type known, from an id on.
+template <class T>
+__device__ __forceinline__ LanePart LoadPartAt(const DecideRow& row,
+                                               int first) {
+  const bool exists = row.aligned && first + kIdsPerLane <= row.vocab;
+  const T* const from = static_cast<const T*>(row.logits) + first;
+  const uint32_t fill = LowestWord(kDTypeOfLogits<T>);
+  LanePart part;
+  part.words[0] = Load16If<false>(exists, from, fill);
+  if constexpr (sizeof(T) == 4) {
+    part.words[1] = Load16If<false>(exists, from + 4, fill);
+  }
+  return part;
+}
+
+// What loading leaves out, apart so that loads need not wait for each other.
+__device__ __forceinline__ void CompletePart(const DecideRow& row, int first,
                                              LanePart* part) {
-  const int first = FirstIdOfLane(row, tile);
   if (first < row.vocab && (!row.aligned || first + kIdsPerLane > row.vocab)) {
     *part = LoadPartSlowly(row, first);
   }
@@ -174,7 +189,7 @@ __device__ __forceinline__ LaneLogits FloatsOf(const LanePart& part) {
 // As they are stored.
 __device__ __forceinline__ LaneLogits StoredLogitsOf(const DecideRow& row,
                                                      int tile, LanePart part) {
-  CompletePart(row, tile, &part);
+  CompletePart(row, FirstIdOfLane(row, tile), &part);
   switch (row.dtype) {
     case DType::kFloat32:
       return FloatsOf<float>(part);
@@ -184,14 +199,17 @@ __device__ __forceinline__ LaneLogits StoredLogitsOf(const DecideRow& row,
       return FloatsOf<__nv_bfloat16>(part);
   }
 }
+// kEdited: the row may have edits or a mask.
+template <bool kEdited = true>
 __device__ __forceinline__ LaneLogits LogitsOf(const DecideRow& row, int tile,
                                                const LanePart& part) {
   const LaneLogits logits = StoredLogitsOf(row, tile, part);
-  return row.edits.any() ? ApplyEdits(row, tile, logits) : logits;
+  return kEdited && row.edits.any() ? ApplyEdits(row, tile, logits) : logits;
 }
+template <bool kEdited = true>
 __device__ __forceinline__ LaneLogits LogitsOfTile(const DecideRow& row,
                                                    int tile) {
-  return LogitsOf(row, tile, LoadPart(row, tile));
+  return LogitsOf<kEdited>(row, tile, LoadPart(row, tile));
 }
 
 // The first token of a sub-tile at which the running sum of weigh(x, id)
@@ -249,13 +267,12 @@ struct TileArrays {
   double* weight;
 
   __device__ TileArrays(void* shared, int num_tiles)
-      : key(reinterpret_cast<uint32_t*>(static_cast<double*>(shared) +
-                                        num_tiles)),
-        weight(static_cast<double*>(shared)) {}
+      : key(static_cast<uint32_t*>(shared)),
+        weight(static_cast<double*>(shared) + (num_tiles + 1) / 2) {}
   // A multiple of 8.
   static constexpr __host__ __device__ size_t Bytes(int num_tiles) {
     const size_t tiles = static_cast<size_t>(num_tiles);
-    return tiles * sizeof(double) + (tiles + 1) / 2 * 2 * sizeof(uint32_t);
+    return ((tiles + 1) / 2 + tiles) * sizeof(double);
   }
   __device__ __forceinline__ uint64_t Mass(int tile, int bits) const {
     const uint64_t unit = static_cast<uint64_t>(1023 + bits) << 52;
@@ -380,7 +397,8 @@ __device__ __forceinline__ DecideRow RowOf(const SamplerCall& call,
           &plan,
           arrays.key,
           0.0f,
-          0};
+          0,
+          plan.scale};
 }
 
 // Of the logits as they are.
@@ -411,13 +429,12 @@ __device__ __forceinline__ float ProcessedLogprob(const RowPlan& plan,
 
 // The outputs of a row but top tokens and probabilities, by one warp: a lane
 // for each, as logarithms take long. `raw` has best and total.
-__device__ __noinline__ inline void WriteRow(const SamplerCall& call,
-                                             int64_t index,
-                                             const DecideRow& row,
-                                             const DecideRow& raw,
-                                             const Outcome& outcome, float mu) {
+__device__ __forceinline__ void WriteRow(const SamplerCall& call, int64_t index,
+                                         const RowPlan& plan,
+                                         const DecideRow& row,
+                                         const DecideRow& raw,
+                                         const Outcome& outcome, float mu) {
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const RowPlan& plan = *row.plan;
   const Drawn& drawn = outcome.drawn;
   const bool has_token = outcome.has_token();
   if (lane == 0) {

@@ -167,7 +167,7 @@ __device__ __noinline__ inline void FinishRow(Team& team,
             shared.raw);
   }
   if (draw && team.leads() && threadIdx.x < 32) {
-    WriteRow(call, index, shared.row, shared.raw, shared.outcome,
+    WriteRow(call, index, shared.plan, shared.row, shared.raw, shared.outcome,
              shared.inputs.mu);
   }
   if ((tasks & kTopOfRaw) != 0) {

@@ -157,6 +157,15 @@ __device__ __forceinline__ uint32_t LowestWord(DType dtype) {
                                     : 0xff80ff80u;
 }
 
+template <class T>
+__device__ __forceinline__ Piece<T> LowestPiece() {
+  const uint32_t word = LowestWord(kDTypeOfLogits<T>);
+  const uint4 words = {word, word, word, word};
+  Piece<T> piece;
+  memcpy(&piece, &words, sizeof(piece));
+  return piece;
+}
+
 // Element by element, -inf past the end of the vocabulary: for rows that are
 // not aligned and the last piece of a vocabulary.
 template <class T>

@@ -201,6 +201,13 @@ __global__ void __launch_bounds__(32 * kWarps)
     ApplyEdits(call, row, plan, edits, begin, at, &stage[warp_of_block], &x);
     cuda::Summarize<kFast>(call, row, plan, at, x);
   } else {
+    if (plan.only_allowed) {  // and no edit allows any
+#pragma unroll
+      for (int j = 0; j < L::kOwnGroups * kChunksOfGroup; ++j) {
+        values.v[j / kChunksOfGroup][j % kChunksOfGroup] =
+            cuda::LowestPiece<T>();
+      }
+    }
     cuda::Summarize<kFast>(call, row, plan, at, values);
   }
 }
