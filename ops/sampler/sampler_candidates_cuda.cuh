@@ -1,6 +1,7 @@
 #ifndef TENON_OPS_SAMPLER_SAMPLER_CANDIDATES_CUDA_CUH_
 #define TENON_OPS_SAMPLER_SAMPLER_CANDIDATES_CUDA_CUH_
 
+#include "ops/core/mma_cuda.cuh"
 #include "ops/sampler/sampler_decide_row_cuda.cuh"
 
 // The few tokens of a row that filters choose from: found, and ranked, by one
@@ -12,18 +13,28 @@ namespace tenon::cuda {
 inline constexpr int kMaxCandidates = 256;
 static_assert(kMaxCandidates == kDecideThreads, "a thread for each");
 
+// Sub-tiles that a warp has on their way to shared memory at a time, at most,
+// and what they take, for all warps.
+inline constexpr int kMaxTilesAhead = 8;
+struct TileOnItsWay {
+  LanePart lanes[32];
+};
+inline constexpr size_t kTilesAheadBytes = kDecideWarps * sizeof(TileOnItsWay);
+
 struct CandidateScratch {
   int num_tiles;
   int count;
   int tiles[kMaxCandidates];
   uint64_t keys[kMaxCandidates];         // in no order
   uint32_t edited[kMaxCandidates / 32];  // bits of keys that edits replace
-  uint64_t masses[kMaxCandidates];
-  uint32_t places[kMaxCandidates];  // in draw order
+  uint32_t places[kMaxCandidates];       // in draw order
+  uint32_t ranks[kMaxCandidates];        // in draw order above those by key
   // By rank.
   uint64_t sorted[kMaxCandidates];
   uint64_t prefix[kMaxCandidates + 1];  // the masses before
   uint8_t by_place[kMaxCandidates];     // ranks in draw order
+  // Of the tiles on their way: whether masks let lanes' logits pass.
+  uint8_t allowed[kMaxTilesAhead * kDecideWarps][32];
 
   __device__ float Logit(int rank) const {
     return LogitOfCandidate(sorted[rank]);
@@ -73,10 +84,14 @@ __device__ __forceinline__ uint64_t DroppedCandidate(int at) {
 
 class Candidates {
  public:
-  // `arrays` are the row's.
+  // `arrays` are the row's; `room` is of tiles_ahead * kTilesAheadBytes.
   __device__ Candidates(Block& block, CandidateScratch* scratch,
-                        const TileArrays& arrays)
-      : block_(block), s_(*scratch), tile_key_(arrays.key) {}
+                        const TileArrays& arrays, void* room, int tiles_ahead)
+      : block_(block),
+        s_(*scratch),
+        tile_key_(arrays.key),
+        ahead_(static_cast<TileOnItsWay*>(room)),
+        tiles_ahead_(tiles_ahead) {}
 
   // A key with at least `count` sub-tiles' maxima not below it, and few more
   // unless they are equal; 0 where there are fewer. Each round has a warp for
@@ -86,6 +101,8 @@ class Candidates {
   // Finds the tokens with keys of at least `floor`; -1 where they are too many.
   // kEdited: the row may have edits, the first being ReadEdits(row, 0), or a
   // mask.
+  // The first warp may read all of the scratch at once, others its prefix after
+  // a barrier.
   template <bool kEdited>
   __device__ int Collect(const DecideRow& row, uint32_t floor,
                          const ThreadEdits& first_edits);
@@ -100,17 +117,22 @@ class Candidates {
   // Fills what the scratch has by rank.
   template <bool kEdited>
   __device__ void Rank(const DecideRow& row, int count);
+  __device__ void SumMasses(int count);
 
   Block& block_;
   CandidateScratch& s_;
   const uint32_t* tile_key_;
+  TileOnItsWay* ahead_;
+  int tiles_ahead_;
   int found_ = 0;
 };
 
 __device__ __forceinline__ void AddCandidate(CandidateScratch& s, uint32_t key,
-                                             int id) {
+                                             int id, int place) {
   const int at = atomicAdd(&s.count, 1);
-  if (at < kMaxCandidates) s.keys[at] = CandidateKey(key, id);
+  if (at >= kMaxCandidates) return;
+  s.keys[at] = CandidateKey(key, id);
+  s.places[at] = static_cast<uint32_t>(place);
 }
 
 __device__ __forceinline__ uint32_t
@@ -173,44 +195,81 @@ __device__ __forceinline__ void Candidates::ListTiles(const DecideRow& row,
   __syncthreads();
 }
 
+// Copies the lane's logits of a sub-tile, if they can be, to shared memory.
+template <class T>
+__device__ __forceinline__ void CopyPart(LanePart* to, const T* from) {
+#pragma unroll
+  for (int i = 0; i < kIdsPerLane / Piece<T>::kSize; ++i) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(
+                     SharedAddress(&to->words[i])),
+                 "l"(from + i * Piece<T>::kSize)
+                 : "memory");
+  }
+}
+
 template <class T, bool kEdited>
 __device__ __forceinline__ void Candidates::CollectTiles(const DecideRow& row,
                                                          uint32_t floor) {
-  constexpr int kAhead = 4;
   const int warp = static_cast<int>(threadIdx.x / 32);
+  const int lane = static_cast<int>(threadIdx.x % 32);
   const int num_tiles = s_.num_tiles;
   const float lowest = FromOrderedKey(floor);
+  // Shared memory is read again after every write to it.
+  const T* const logits = static_cast<const T*>(row.logits);
+  const int vocab = row.vocab;
+  const int last = row.aligned ? vocab - kIdsPerLane : -1;
+  const int first_of_tile0 = FirstIdOfLane(row, 0);
+  const int at_once = tiles_ahead_ * kDecideWarps;
 #pragma unroll 1
-  for (int from = warp; from < num_tiles; from += kAhead * kDecideWarps) {
-    int firsts[kAhead];
-    LanePart parts[kAhead];
-    unsigned allowed[kAhead];
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      const int i = from + u * kDecideWarps;
-      // Past the last one: nothing is loaded, as no id is there.
-      firsts[u] = i < num_tiles ? FirstIdOfLane(row, s_.tiles[i]) : row.vocab;
-      parts[u] = LoadPartAt<T>(row, firsts[u]);
-      allowed[u] = kEdited ? AllowedOf(row, firsts[u]) : ~0u;
+  for (int base = 0; base < num_tiles; base += at_once) {
+    const int end = min(num_tiles - base, at_once);
+#pragma unroll 1
+    for (int i = warp; i < end; i += kDecideWarps) {
+      const int first = first_of_tile0 + s_.tiles[base + i] * kChunk;
+      if (first <= last) CopyPart(&ahead_[i].lanes[lane], logits + first);
     }
+    if constexpr (kEdited) {
+      unsigned allowed[kMaxTilesAhead];
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      CompletePart(row, firsts[u], &parts[u]);
-      const LaneLogits logits = FloatsOf<T>(parts[u]);
+      for (int u = 0; u < kMaxTilesAhead; ++u) {
+        const int i = warp + u * kDecideWarps;
+        if (i < end) {
+          allowed[u] =
+              AllowedOf(row, first_of_tile0 + s_.tiles[base + i] * kChunk);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kMaxTilesAhead; ++u) {
+        const int i = warp + u * kDecideWarps;
+        if (i < end) s_.allowed[i][lane] = static_cast<uint8_t>(allowed[u]);
+      }
+    }
+    CommitCopies();
+    WaitForCopies<0>();
+#pragma unroll 1
+    for (int i = warp; i < end; i += kDecideWarps) {
+      const int tile = s_.tiles[base + i];
+      const int first = first_of_tile0 + tile * kChunk;
+      if (first >= vocab) continue;
+      const LanePart part =
+          first <= last ? ahead_[i].lanes[lane] : LoadPartSlowly(row, first);
+      const LaneLogits own = FloatsOf<T>(part);
       unsigned found = 0;
 #pragma unroll
       for (int e = 0; e < kIdsPerLane; ++e) {
-        if (logits.x[e] >= lowest) found |= 1u << e;
+        if (own.x[e] >= lowest) found |= 1u << e;
       }
+      if constexpr (kEdited) found &= s_.allowed[i][lane];
       // Mostly one.
-      for (found &= allowed[u]; found != 0; found &= found - 1) {
+      for (; found != 0; found &= found - 1) {
         const int at = __ffs(static_cast<int>(found)) - 1;
-        float x = logits.x[0];
+        float x = own.x[0];
 #pragma unroll
         for (int e = 1; e < kIdsPerLane; ++e) {
-          if (e == at) x = logits.x[e];
+          if (e == at) x = own.x[e];
         }
-        AddCandidate(s_, OrderedKey(x), firsts[u] + at);
+        AddCandidate(s_, OrderedKey(x), first + at,
+                     tile * kSubTile + lane * kIdsPerLane + at);
       }
     }
   }
@@ -238,7 +297,10 @@ __device__ __noinline__ inline void CollectEdits(
         }
       }
       const uint32_t key = OrderedKey(own.x[u]);
-      if (own.id[u] >= 0 && key >= floor) AddCandidate(s, key, own.id[u]);
+      if (own.id[u] >= 0 && key >= floor) {
+        AddCandidate(s, key, own.id[u],
+                     static_cast<int>(DrawOrder(own.id[u], row.vocab)));
+      }
     }
     first += kEditsAtOnce * kDecideThreads;
     if (first < row.edits.end) own = ReadEdits(row, first);
@@ -250,6 +312,7 @@ __device__ __forceinline__ int Candidates::DropEdited() {
   const int thread = static_cast<int>(threadIdx.x);
   if ((s_.edited[thread / 32] >> (thread % 32) & 1) != 0) {
     s_.keys[thread] = DroppedCandidate(thread);
+    s_.places[thread] = 0x80000000u + static_cast<uint32_t>(thread);
   }
   int dropped = 0;
 #pragma unroll
@@ -288,57 +351,73 @@ __device__ __forceinline__ int Candidates::Collect(
   return found_ - dropped;
 }
 
-// Each candidate's rank is the number of better ones: several threads, side by
-// side, count for one of them.
+// Each candidate's rank is the number of better ones: several threads count
+// for one of them, all lanes of a warp looking at the same others.
 template <bool kEdited>
 __device__ __forceinline__ void Candidates::Rank(const DecideRow& row,
                                                  int count) {
   const int thread = static_cast<int>(threadIdx.x);
-  if (thread < count) {
-    const uint64_t key = s_.keys[thread];
-    const bool dropped = kEdited && key >= DroppedCandidate(0);
-    s_.masses[thread] = dropped ? 0 : row.Mass(LogitOfCandidate(key));
-    s_.places[thread] =
-        dropped
-            ? 0x80000000u + static_cast<uint32_t>(thread)
-            : static_cast<uint32_t>(DrawOrder(IdOfCandidate(key), row.vocab));
+  s_.ranks[thread] = 0;
+  __syncthreads();
+  if (count == 0) return;
+  // thread / count, and the same of all threads.
+  const unsigned inverse = 0x10000u / static_cast<unsigned>(count) + 1;
+  const int part = static_cast<int>(threadIdx.x * inverse >> 16);
+  const int parts = static_cast<int>(kDecideThreads * inverse >> 16);
+  const int i = thread - part * count;
+  if (part < parts) {
+    const uint64_t key = s_.keys[i];
+    const uint32_t place = s_.places[i];
+    uint32_t better = 0;
+    uint32_t placed_before = 0;
+#pragma unroll 4
+    for (int j = part; j < count; j += parts) {
+      // Keys are the same only where a row's edits are not what they should be.
+      const uint64_t other = s_.keys[j];
+      const uint32_t other_place = s_.places[j];
+      if (other < key || (kEdited && other == key && j < i)) ++better;
+      if (other_place < place || (kEdited && other_place == place && j < i)) {
+        ++placed_before;
+      }
+    }
+    atomicAdd(&s_.ranks[i], better + (placed_before << 16));
   }
   __syncthreads();
-  const int log2_parts = count <= 32 ? 3 : count <= 64 ? 2 : count <= 128;
-  const int parts = 1 << log2_parts;
-  const int i = thread >> log2_parts;
-  const uint64_t key = i < count ? s_.keys[i] : 0;
-  const uint32_t place = i < count ? s_.places[i] : 0;
-  uint64_t before = 0;
-  uint32_t ranks = 0;  // in draw order above those by key
-#pragma unroll 4
-  for (int j = thread & (parts - 1); j < count; j += parts) {
-    const uint64_t other = s_.keys[j];
-    const uint32_t other_place = s_.places[j];
-    const uint64_t mass = s_.masses[j];
-    bool is_before = other < key;
-    bool is_placed_before = other_place < place;
-    if constexpr (kEdited) {
-      // Only where a row's edits are not what they should be.
-      is_before |= other == key && j < i;
-      is_placed_before |= other_place == place && j < i;
-    }
-    before += is_before ? mass : 0;
-    ranks += is_before ? 1 : 0;
-    ranks += is_placed_before ? 0x10000 : 0;
-  }
-  for (int mask = 1; mask < parts; mask *= 2) {
-    before += __shfl_xor_sync(~0u, before, mask);
-    ranks += __shfl_xor_sync(~0u, ranks, mask);
-  }
-  if (i < count && (thread & (parts - 1)) == 0) {
+  if (thread < count) {
+    const uint32_t ranks = s_.ranks[thread];
     const int rank = static_cast<int>(ranks & 0xffff);
+    const uint64_t key = s_.keys[thread];
+    const bool dropped = kEdited && key >= DroppedCandidate(0);
     s_.sorted[rank] = key;
-    s_.prefix[rank] = before;
-    if (rank == count - 1) s_.prefix[count] = before + s_.masses[i];
+    s_.prefix[rank + 1] = dropped ? 0 : row.Mass(LogitOfCandidate(key));
     s_.by_place[ranks >> 16] = static_cast<uint8_t>(rank);
   }
   __syncthreads();
+  if (thread < 32) SumMasses(count);
+}
+
+// Makes the prefix of the masses there. By one warp.
+__device__ __forceinline__ void Candidates::SumMasses(int count) {
+  constexpr int kMaxEach = kMaxCandidates / 32;
+  const int lane = static_cast<int>(threadIdx.x);
+  const int each = CeilDiv(count, 32);
+  const int begin = lane * each;
+  uint64_t masses[kMaxEach];
+  uint64_t own = 0;
+#pragma unroll
+  for (int u = 0; u < kMaxEach; ++u) {
+    const bool exists = u < each && begin + u < count;
+    masses[u] = exists ? s_.prefix[begin + u + 1] : 0;
+    own += masses[u];
+  }
+  uint64_t before = WarpInclusiveSum(own) - own;
+  if (lane == 0) s_.prefix[0] = 0;
+#pragma unroll
+  for (int u = 0; u < kMaxEach; ++u) {
+    before += masses[u];
+    if (u < each && begin + u < count) s_.prefix[begin + u + 1] = before;
+  }
+  __syncwarp();
 }
 
 }  // namespace tenon::cuda

@@ -31,6 +31,12 @@ using cuda::WideShared;
 // Where top-p comes first, the tokens of so many sub-tiles are tried.
 constexpr int kTopPTiles = 48;
 
+// Shared memory for tiles on their way.
+struct Room {
+  void* memory;
+  int tiles_ahead;
+};
+
 struct DecideShared {
   Block::Scratch block;
   cuda::CandidateScratch candidates;
@@ -40,6 +46,7 @@ struct DecideShared {
   DecideRow raw;
   DrawInputs inputs;
   Outcome outcome;
+  double log_total;  // where logprobs are wanted
   float sigma_floor;
   int first_id;
   int first_rank;  // of what filters keep
@@ -101,7 +108,14 @@ __device__ __forceinline__ void DrawPlain(Block& block, const DecideRow& row,
   uint64_t before = upto - own;
   const bool mine = before <= target && target < upto;
   const unsigned owner = __ballot_sync(~0u, mine);
-  if (owner == 0) return;
+  if (owner == 0) {
+    // The first warp has time, or the second where the first draws.
+    const bool is_first = threadIdx.x == 0;
+    if (is_first || (threadIdx.x == 32 && target < before)) {
+      shared.log_total = LogOfMass(row_total, kMassBits);
+    }
+    return;
+  }
   int tile = begin;
   if (mine) {
     for (uint64_t m = arrays.Mass(tile, bits); before + m <= target;
@@ -181,11 +195,16 @@ __device__ __forceinline__ int DrawFiltered(Block& block, const DecideRow& row,
   }
   const int count = candidates.Collect<kRich>(row, from, edits);
   if (count <= 0) return -1;
-  if (top_p_first && from != floor &&
-      shared.candidates.prefix[count] < MassTarget(plan.top_p, total)) {
-    return -1;
+  if (top_p_first && from != floor) {
+    __syncthreads();
+    if (shared.candidates.prefix[count] < MassTarget(plan.top_p, total)) {
+      return -1;
+    }
   }
-  if (threadIdx.x >= 32) return count;
+  if (threadIdx.x >= 32) {
+    if (threadIdx.x == 32) shared.log_total = LogOfMass(total, kMassBits);
+    return count;
+  }
   NarrowFilters filters(shared.candidates, row, plan, 0, count);
   const Drawn drawn = filters.Run(inputs, candidates.places());
   if (threadIdx.x == 0) {
@@ -235,11 +254,12 @@ __device__ __noinline__ bool WriteTop(const SamplerCall& call, int64_t index,
                                       const DecideRow& row,
                                       const TileArrays& arrays,
                                       uint32_t lowest_tile, int count,
-                                      const ThreadEdits& edits,
+                                      const ThreadEdits& edits, Room room,
                                       DecideShared& shared) {
   // Of its own: what a function takes by reference is in memory.
   Block block(&shared.block);
-  Candidates candidates(block, &shared.candidates, arrays);
+  Candidates candidates(block, &shared.candidates, arrays, room.memory,
+                        room.tiles_ahead);
   __syncthreads();
   const bool processed = call.top_kind == LogprobKind::kProcessed;
   const Outcome& outcome = shared.outcome;
@@ -284,17 +304,17 @@ __device__ __noinline__ bool WriteTop(const SamplerCall& call, int64_t index,
 }
 
 // The outputs of a call that may have all of them. Returns what is left to do.
-__device__ __forceinline__ uint32_t
-FinishRich(const SamplerCall& call, int64_t index, Block& block,
-           const TileArrays& arrays, const TileBounds& bounds, int count,
-           const ThreadEdits& edits, uint32_t tasks, DecideShared& shared) {
+__device__ __forceinline__ uint32_t FinishRich(
+    const SamplerCall& call, int64_t index, Block& block,
+    const TileArrays& arrays, const TileBounds& bounds, int count,
+    const ThreadEdits& edits, Room room, uint32_t tasks, DecideShared& shared) {
   const bool drawn = tasks == 0;
   const bool top = call.top_tokens != nullptr;
   const bool top_of_raw = top && call.top_kind == LogprobKind::kRaw;
   // Before the raw ones: it needs the keys of the sub-tiles.
   if (drawn && top && !top_of_raw &&
       !WriteTop(call, index, shared.row, arrays, bounds.lowest, count, edits,
-                shared)) {
+                room, shared)) {
     tasks |= cuda::kTopOfRow;
   }
   TileBounds raw_bounds = bounds;
@@ -319,10 +339,10 @@ FinishRich(const SamplerCall& call, int64_t index, Block& block,
   }
   if (drawn && threadIdx.x < 32) {
     WriteRow(call, index, shared.plan, shared.row, shared.raw, shared.outcome,
-             shared.inputs.mu);
+             shared.inputs.mu, shared.log_total);
   }
   if (top_of_raw && !WriteTop(call, index, shared.raw, arrays,
-                              raw_bounds.lowest, -1, {}, shared)) {
+                              raw_bounds.lowest, -1, {}, room, shared)) {
     tasks |= cuda::kTopOfRaw;
   }
   if (call.probabilities != nullptr) tasks |= cuda::kProbabilitiesOfRow;
@@ -333,11 +353,12 @@ FinishRich(const SamplerCall& call, int64_t index, Block& block,
 template <bool kRich>
 __device__ __forceinline__ uint32_t Decide(const SamplerCall& call,
                                            int64_t index,
-                                           const TileArrays& arrays,
+                                           const TileArrays& arrays, Room room,
                                            DecideShared& shared) {
   const int num_tiles = call.num_tiles;
   Block block(&shared.block);
-  Candidates candidates(block, &shared.candidates, arrays);
+  Candidates candidates(block, &shared.candidates, arrays, room.memory,
+                        room.tiles_ahead);
   // What the summarising kernel does not write may be read before it is done:
   // what wrote that was done before it began.
   Prepare<kRich>(call, index, arrays, shared);
@@ -369,6 +390,9 @@ __device__ __forceinline__ uint32_t Decide(const SamplerCall& call,
       if (threadIdx.x == 0) row.total = total;
     }
     if (one_hot || plan.greedy) {
+      if (threadIdx.x == kDecideThreads - 1 && total > 0) {
+        shared.log_total = LogOfMass(total, kMassBits);
+      }
       const int token = FirstBestToken<kRich>(row, arrays, shared);
       if (threadIdx.x == 0) {
         shared.outcome.one_hot = one_hot;
@@ -392,32 +416,39 @@ __device__ __forceinline__ uint32_t Decide(const SamplerCall& call,
   }
   __syncthreads();
   if constexpr (kRich) {
-    tasks = FinishRich(call, index, block, arrays, bounds, count, edits, tasks,
-                       shared);
+    tasks = FinishRich(call, index, block, arrays, bounds, count, edits, room,
+                       tasks, shared);
   } else if (tasks == 0 && threadIdx.x < 32) {
-    WriteRow(call, index, plan, row, row, shared.outcome, shared.inputs.mu);
+    WriteRow(call, index, plan, row, row, shared.outcome, shared.inputs.mu,
+             shared.log_total);
   }
   return tasks;
 }
 
-// Of shared memory.
+// Shared memory: what has a fixed size, the tiles' arrays, the room.
 constexpr size_t kScratch = std::max(sizeof(DecideShared), sizeof(WideShared));
 static_assert(kScratch % sizeof(double) == 0, "arrays of doubles follow");
+constexpr __host__ __device__ size_t RoomOffset(int num_tiles) {
+  return (kScratch + TileArrays::Bytes(num_tiles) + 15) / 16 * 16;
+}
 
 // A block is the first of its row, or waits for that one.
 template <bool kRich>
 __global__ void __launch_bounds__(kDecideThreads, 2)
-    DecideKernel(const __grid_constant__ SamplerCall call, int log2_blocks) {
+    DecideKernel(const __grid_constant__ SamplerCall call, int log2_blocks,
+                 int tiles_ahead) {
   extern __shared__ double shared_memory[];
   void* const scratch = shared_memory;
   // Behind it: what has a fixed place needs no address.
   const TileArrays arrays(shared_memory + kScratch / sizeof(double),
                           call.num_tiles);
+  const Room room = {static_cast<char*>(scratch) + RoomOffset(call.num_tiles),
+                     tiles_ahead};
   const int64_t index = blockIdx.x >> log2_blocks;
   cuda::RowState& state = call.scratch.states[index];
   if ((blockIdx.x & ((1u << log2_blocks) - 1)) == 0) {
     DecideShared& shared = *static_cast<DecideShared*>(scratch);
-    const uint32_t tasks = Decide<kRich>(call, index, arrays, shared);
+    const uint32_t tasks = Decide<kRich>(call, index, arrays, room, shared);
     if (threadIdx.x == 0) {
       state.tasks = tasks;
       if (tasks != 0) state.outcome = shared.outcome;
@@ -449,7 +480,9 @@ int Log2Blocks(const SamplerCall& call) {
 }  // namespace
 
 Status LaunchDecide(const SamplerCall& call, Stream stream) {
-  const size_t shared_bytes = TileArrays::Bytes(call.num_tiles) + kScratch;
+  const int tiles_ahead = call.is_hopper ? cuda::kMaxTilesAhead : 2;
+  const size_t shared_bytes =
+      RoomOffset(call.num_tiles) + tiles_ahead * cuda::kTilesAheadBytes;
   const bool rich = call.edits != nullptr || call.bitmask != nullptr ||
                     call.top_tokens != nullptr ||
                     call.probabilities != nullptr ||
@@ -471,7 +504,7 @@ Status LaunchDecide(const SamplerCall& call, Stream stream) {
   }
   return cuda::LaunchWithConfig("Sampler", config,
                                 rich ? DecideKernel<true> : DecideKernel<false>,
-                                call, log2_blocks);
+                                call, log2_blocks, tiles_ahead);
 }
 
 }  // namespace tenon

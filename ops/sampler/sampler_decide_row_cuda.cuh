@@ -93,27 +93,10 @@ __device__ __forceinline__ LanePart LoadPart(const DecideRow& row, int tile) {
            Load16If<false>(exists && is_wide, from + 16, fill)}};
 }
 
-// The same of a type known, from an id on.
-template <class T>
-__device__ __forceinline__ LanePart LoadPartAt(const DecideRow& row,
-                                               int first) {
-  const bool exists = row.aligned && first + kIdsPerLane <= row.vocab;
-  const T* const from = static_cast<const T*>(row.logits) + first;
-  const uint32_t fill = LowestWord(kDTypeOfLogits<T>);
-  LanePart part;
-  part.words[0] = Load16If<false>(exists, from, fill);
-  if constexpr (sizeof(T) == 4) {
-    part.words[1] = Load16If<false>(exists, from + 4, fill);
-  }
-  return part;
-}
-
-// What loading leaves out, apart so that loads need not wait for each other.
-__device__ __forceinline__ void CompletePart(const DecideRow& row, int first,
-                                             LanePart* part) {
-  if (first < row.vocab && (!row.aligned || first + kIdsPerLane > row.vocab)) {
-    *part = LoadPartSlowly(row, first);
-  }
+// Whether loading leaves ids out, for later, so that loads need not wait for
+// each other.
+__device__ __forceinline__ bool PartIsSlow(int first, int vocab, bool aligned) {
+  return first < vocab && (!aligned || first + kIdsPerLane > vocab);
 }
 
 struct LaneLogits {
@@ -189,7 +172,10 @@ __device__ __forceinline__ LaneLogits FloatsOf(const LanePart& part) {
 // As they are stored.
 __device__ __forceinline__ LaneLogits StoredLogitsOf(const DecideRow& row,
                                                      int tile, LanePart part) {
-  CompletePart(row, FirstIdOfLane(row, tile), &part);
+  const int first = FirstIdOfLane(row, tile);
+  if (PartIsSlow(first, row.vocab, row.aligned)) {
+    part = LoadPartSlowly(row, first);
+  }
   switch (row.dtype) {
     case DType::kFloat32:
       return FloatsOf<float>(part);
@@ -408,14 +394,15 @@ __device__ __forceinline__ RowPlan RawPlan() {
   return plan;
 }
 
-// log-softmax at logit x of what has `best` and `mass` in units of 2^-43.
+// log-softmax at logit x of what has `best` and a mass of this logarithm.
 __device__ __forceinline__ float LogprobIn(float x, float best,
-                                           double temperature, uint64_t mass) {
+                                           double temperature,
+                                           double log_mass) {
   if (isnan(best)) return NAN;
   if (isinf(best) || isinf(x)) {
     return x == best && x > 0.0f ? 0.0f : -INFINITY;
   }
-  return LogprobOf(x, best, temperature, mass, kMassBits);
+  return LogprobOf(x, best, temperature, log_mass);
 }
 
 __device__ __forceinline__ float ProcessedLogprob(const RowPlan& plan,
@@ -428,12 +415,14 @@ __device__ __forceinline__ float ProcessedLogprob(const RowPlan& plan,
 }
 
 // The outputs of a row but top tokens and probabilities, by one warp: a lane
-// for each, as logarithms take long. `raw` has best and total.
+// for each, as logarithms take long; `log_total` is that of row.total. `raw`
+// has best and total.
 __device__ __forceinline__ void WriteRow(const SamplerCall& call, int64_t index,
                                          const RowPlan& plan,
                                          const DecideRow& row,
                                          const DecideRow& raw,
-                                         const Outcome& outcome, float mu) {
+                                         const Outcome& outcome, float mu,
+                                         double log_total) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   const Drawn& drawn = outcome.drawn;
   const bool has_token = outcome.has_token();
@@ -453,23 +442,24 @@ __device__ __forceinline__ void WriteRow(const SamplerCall& call, int64_t index,
     float x = drawn.x;
     float best = row.best;
     double temperature = plan.temperature;
-    uint64_t mass = row.total;
+    double log_mass = log_total;
     if (lane == 1) {
       best = drawn.best;
-      mass = drawn.mass;
       if (outcome.kept) temperature = plan.draw_temperature;
     }
     if (lane == 2) {
       x = has_token ? LogitAt(raw, drawn.token) : 0.0f;
       best = raw.best;
       temperature = 1.0;
-      mass = raw.total;
+    }
+    if (lane != 0) {
+      log_mass = LogOfMass(lane == 1 ? drawn.mass : raw.total, kMassBits);
     }
     float logprob = NAN;
     if (has_token) {
       logprob = lane == 1 && (outcome.one_hot || plan.greedy)
                     ? 0.0f
-                    : LogprobIn(x, best, temperature, mass);
+                    : LogprobIn(x, best, temperature, log_mass);
     }
     output[index] = logprob;
   }

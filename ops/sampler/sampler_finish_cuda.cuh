@@ -168,7 +168,7 @@ __device__ __noinline__ inline void FinishRow(Team& team,
   }
   if (draw && team.leads() && threadIdx.x < 32) {
     WriteRow(call, index, shared.plan, shared.row, shared.raw, shared.outcome,
-             shared.inputs.mu);
+             shared.inputs.mu, LogOfMass(shared.row.total, kMassBits));
   }
   if ((tasks & kTopOfRaw) != 0) {
     WriteTopWide(team, call, index, shared.raw, tile_mass, shared);

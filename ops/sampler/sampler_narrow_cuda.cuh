@@ -147,28 +147,32 @@ class NarrowFilters {
     drawn.kept.from = {drawn.best, c_.Id(low_)};
     drawn.kept.to = {c_.Logit(high_ - 1), c_.Id(high_ - 1)};
     // Each lane has some neighbours in draw order.
+    constexpr int kMaxEach = kMaxCandidates / 32;
     const int each = CeilDiv(places, 32);
-    const int begin = min(Lane() * each, places);
-    const int end = min(begin + each, places);
-    const auto mass_at = [&](int i) {
-      const int rank = c_.by_place[i];
-      return rank >= low_ && rank < high_ ? DrawMass(drawn.best, rank)
-                                          : uint64_t{0};
-    };
+    const int begin = Lane() * each;
+    int ranks[kMaxEach];
+    uint64_t masses[kMaxEach];
     uint64_t own = 0;
-    for (int i = begin; i < end; ++i) own += mass_at(i);
+#pragma unroll
+    for (int u = 0; u < kMaxEach; ++u) {
+      const bool exists = u < each && begin + u < places;
+      ranks[u] = exists ? c_.by_place[begin + u] : -1;
+    }
+#pragma unroll
+    for (int u = 0; u < kMaxEach; ++u) {
+      const bool kept = ranks[u] >= low_ && ranks[u] < high_;
+      masses[u] = kept ? DrawMass(drawn.best, ranks[u]) : 0;
+      own += masses[u];
+    }
     const uint64_t upto = WarpInclusiveSum(own);
     const uint64_t target = DrawTarget(inputs.numerator, drawn.mass);
     uint64_t before = upto - own;
     const bool mine = before <= target && target < upto;
     int rank = low_;
-    if (mine) {
-      int i = begin;
-      for (uint64_t m = mass_at(i); before + m <= target; m = mass_at(i)) {
-        before += m;
-        ++i;
-      }
-      rank = c_.by_place[i];
+#pragma unroll
+    for (int u = 0; u < kMaxEach; ++u) {
+      if (masses[u] > 0 && before <= target) rank = ranks[u];
+      before += masses[u];
     }
     const int lane = __ffs(static_cast<int>(__ballot_sync(~0u, mine))) - 1;
     rank = __shfl_sync(~0u, rank, max(lane, 0));

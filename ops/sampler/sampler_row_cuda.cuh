@@ -121,6 +121,19 @@ struct alignas(16) Piece {
   T x[kSize];
 };
 
+// 16 bytes not to be read again soon. Volatile keeps them behind the wait for
+// the kernels that write them, and together.
+template <class T>
+__device__ __forceinline__ Piece<T> StreamPiece(const T* from) {
+  uint4 words;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(from));
+  Piece<T> piece;
+  memcpy(&piece, &words, sizeof(piece));
+  return piece;
+}
+
 // 16 bytes where `exists`, otherwise four words of `fill`: without a branch, so
 // that many loads are in flight. Volatile keeps them behind the wait for the
 // kernels that write them. kStream: not to be read again soon.

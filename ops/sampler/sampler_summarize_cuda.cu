@@ -25,6 +25,19 @@ template <class T, class L>
 __device__ __forceinline__ void Load(const SamplerCall& call, const T* row,
                                      const L& at, Values<Piece<T>, L>* values) {
   constexpr int kPieces = L::kOwnGroups * kChunksOfGroup;
+  // Mostly nothing is missing.
+  if (call.aligned && at.first_tile + L::kTilesOfWarp <= call.num_tiles &&
+      at.LastIdOfWarp() < call.vocab) {
+    const T* const from = row + at.FirstId(0, 0);
+    const int stride = call.num_tiles * kChunk;
+#pragma unroll
+    for (int j = 0; j < kPieces; ++j) {
+      const int chunk = j / kChunksOfGroup + j % kChunksOfGroup * kGroups;
+      values->v[j / kChunksOfGroup][j % kChunksOfGroup] =
+          cuda::StreamPiece(from + chunk * stride);
+    }
+    return;
+  }
   const auto first_id = [&](int j) {
     return at.exists() ? at.FirstId(j / kChunksOfGroup, j % kChunksOfGroup)
                        : call.vocab;
@@ -33,11 +46,6 @@ __device__ __forceinline__ void Load(const SamplerCall& call, const T* row,
   for (int j = 0; j < kPieces; ++j) {
     values->v[j / kChunksOfGroup][j % kChunksOfGroup] =
         cuda::LoadPiece<true>(row, first_id(j), call.vocab, call.aligned);
-  }
-  // Mostly nothing is missing.
-  if (call.aligned && at.first_tile + L::kTilesOfWarp <= call.num_tiles &&
-      at.LastIdOfWarp() < call.vocab) {
-    return;
   }
 #pragma unroll
   for (int j = 0; j < kPieces; ++j) {
