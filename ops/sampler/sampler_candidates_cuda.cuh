@@ -19,7 +19,8 @@ inline constexpr int kMaxTilesAhead = 8;
 struct TileOnItsWay {
   LanePart lanes[32];
 };
-inline constexpr size_t kTilesAheadBytes = kDecideWarps * sizeof(TileOnItsWay);
+inline constexpr int kTilesAheadBytes =
+    kDecideWarps * static_cast<int>(sizeof(TileOnItsWay));
 
 struct CandidateScratch {
   int num_tiles;
@@ -84,14 +85,14 @@ __device__ __forceinline__ uint64_t DroppedCandidate(int at) {
 
 class Candidates {
  public:
-  // `arrays` are the row's; `room` is of tiles_ahead * kTilesAheadBytes.
+  // `arrays` are the row's.
   __device__ Candidates(Block& block, CandidateScratch* scratch,
-                        const TileArrays& arrays, void* room, int tiles_ahead)
+                        const TileArrays& arrays, Room room)
       : block_(block),
         s_(*scratch),
         tile_key_(arrays.key),
-        ahead_(static_cast<TileOnItsWay*>(room)),
-        tiles_ahead_(tiles_ahead) {}
+        ahead_(static_cast<TileOnItsWay*>(room.memory)),
+        tiles_ahead_(min(room.bytes / kTilesAheadBytes, kMaxTilesAhead)) {}
 
   // A key with at least `count` sub-tiles' maxima not below it, and few more
   // unless they are equal; 0 where there are fewer. Each round has a warp for

@@ -16,7 +16,7 @@ cuda::SamplerScratch ScratchOf(const SamplerParams& p,
       (p.top_tokens.present() && p.top_logprobs_kind == LogprobKind::kRaw);
   cuda::SamplerScratch scratch;
   scratch.tiles = workspace->Take<SubTile>(tiles);
-  scratch.states = workspace->Take<cuda::RowState>(rows);
+  scratch.outcomes = workspace->Take<cuda::Outcome>(rows);
   scratch.moments = workspace->Take<Moments>(tiles);
   if (raw) scratch.raw_tiles = workspace->Take<SubTile>(tiles);
   if (p.edits != nullptr) scratch.first_edit = workspace->Take<int32_t>(tiles);

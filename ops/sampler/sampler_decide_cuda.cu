@@ -1,4 +1,5 @@
 #include "ops/sampler/sampler_finish_cuda.cuh"
+#include "ops/sampler/sampler_followers_cuda.cuh"
 #include "ops/sampler/sampler_kernels_cuda.cuh"
 #include "ops/sampler/sampler_narrow_cuda.cuh"
 
@@ -15,11 +16,13 @@ using cuda::Candidates;
 using cuda::DecideRow;
 using cuda::DrawInputs;
 using cuda::Drawn;
+using cuda::Followers;
 using cuda::kDecideThreads;
 using cuda::kDecideWarps;
 using cuda::LaneLogits;
 using cuda::NarrowFilters;
 using cuda::Outcome;
+using cuda::Room;
 using cuda::SamplerCall;
 using cuda::Team;
 using cuda::ThreadEdits;
@@ -30,12 +33,6 @@ using cuda::WideShared;
 
 // Where top-p comes first, the tokens of so many sub-tiles are tried.
 constexpr int kTopPTiles = 48;
-
-// Shared memory for tiles on their way.
-struct Room {
-  void* memory;
-  int tiles_ahead;
-};
 
 struct DecideShared {
   Block::Scratch block;
@@ -159,12 +156,10 @@ __device__ __forceinline__ uint32_t FloorOfBest(Candidates& candidates,
 // Leaves a row with filters to the wide kernel where it may have to choose from
 // more than a few tokens. Returns the candidates' number, then, -1.
 template <bool kRich>
-__device__ __forceinline__ int DrawFiltered(Block& block, const DecideRow& row,
-                                            const TileBounds& bounds,
-                                            Candidates& candidates,
-                                            const ThreadEdits& edits,
-                                            uint64_t total,
-                                            DecideShared& shared) {
+__device__ __forceinline__ int DrawFiltered(
+    Block& block, const DecideRow& row, const TileBounds& bounds,
+    Candidates& candidates, const ThreadEdits& edits, uint64_t total, bool tell,
+    Followers& followers, DecideShared& shared) {
   const RowPlan& plan = shared.plan;
   const DrawInputs& inputs = shared.inputs;
   const bool typical_first =
@@ -201,6 +196,7 @@ __device__ __forceinline__ int DrawFiltered(Block& block, const DecideRow& row,
       return -1;
     }
   }
+  if (tell) followers.Tell(0);
   if (threadIdx.x >= 32) {
     if (threadIdx.x == 32) shared.log_total = LogOfMass(total, kMassBits);
     return count;
@@ -258,8 +254,7 @@ __device__ __noinline__ bool WriteTop(const SamplerCall& call, int64_t index,
                                       DecideShared& shared) {
   // Of its own: what a function takes by reference is in memory.
   Block block(&shared.block);
-  Candidates candidates(block, &shared.candidates, arrays, room.memory,
-                        room.tiles_ahead);
+  Candidates candidates(block, &shared.candidates, arrays, room);
   __syncthreads();
   const bool processed = call.top_kind == LogprobKind::kProcessed;
   const Outcome& outcome = shared.outcome;
@@ -354,11 +349,11 @@ template <bool kRich>
 __device__ __forceinline__ uint32_t Decide(const SamplerCall& call,
                                            int64_t index,
                                            const TileArrays& arrays, Room room,
+                                           Followers& followers,
                                            DecideShared& shared) {
   const int num_tiles = call.num_tiles;
   Block block(&shared.block);
-  Candidates candidates(block, &shared.candidates, arrays, room.memory,
-                        room.tiles_ahead);
+  Candidates candidates(block, &shared.candidates, arrays, room);
   // What the summarising kernel does not write may be read before it is done:
   // what wrote that was done before it began.
   Prepare<kRich>(call, index, arrays, shared);
@@ -375,6 +370,11 @@ __device__ __forceinline__ uint32_t Decide(const SamplerCall& call,
       block, call.scratch.tiles + index * num_tiles, num_tiles, arrays);
   const float best = bounds.best;
   if (threadIdx.x == 0) row.best = best;
+  // Whether nothing is left to others once a token is found.
+  const bool tell = call.top_tokens == nullptr && call.probabilities == nullptr;
+  if (tell && (plan.greedy || !plan.filtered() || !(fabsf(best) < INFINITY))) {
+    followers.Tell(0);
+  }
   int count = -1;  // of candidates
   uint32_t tasks = 0;
   if (isnan(best) || best == -INFINITY) {
@@ -410,7 +410,7 @@ __device__ __forceinline__ uint32_t Decide(const SamplerCall& call,
         __syncthreads();
       }
       count = DrawFiltered<kRich>(block, row, bounds, candidates, edits, total,
-                                  shared);
+                                  tell, followers, shared);
       if (count < 0) tasks = cuda::kDrawRow;
     }
   }
@@ -432,62 +432,78 @@ constexpr __host__ __device__ size_t RoomOffset(int num_tiles) {
   return (kScratch + TileArrays::Bytes(num_tiles) + 15) / 16 * 16;
 }
 
-// A block is the first of its row, or waits for that one.
+// A block is the first of its row, or waits for what that one tells it.
 template <bool kRich>
 __global__ void __launch_bounds__(kDecideThreads, 2)
     DecideKernel(const __grid_constant__ SamplerCall call, int log2_blocks,
-                 int tiles_ahead) {
+                 int room_bytes) {
   extern __shared__ double shared_memory[];
   void* const scratch = shared_memory;
   // Behind it: what has a fixed place needs no address.
   const TileArrays arrays(shared_memory + kScratch / sizeof(double),
                           call.num_tiles);
   const Room room = {static_cast<char*>(scratch) + RoomOffset(call.num_tiles),
-                     tiles_ahead};
+                     room_bytes};
+  __shared__ Followers::Scratch told;
+  Followers followers(&told, log2_blocks);
   const int64_t index = blockIdx.x >> log2_blocks;
-  cuda::RowState& state = call.scratch.states[index];
+  uint32_t tasks;
   if ((blockIdx.x & ((1u << log2_blocks) - 1)) == 0) {
     DecideShared& shared = *static_cast<DecideShared*>(scratch);
-    const uint32_t tasks = Decide<kRich>(call, index, arrays, room, shared);
-    if (threadIdx.x == 0) {
-      state.tasks = tasks;
-      if (tasks != 0) state.outcome = shared.outcome;
+    tasks = Decide<kRich>(call, index, arrays, room, followers, shared);
+    if (tasks != 0) {
+      if (threadIdx.x == kDecideThreads - 1) {
+        call.scratch.outcomes[index] = shared.outcome;
+        __threadfence();
+      }
+      __syncthreads();
     }
+    if (!followers.told()) followers.Tell(tasks);
   } else {
     cuda::WaitForPreviousKernels();
+    tasks = followers.Wait();
   }
+  followers.End();
+  if (tasks == 0) return;
   WideShared& shared = *static_cast<WideShared*>(scratch);
   Team team(&shared.team);
   team.Sync();
-  const uint32_t tasks = state.tasks;
-  if (tasks != 0) FinishRow(team, call, index, tasks, arrays, shared);
+  FinishRow(team, call, index, tasks, arrays, room, shared);
 }
 
 // The logarithm of how many blocks a row has, in case its filters choose from
 // many tokens: as many as there is room for.
 int Log2Blocks(const SamplerCall& call) {
-  constexpr int64_t kRoom = 132;  // multiprocessors
+  constexpr int64_t kMultiprocessors = 132;
   int log2 = 0;
   if (call.is_hopper) {
     while ((2 << log2) <= cuda::kTeamBlocks &&
-           (int64_t{call.rows} << (log2 + 1)) <= kRoom) {
+           (int64_t{call.rows} << (log2 + 1)) <= kMultiprocessors) {
       ++log2;
     }
   }
   return log2;
 }
 
+// As much as lets two blocks, if a row has only one, share a multiprocessor.
+int RoomBytes(const SamplerCall& call, int log2_blocks) {
+  constexpr int kLeast = 2 * cuda::kTilesAheadBytes;
+  const int most = !call.is_hopper ? 0 : (log2_blocks > 0 ? 200 : 112) << 10;
+  const int offset = static_cast<int>(RoomOffset(call.num_tiles));
+  return std::max(kLeast, most - offset);
+}
+
 }  // namespace
 
 Status LaunchDecide(const SamplerCall& call, Stream stream) {
-  const int tiles_ahead = call.is_hopper ? cuda::kMaxTilesAhead : 2;
+  const int log2_blocks = Log2Blocks(call);
+  const int room_bytes = RoomBytes(call, log2_blocks);
   const size_t shared_bytes =
-      RoomOffset(call.num_tiles) + tiles_ahead * cuda::kTilesAheadBytes;
+      RoomOffset(call.num_tiles) + static_cast<size_t>(room_bytes);
   const bool rich = call.edits != nullptr || call.bitmask != nullptr ||
                     call.top_tokens != nullptr ||
                     call.probabilities != nullptr ||
                     call.scratch.raw_tiles != nullptr;
-  const int log2_blocks = Log2Blocks(call);
   cudaLaunchConfig_t config = cuda::LaunchConfig(
       stream, dim3(static_cast<unsigned>(call.rows) << log2_blocks),
       dim3(kDecideThreads), shared_bytes);
@@ -504,7 +520,7 @@ Status LaunchDecide(const SamplerCall& call, Stream stream) {
   }
   return cuda::LaunchWithConfig("Sampler", config,
                                 rich ? DecideKernel<true> : DecideKernel<false>,
-                                call, log2_blocks, tiles_ahead);
+                                call, log2_blocks, room_bytes);
 }
 
 }  // namespace tenon

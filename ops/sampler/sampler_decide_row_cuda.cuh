@@ -288,6 +288,12 @@ __device__ __forceinline__ void ForEachOfThread(int count, Load load,
   }
 }
 
+// Shared memory for what is read again: at a multiple of 16 bytes.
+struct Room {
+  void* memory;
+  int bytes;
+};
+
 // What ReadTiles() finds of the maxima.
 struct TileBounds {
   float best;       // NaN where any is

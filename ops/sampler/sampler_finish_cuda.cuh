@@ -38,7 +38,7 @@ __device__ inline void PrepareWide(const SamplerCall& call, int64_t index,
       RowOf(call, index, shared.plan, arrays, EditsOf(call, index, plan));
   shared.raw_plan = RawPlan();
   shared.raw = RowOf(call, index, shared.raw_plan, arrays, {});
-  shared.outcome = call.scratch.states[index].outcome;
+  shared.outcome = call.scratch.outcomes[index];
 }
 
 // Makes `row` the one that the arrays are of.
@@ -137,7 +137,7 @@ __device__ __noinline__ inline void FinishRow(Team& team,
                                               const SamplerCall& call,
                                               int64_t index, uint32_t tasks,
                                               const TileArrays& arrays,
-                                              WideShared& shared) {
+                                              Room room, WideShared& shared) {
   const bool draw = (tasks & kDrawRow) != 0;
   const int64_t first_tile = index * call.num_tiles;
   uint64_t* const tile_mass = reinterpret_cast<uint64_t*>(arrays.weight);

@@ -37,15 +37,11 @@ enum RowTasks : uint32_t {
   kTopOfRaw = 1u << 2,
   kProbabilitiesOfRow = 1u << 3,
 };
-struct RowState {
-  uint32_t tasks;  // the rest is there if there are any
-  Outcome outcome;
-};
 
 // What a call leaves in the workspace, rows after rows.
 struct SamplerScratch {
   SubTile* tiles = nullptr;       // [rows, num_tiles]
-  RowState* states = nullptr;     // [rows]
+  Outcome* outcomes = nullptr;    // [rows], of rows with RowTasks
   SubTile* raw_tiles = nullptr;   // as tiles, of the logits as they are
   Moments* moments = nullptr;     // of rows with top-n-sigma
   int32_t* first_edit = nullptr;  // [rows, num_tiles]
