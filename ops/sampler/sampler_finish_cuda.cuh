@@ -22,6 +22,7 @@ struct WideShared {
 // By thread 0.
 __device__ inline void PrepareWide(const SamplerCall& call, int64_t index,
                                    const TileArrays& arrays,
+                                   const TokenStore& store,
                                    WideShared& shared) {
   const SamplingParams& params = call.params[index];
   const RowPlan plan = PlanOf(call, index);
@@ -39,6 +40,7 @@ __device__ inline void PrepareWide(const SamplerCall& call, int64_t index,
   shared.raw_plan = RawPlan();
   shared.raw = RowOf(call, index, shared.raw_plan, arrays, {});
   shared.outcome = call.scratch.outcomes[index];
+  shared.filters.store = store;
 }
 
 // Makes `row` the one that the arrays are of.
@@ -116,7 +118,7 @@ __device__ __noinline__ inline void WriteProbabilities(const Team& team,
   const float scale = outcome.kept ? row.plan->draw_scale : row.plan->scale;
   const bool single =
       !outcome.has_token() || outcome.one_hot || row.plan->greedy;
-  ForEachTile(team, row, 0, [&](int tile, const LaneLogits& logits) {
+  ForEachTile(team, row, [&](int tile, const LaneLogits& logits) {
     const int first = FirstIdOfLane(row, tile);
 #pragma unroll
     for (int e = 0; e < kIdsPerLane; ++e) {
@@ -141,7 +143,10 @@ __device__ __noinline__ inline void FinishRow(Team& team,
   const bool draw = (tasks & kDrawRow) != 0;
   const int64_t first_tile = index * call.num_tiles;
   uint64_t* const tile_mass = reinterpret_cast<uint64_t*>(arrays.weight);
-  if (threadIdx.x == 0) PrepareWide(call, index, arrays, shared);
+  const int own_tiles = CeilDiv(call.num_tiles - team.rank(), team.size());
+  if (threadIdx.x == 0) {
+    PrepareWide(call, index, arrays, TokenStore(room, own_tiles), shared);
+  }
   __syncthreads();
   ReadRow(team.block(), call.scratch.tiles + first_tile, arrays, shared.row);
   if (draw) {
