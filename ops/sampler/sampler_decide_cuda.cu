@@ -344,6 +344,21 @@ __device__ __forceinline__ uint32_t FinishRich(
   return tasks;
 }
 
+// Without waiting for them.
+__device__ __forceinline__ void CopyMoments(Moments* to, const Moments* from,
+                                            int count) {
+  constexpr int kWords = sizeof(Moments) / 8;
+  const uint32_t first = cuda::SharedAddress(to);
+  const char* const words = reinterpret_cast<const char*>(from);
+  for (int i = static_cast<int>(threadIdx.x); i < count * kWords;
+       i += kDecideThreads) {
+    asm volatile(
+        "cp.async.ca.shared.global [%0], [%1], 8;\n" ::"r"(first + i * 8),
+        "l"(words + i * 8)
+        : "memory");
+  }
+}
+
 // By the row's first block. Returns what it leaves undone.
 template <bool kRich>
 __device__ __forceinline__ uint32_t Decide(const SamplerCall& call,
@@ -375,6 +390,13 @@ __device__ __forceinline__ uint32_t Decide(const SamplerCall& call,
   if (tell && (plan.greedy || !plan.filtered() || !(fabsf(best) < INFINITY))) {
     followers.Tell(0);
   }
+  // What top-n-sigma needs is on its way while the total is made.
+  const Moments* const moments = call.scratch.moments + index * num_tiles;
+  Moments* const moments_ahead = static_cast<Moments*>(room.memory);
+  const bool sigma_ahead =
+      plan.top_n_sigma > 0.0f && !plan.greedy && fabsf(best) < INFINITY &&
+      num_tiles * static_cast<int>(sizeof(Moments)) <= room.bytes;
+  if (sigma_ahead) CopyMoments(moments_ahead, moments, num_tiles);
   int count = -1;  // of candidates
   uint32_t tasks = 0;
   if (isnan(best) || best == -INFINITY) {
@@ -403,8 +425,14 @@ __device__ __forceinline__ uint32_t Decide(const SamplerCall& call,
       DrawPlain<kRich>(block, row, arrays, best, total, shared);
     } else {
       if (plan.top_n_sigma > 0.0f) {
+        if (sigma_ahead) {
+          cuda::CommitCopies();
+          cuda::WaitForCopies<0>();
+          __syncthreads();
+        }
         if (threadIdx.x < 32) {
-          const float floor = SigmaFloor(call, index, plan, best);
+          const float floor = cuda::SigmaFloor(
+              sigma_ahead ? moments_ahead : moments, num_tiles, plan, best);
           if (threadIdx.x == 0) shared.sigma_floor = floor;
         }
         __syncthreads();
@@ -487,10 +515,12 @@ int Log2Blocks(const SamplerCall& call) {
 
 // As much as lets two blocks, if a row has only one, share a multiprocessor.
 int RoomBytes(const SamplerCall& call, int log2_blocks) {
-  constexpr int kLeast = 2 * cuda::kTilesAheadBytes;
+  const int tiles_of_block = cuda::CeilDiv(call.num_tiles, 1 << log2_blocks);
+  const int least = std::max(2 * cuda::kTilesAheadBytes,
+                             cuda::TokenStore::LeastBytes(tiles_of_block));
   const int most = !call.is_hopper ? 0 : (log2_blocks > 0 ? 200 : 112) << 10;
   const int offset = static_cast<int>(RoomOffset(call.num_tiles));
-  return std::max(kLeast, most - offset);
+  return std::max(least, most - offset);
 }
 
 }  // namespace

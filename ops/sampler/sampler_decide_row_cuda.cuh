@@ -339,25 +339,24 @@ __device__ __forceinline__ uint64_t Total(Block& block, const RowPlan& plan,
 }
 
 // top-n-sigma keeps logits from here on. A whole warp calls this.
-__device__ __noinline__ inline float SigmaFloor(const SamplerCall& call,
-                                                int64_t index,
+__device__ __noinline__ inline float SigmaFloor(const Moments* moments,
+                                                int num_tiles,
                                                 const RowPlan& plan,
                                                 float best) {
-  const Moments* moments = call.scratch.moments + index * call.num_tiles;
   constexpr int kAtOnce = 4;
   double sum = 0.0;
   double squares = 0.0;
   int count = 0;
-  for (int base = static_cast<int>(threadIdx.x % 32); base < call.num_tiles;
+  for (int base = static_cast<int>(threadIdx.x % 32); base < num_tiles;
        base += 32 * kAtOnce) {
     Moments some[kAtOnce];
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
-      some[u] = moments[min(base + 32 * u, call.num_tiles - 1)];
+      some[u] = moments[min(base + 32 * u, num_tiles - 1)];
     }
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
-      if (base + 32 * u < call.num_tiles) {
+      if (base + 32 * u < num_tiles) {
         sum = strict::Add(sum, some[u].sum);
         squares = strict::Add(squares, some[u].squares);
         count += static_cast<int>(some[u].count);

@@ -67,7 +67,10 @@ __device__ inline Drawn DrawWide(Team& team, const SamplerCall& call,
   const RowPlan& plan = shared.plan;
   float floor = -INFINITY;
   // Every warp for itself: that is sooner than telling the others.
-  if (plan.top_n_sigma > 0.0f) floor = SigmaFloor(call, index, plan, row.best);
+  if (plan.top_n_sigma > 0.0f) {
+    floor = SigmaFloor(call.scratch.moments + index * call.num_tiles,
+                       call.num_tiles, plan, row.best);
+  }
   const bool typical_first =
       plan.order == FilterOrder::kLlamaCpp && plan.typical_p < 1.0f;
   const bool narrowed = plan.top_k != 0 || plan.top_n_sigma > 0.0f;
