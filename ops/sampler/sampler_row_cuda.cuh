@@ -110,11 +110,28 @@ inline constexpr DType kDTypeOfLogits =
                                 : DType::kBFloat16;
 
 // 16 bytes of logits, consecutive ids of one chunk, as stored: converting only
-// where it is used leaves loads in flight.
+// where it is used leaves loads in flight. Words, for of single 16-bit elements
+// a compiler makes a register each.
 template <class T>
-struct alignas(16) Piece {
+struct Piece {
   static constexpr int kSize = 16 / static_cast<int>(sizeof(T));
-  T x[kSize];
+  uint4 words;
+
+  __device__ __forceinline__ float At(int e) const {
+    const uint32_t all[4] = {words.x, words.y, words.z, words.w};
+    if constexpr (std::is_same_v<T, float>) {
+      return __uint_as_float(all[e]);
+    } else {
+      const uint32_t pair = all[e / 2];
+      if constexpr (std::is_same_v<T, __half>) {
+        __half2 halves;
+        memcpy(&halves, &pair, sizeof(halves));
+        return e % 2 == 0 ? __low2float(halves) : __high2float(halves);
+      } else {
+        return __uint_as_float(e % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
+      }
+    }
+  }
 };
 
 // 16 bytes not to be read again soon. Volatile keeps them behind the wait for
@@ -125,9 +142,7 @@ __device__ __forceinline__ Piece<T> StreamPiece(const T* from) {
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
                : "l"(from));
-  Piece<T> piece;
-  memcpy(&piece, &words, sizeof(piece));
-  return piece;
+  return {words};
 }
 
 // 16 bytes where `exists`, otherwise four words of `fill`: without a branch, so
@@ -166,26 +181,18 @@ __device__ __forceinline__ uint32_t LowestWord(DType dtype) {
                                     : 0xff80ff80u;
 }
 
-template <class T>
-__device__ __forceinline__ Piece<T> LowestPiece() {
-  const uint32_t word = LowestWord(kDTypeOfLogits<T>);
-  const uint4 words = {word, word, word, word};
-  Piece<T> piece;
-  memcpy(&piece, &words, sizeof(piece));
-  return piece;
-}
-
 // Element by element, -inf past the end of the vocabulary: for rows that are
 // not aligned and the last piece of a vocabulary.
 template <class T>
 __device__ __noinline__ Piece<T> LoadPieceSlowly(const T* row, int first_id,
                                                  int vocab) {
-  Piece<T> piece;
+  T x[Piece<T>::kSize];
 #pragma unroll
   for (int e = 0; e < Piece<T>::kSize; ++e) {
-    piece.x[e] =
-        first_id + e < vocab ? row[first_id + e] : FromFloat<T>(-INFINITY);
+    x[e] = first_id + e < vocab ? row[first_id + e] : FromFloat<T>(-INFINITY);
   }
+  Piece<T> piece;
+  memcpy(&piece.words, x, sizeof(x));
   return piece;
 }
 
@@ -202,9 +209,7 @@ __device__ __forceinline__ Piece<T> LoadPiece(const T* row, int first_id,
   const uint4 words =
       Load16If<kStream>(aligned && first_id + Piece<T>::kSize <= vocab,
                         row + first_id, LowestWord(kDTypeOfLogits<T>));
-  Piece<T> piece;
-  memcpy(&piece, &words, sizeof(piece));
-  return piece;
+  return {words};
 }
 
 // The larger one, NaN where either is.

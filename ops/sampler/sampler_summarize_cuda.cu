@@ -166,10 +166,15 @@ __device__ __forceinline__ void ApplyEdits(
   }
 }
 
+// Blocks of a multiprocessor: where a lane has 64 logits, a compiler takes
+// registers for all of them as floats unless it is told how many there are.
+template <class T, int kSplit>
+inline constexpr int kLeastBlocks = sizeof(T) == 2 && kSplit == 2 ? 8 : 1;
+
 // kRich: for calls that may have edits or masks, or that ask for logprobs of
 // the logits as they are.
 template <class T, int kSplit, bool kRich, bool kFast>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kWarps, kLeastBlocks<T, kSplit>)
     SummarizeKernel(const __grid_constant__ SamplerCall call,
                     int blocks_per_row) {
   using L = Layout<T, kSplit>;
@@ -210,11 +215,10 @@ __global__ void __launch_bounds__(32 * kWarps)
     cuda::Summarize<kFast>(call, row, plan, at, x);
   } else {
     if (plan.only_allowed) {  // and no edit allows any
-#pragma unroll
-      for (int j = 0; j < L::kOwnGroups * kChunksOfGroup; ++j) {
-        values.v[j / kChunksOfGroup][j % kChunksOfGroup] =
-            cuda::LowestPiece<T>();
+      if (at.leads()) {
+        call.scratch.tiles[row * call.num_tiles + at.tile] = {-INFINITY, 0.0f};
       }
+      return;
     }
     cuda::Summarize<kFast>(call, row, plan, at, values);
   }

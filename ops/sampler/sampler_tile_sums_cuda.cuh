@@ -62,7 +62,7 @@ struct Floats {
 
 template <class T>
 __device__ __forceinline__ float At(const Piece<T>& v, int e) {
-  return ToFloat(v.x[e]);
+  return v.At(e);
 }
 template <int kSize>
 __device__ __forceinline__ float At(const Floats<kSize>& v, int e) {
@@ -93,20 +93,17 @@ __device__ __forceinline__ float MaxOfLane(const Values<V, L>& values) {
 // Of 16-bit types two at a time.
 template <class T, class L>
 __device__ __forceinline__ float MaxOfPairs(const Values<Piece<T>, L>& values) {
-  uint32_t max[4];
-  memcpy(max, &values.v[0][0], sizeof(max));
+  uint4 max = values.v[0][0].words;
 #pragma unroll
   for (int j = 1; j < L::kOwnGroups * kChunksOfGroup; ++j) {
-    uint32_t words[4];
-    memcpy(words, &values.v[j / kChunksOfGroup][j % kChunksOfGroup],
-           sizeof(words));
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      max[w] = MaxOrNan2<T>(max[w], words[w]);
-    }
+    const uint4 words = values.v[j / kChunksOfGroup][j % kChunksOfGroup].words;
+    max.x = MaxOrNan2<T>(max.x, words.x);
+    max.y = MaxOrNan2<T>(max.y, words.y);
+    max.z = MaxOrNan2<T>(max.z, words.z);
+    max.w = MaxOrNan2<T>(max.w, words.w);
   }
   const uint32_t best =
-      MaxOrNan2<T>(MaxOrNan2<T>(max[0], max[1]), MaxOrNan2<T>(max[2], max[3]));
+      MaxOrNan2<T>(MaxOrNan2<T>(max.x, max.y), MaxOrNan2<T>(max.z, max.w));
   T pair[2];
   memcpy(pair, &best, sizeof(pair));
   return MaxOrNan(ToFloat(pair[0]), ToFloat(pair[1]));
@@ -192,9 +189,28 @@ __device__ __forceinline__ float WeightOfTile(const Values<V, L>& values,
   return finite ? sum : 0.0f;
 }
 
+// Makes a compiler believe that values have changed: otherwise it keeps all of
+// them as floats until they are used again.
+template <class T>
+__device__ __forceinline__ void Refresh(Piece<T>* v) {
+  asm volatile(""
+               : "+r"(v->words.x), "+r"(v->words.y), "+r"(v->words.z),
+                 "+r"(v->words.w));
+}
+template <int kSize>
+__device__ __forceinline__ void Refresh(Floats<kSize>*) {}
+template <class V, class L>
+__device__ __forceinline__ void Refresh(Values<V, L>* values) {
+#pragma unroll
+  for (int j = 0; j < L::kOwnGroups * kChunksOfGroup; ++j) {
+    Refresh(&values->v[j / kChunksOfGroup][j % kChunksOfGroup]);
+  }
+}
+
 template <class L, class V>
-__device__ Moments MomentsOfTile(const Values<V, L>& values) {
+__device__ __forceinline__ Moments MomentsOfTile(Values<V, L> values) {
   Moments moments;
+  Refresh(&values);
   moments.sum = SumOfTile<double, L>([&](int g, int e) {
     double own = 0.0;
 #pragma unroll
@@ -204,6 +220,7 @@ __device__ Moments MomentsOfTile(const Values<V, L>& values) {
     }
     return own;
   });
+  Refresh(&values);
   moments.squares = SumOfTile<double, L>([&](int g, int e) {
     double own = 0.0;
 #pragma unroll
@@ -213,6 +230,7 @@ __device__ Moments MomentsOfTile(const Values<V, L>& values) {
     }
     return own;
   });
+  Refresh(&values);
   int count = 0;
 #pragma unroll
   for (int j = 0; j < L::kOwnGroups * kChunksOfGroup; ++j) {
