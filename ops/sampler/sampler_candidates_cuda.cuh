@@ -227,7 +227,11 @@ __device__ __forceinline__ void Candidates::CollectTiles(const DecideRow& row,
 #pragma unroll 1
     for (int i = warp; i < end; i += kDecideWarps) {
       const int first = first_of_tile0 + s_.tiles[base + i] * kChunk;
-      if (first <= last) CopyPart(&ahead_[i].lanes[lane], logits + first);
+      if (first <= last) {
+        CopyPart(&ahead_[i].lanes[lane], logits + first);
+      } else {
+        ahead_[i].lanes[lane] = LoadPartSlowly(row, first);
+      }
     }
     if constexpr (kEdited) {
       unsigned allowed[kMaxTilesAhead];
@@ -247,31 +251,39 @@ __device__ __forceinline__ void Candidates::CollectTiles(const DecideRow& row,
     }
     CommitCopies();
     WaitForCopies<0>();
-#pragma unroll 1
-    for (int i = warp; i < end; i += kDecideWarps) {
-      const int tile = s_.tiles[base + i];
-      const int first = first_of_tile0 + tile * kChunk;
-      if (first >= vocab) continue;
-      const LanePart part =
-          first <= last ? ahead_[i].lanes[lane] : LoadPartSlowly(row, first);
-      const LaneLogits own = FloatsOf<T>(part);
-      unsigned found = 0;
+    // Bits of the lane's logits, eight for each sub-tile.
+    uint64_t found = 0;
 #pragma unroll
-      for (int e = 0; e < kIdsPerLane; ++e) {
-        if (own.x[e] >= lowest) found |= 1u << e;
-      }
-      if constexpr (kEdited) found &= s_.allowed[i][lane];
-      // Mostly one.
-      for (; found != 0; found &= found - 1) {
-        const int at = __ffs(static_cast<int>(found)) - 1;
-        float x = own.x[0];
+    for (int u = 0; u < kMaxTilesAhead; ++u) {
+      const int i = warp + u * kDecideWarps;
+      if (i < end) {
+        const LaneLogits own = FloatsOf<T>(ahead_[i].lanes[lane]);
+        unsigned bits = 0;
 #pragma unroll
-        for (int e = 1; e < kIdsPerLane; ++e) {
-          if (e == at) x = own.x[e];
+        for (int e = 0; e < kIdsPerLane; ++e) {
+          if (own.x[e] >= lowest) bits |= 1u << e;
         }
-        AddCandidate(s_, OrderedKey(x), first + at,
-                     tile * kSubTile + lane * kIdsPerLane + at);
+        if constexpr (kEdited) bits &= s_.allowed[i][lane];
+        found |= uint64_t{bits} << (u * kIdsPerLane);
       }
+    }
+    const int count = __popcll(found);
+    const int upto = WarpInclusiveSum(count);
+    int at = 0;
+    if (lane == 31 && upto > 0) at = atomicAdd(&s_.count, upto);
+    at = __shfl_sync(~0u, at, 31) + upto - count;
+    // Mostly one or two.
+    for (; found != 0 && at < kMaxCandidates; found &= found - 1, ++at) {
+      const int bit = __ffsll(static_cast<long long>(found)) - 1;
+      const int i = warp + bit / kIdsPerLane * kDecideWarps;
+      const int e = bit % kIdsPerLane;
+      const int tile = s_.tiles[base + i];
+      const Piece<T> piece = {ahead_[i].lanes[lane].words[e / Piece<T>::kSize]};
+      const float x = piece.At(e % Piece<T>::kSize);
+      s_.keys[at] =
+          CandidateKey(OrderedKey(x), first_of_tile0 + tile * kChunk + e);
+      s_.places[at] =
+          static_cast<uint32_t>(tile * kSubTile + lane * kIdsPerLane + e);
     }
   }
 }

@@ -161,11 +161,12 @@ __device__ __noinline__ inline LaneLogits ApplyEdits(const DecideRow& row,
 
 template <class T>
 __device__ __forceinline__ LaneLogits FloatsOf(const LanePart& part) {
-  T stored[kIdsPerLane];
-  memcpy(stored, &part, sizeof(stored));
+  constexpr int kSize = Piece<T>::kSize;
   LaneLogits logits;
 #pragma unroll
-  for (int e = 0; e < kIdsPerLane; ++e) logits.x[e] = ToFloat(stored[e]);
+  for (int e = 0; e < kIdsPerLane; ++e) {
+    logits.x[e] = Piece<T>{part.words[e / kSize]}.At(e % kSize);
+  }
   return logits;
 }
 

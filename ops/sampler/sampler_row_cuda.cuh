@@ -118,18 +118,19 @@ struct Piece {
   uint4 words;
 
   __device__ __forceinline__ float At(int e) const {
-    const uint32_t all[4] = {words.x, words.y, words.z, words.w};
+    const int word = e * static_cast<int>(sizeof(T)) / 4;
+    const uint32_t bits = word == 0   ? words.x
+                          : word == 1 ? words.y
+                          : word == 2 ? words.z
+                                      : words.w;
     if constexpr (std::is_same_v<T, float>) {
-      return __uint_as_float(all[e]);
+      return __uint_as_float(bits);
+    } else if constexpr (std::is_same_v<T, __half>) {
+      __half2 halves;
+      memcpy(&halves, &bits, sizeof(halves));
+      return e % 2 == 0 ? __low2float(halves) : __high2float(halves);
     } else {
-      const uint32_t pair = all[e / 2];
-      if constexpr (std::is_same_v<T, __half>) {
-        __half2 halves;
-        memcpy(&halves, &pair, sizeof(halves));
-        return e % 2 == 0 ? __low2float(halves) : __high2float(halves);
-      } else {
-        return __uint_as_float(e % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
-      }
+      return __uint_as_float(e % 2 == 0 ? bits << 16 : bits & 0xffff0000u);
     }
   }
 };

@@ -166,15 +166,17 @@ __device__ __forceinline__ void ApplyEdits(
   }
 }
 
-// Blocks of a multiprocessor: where a lane has 64 logits, a compiler takes
-// registers for all of them as floats unless it is told how many there are.
-template <class T, int kSplit>
-inline constexpr int kLeastBlocks = sizeof(T) == 2 && kSplit == 2 ? 8 : 1;
+// Blocks of a multiprocessor: a compiler that may takes registers for all of a
+// lane's logits as floats, and for the rare moments.
+template <class T, int kSplit, bool kRich>
+inline constexpr int kLeastBlocks = kRich            ? (sizeof(T) == 4 ? 9 : 7)
+                                    : sizeof(T) == 4 ? (kSplit == 4 ? 12 : 8)
+                                                     : 8;
 
 // kRich: for calls that may have edits or masks, or that ask for logprobs of
 // the logits as they are.
 template <class T, int kSplit, bool kRich, bool kFast>
-__global__ void __launch_bounds__(32 * kWarps, kLeastBlocks<T, kSplit>)
+__global__ void __launch_bounds__(32 * kWarps, kLeastBlocks<T, kSplit, kRich>)
     SummarizeKernel(const __grid_constant__ SamplerCall call,
                     int blocks_per_row) {
   using L = Layout<T, kSplit>;

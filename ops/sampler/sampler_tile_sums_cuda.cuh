@@ -189,28 +189,9 @@ __device__ __forceinline__ float WeightOfTile(const Values<V, L>& values,
   return finite ? sum : 0.0f;
 }
 
-// Makes a compiler believe that values have changed: otherwise it keeps all of
-// them as floats until they are used again.
-template <class T>
-__device__ __forceinline__ void Refresh(Piece<T>* v) {
-  asm volatile(""
-               : "+r"(v->words.x), "+r"(v->words.y), "+r"(v->words.z),
-                 "+r"(v->words.w));
-}
-template <int kSize>
-__device__ __forceinline__ void Refresh(Floats<kSize>*) {}
-template <class V, class L>
-__device__ __forceinline__ void Refresh(Values<V, L>* values) {
-#pragma unroll
-  for (int j = 0; j < L::kOwnGroups * kChunksOfGroup; ++j) {
-    Refresh(&values->v[j / kChunksOfGroup][j % kChunksOfGroup]);
-  }
-}
-
 template <class L, class V>
-__device__ __forceinline__ Moments MomentsOfTile(Values<V, L> values) {
+__device__ Moments MomentsOfTile(const Values<V, L>& values) {
   Moments moments;
-  Refresh(&values);
   moments.sum = SumOfTile<double, L>([&](int g, int e) {
     double own = 0.0;
 #pragma unroll
@@ -220,7 +201,6 @@ __device__ __forceinline__ Moments MomentsOfTile(Values<V, L> values) {
     }
     return own;
   });
-  Refresh(&values);
   moments.squares = SumOfTile<double, L>([&](int g, int e) {
     double own = 0.0;
 #pragma unroll
@@ -230,7 +210,6 @@ __device__ __forceinline__ Moments MomentsOfTile(Values<V, L> values) {
     }
     return own;
   });
-  Refresh(&values);
   int count = 0;
 #pragma unroll
   for (int j = 0; j < L::kOwnGroups * kChunksOfGroup; ++j) {
