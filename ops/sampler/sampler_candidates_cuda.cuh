@@ -9,7 +9,7 @@
 
 namespace tenon::cuda {
 
-// Rows that need more are left to the wide kernel.
+// Rows that need more are finished by all of their blocks.
 inline constexpr int kMaxCandidates = 256;
 static_assert(kMaxCandidates == kDecideThreads, "a thread for each");
 
@@ -107,6 +107,10 @@ class Candidates {
   template <bool kEdited>
   __device__ int Collect(const DecideRow& row, uint32_t floor,
                          const ThreadEdits& first_edits);
+  // Finds the `count` best where too many tokens have the key `tied` or a
+  // larger one, for there are as many; -1 where even those with a larger one
+  // are too many, or the first ids have too few of them. Of rows without edits.
+  __device__ int CollectTied(const DecideRow& row, uint32_t tied, int count);
   // How many ranks the scratch has; some are of what is no candidate any more.
   __device__ int places() const { return found_; }
 
@@ -114,6 +118,9 @@ class Candidates {
   __device__ void ListTiles(const DecideRow& row, uint32_t floor);
   template <class T, bool kEdited>
   __device__ void CollectTiles(const DecideRow& row, uint32_t floor);
+  // False where there are too many sub-tiles.
+  template <bool kEdited>
+  __device__ bool CollectRaw(const DecideRow& row, uint32_t floor);
   __device__ int DropEdited();
   // Fills what the scratch has by rank.
   template <bool kEdited>
@@ -334,11 +341,10 @@ __device__ __forceinline__ int Candidates::DropEdited() {
 }
 
 template <bool kEdited>
-__device__ __forceinline__ int Candidates::Collect(
-    const DecideRow& row, uint32_t floor, const ThreadEdits& first_edits) {
-  floor = max(floor, kLowestKey);
+__device__ __forceinline__ bool Candidates::CollectRaw(const DecideRow& row,
+                                                       uint32_t floor) {
   ListTiles(row, floor);
-  if (s_.num_tiles > kMaxCandidates) return -1;
+  if (s_.num_tiles > kMaxCandidates) return false;
   switch (row.dtype) {
     case DType::kFloat32:
       CollectTiles<float, kEdited>(row, floor);
@@ -350,6 +356,14 @@ __device__ __forceinline__ int Candidates::Collect(
       CollectTiles<__nv_bfloat16, kEdited>(row, floor);
   }
   __syncthreads();
+  return true;
+}
+
+template <bool kEdited>
+__device__ __forceinline__ int Candidates::Collect(
+    const DecideRow& row, uint32_t floor, const ThreadEdits& first_edits) {
+  floor = max(floor, kLowestKey);
+  if (!CollectRaw<kEdited>(row, floor)) return -1;
   int dropped = 0;
   if constexpr (kEdited) {
     if (row.edits.end > 0 && s_.count <= kMaxCandidates) {
@@ -362,6 +376,45 @@ __device__ __forceinline__ int Candidates::Collect(
   if (found_ > kMaxCandidates) return -1;
   Rank<kEdited>(row, found_);
   return found_ - dropped;
+}
+
+__device__ __forceinline__ int Candidates::CollectTied(const DecideRow& row,
+                                                       uint32_t tied,
+                                                       int count) {
+  constexpr int kEach = 8;
+  constexpr int kIdsAtOnce = kEach * kDecideThreads;
+  constexpr int kMaxIds = 8 * kIdsAtOnce;
+  if (count > kMaxCandidates || !CollectRaw<false>(row, tied + 1)) return -1;
+  const int larger = s_.count;
+  if (larger > kMaxCandidates) return -1;
+  const int wanted = max(count - larger, 0);
+  // Of the tied ones the lowest ids.
+  int found = 0;
+  for (int base = 0; found < wanted; base += kIdsAtOnce) {
+    if (base >= min(row.vocab, kMaxIds)) return -1;
+    const int first = base + static_cast<int>(threadIdx.x) * kEach;
+    unsigned ties = 0;
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      if (first + e < row.vocab &&
+          OrderedKey(LogitAt(row, first + e)) == tied) {
+        ties |= 1u << e;
+      }
+    }
+    const uint64_t own = static_cast<uint64_t>(__popc(ties));
+    uint64_t total;
+    int at = found + static_cast<int>(block_.InclusiveSum(own, &total) - own);
+    for (; ties != 0 && at < wanted; ties &= ties - 1, ++at) {
+      const int id = first + __ffs(static_cast<int>(ties)) - 1;
+      s_.keys[larger + at] = CandidateKey(tied, id);
+      s_.places[larger + at] = static_cast<uint32_t>(DrawOrder(id, row.vocab));
+    }
+    found += static_cast<int>(total);
+  }
+  __syncthreads();
+  found_ = larger + wanted;
+  Rank<false>(row, found_);
+  return found_;
 }
 
 // Each candidate's rank is the number of better ones: several threads count

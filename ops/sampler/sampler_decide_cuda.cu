@@ -3,10 +3,10 @@
 #include "ops/sampler/sampler_kernels_cuda.cuh"
 #include "ops/sampler/sampler_narrow_cuda.cuh"
 
-// The kernel that makes a token of a row's summaries, by one block of the row.
-// It is made for latency: a row alone is a chain of short steps, and code runs
-// once, so that every instruction and every argument is waited for. What is
-// rare is left to the wide kernel.
+// The kernel that makes a token of a row's summaries, by the first of the row's
+// blocks. It is made for latency: a row alone is a chain of short steps, and
+// code runs once, so that every instruction and every argument is waited for.
+// What is rare is left to all of the row's blocks.
 
 namespace tenon {
 namespace {
@@ -153,13 +153,25 @@ __device__ __forceinline__ uint32_t FloorOfBest(Candidates& candidates,
              : 0;
 }
 
-// Leaves a row with filters to the wide kernel where it may have to choose from
-// more than a few tokens. Returns the candidates' number, then, -1.
+// Candidates::CollectTied(), of an object of its own: what a function takes by
+// reference is in memory.
+__device__ __noinline__ int CollectTied(const DecideRow& row,
+                                        const TileArrays& arrays, Room room,
+                                        uint32_t tied, int count,
+                                        DecideShared& shared) {
+  Block block(&shared.block);
+  Candidates candidates(block, &shared.candidates, arrays, room);
+  return candidates.CollectTied(row, tied, count);
+}
+
+// Leaves a row with filters to all of its blocks where it may have to choose
+// from more than a few tokens. Returns the candidates' number, then, -1.
 template <bool kRich>
 __device__ __forceinline__ int DrawFiltered(
     Block& block, const DecideRow& row, const TileBounds& bounds,
-    Candidates& candidates, const ThreadEdits& edits, uint64_t total, bool tell,
-    Followers& followers, DecideShared& shared) {
+    Candidates& candidates, const TileArrays& arrays, Room room,
+    const ThreadEdits& edits, uint64_t total, bool tell, Followers& followers,
+    DecideShared& shared) {
   const RowPlan& plan = shared.plan;
   const DrawInputs& inputs = shared.inputs;
   const bool typical_first =
@@ -188,7 +200,12 @@ __device__ __forceinline__ int DrawFiltered(
     from = max(from, FloorOfBest(candidates, row, bounds.lowest,
                                  plan.top_k != 0 ? plan.top_k : kTopPTiles));
   }
-  const int count = candidates.Collect<kRich>(row, from, edits);
+  int count = candidates.Collect<kRich>(row, from, edits);
+  int places = candidates.places();
+  if (count < 0 && plan.top_k != 0 && from > floor && !row.edits.any()) {
+    count = CollectTied(row, arrays, room, from, plan.top_k, shared);
+    places = count;
+  }
   if (count <= 0) return -1;
   if (top_p_first && from != floor) {
     __syncthreads();
@@ -202,7 +219,7 @@ __device__ __forceinline__ int DrawFiltered(
     return count;
   }
   NarrowFilters filters(shared.candidates, row, plan, 0, count);
-  const Drawn drawn = filters.Run(inputs, candidates.places());
+  const Drawn drawn = filters.Run(inputs, places);
   if (threadIdx.x == 0) {
     shared.outcome.drawn = drawn;
     shared.outcome.kept = true;
@@ -437,8 +454,8 @@ __device__ __forceinline__ uint32_t Decide(const SamplerCall& call,
         }
         __syncthreads();
       }
-      count = DrawFiltered<kRich>(block, row, bounds, candidates, edits, total,
-                                  tell, followers, shared);
+      count = DrawFiltered<kRich>(block, row, bounds, candidates, arrays, room,
+                                  edits, total, tell, followers, shared);
       if (count < 0) tasks = cuda::kDrawRow;
     }
   }
