@@ -19,28 +19,36 @@ struct WideShared {
   Outcome outcome;
 };
 
-// By thread 0.
-__device__ inline void PrepareWide(const SamplerCall& call, int64_t index,
-                                   const TileArrays& arrays,
-                                   const TokenStore& store,
-                                   WideShared& shared) {
+// A warp for each of what takes long.
+__device__ __forceinline__ void PrepareWide(const SamplerCall& call,
+                                            int64_t index,
+                                            const TileArrays& arrays,
+                                            const TokenStore& store,
+                                            WideShared& shared) {
   const SamplingParams& params = call.params[index];
-  const RowPlan plan = PlanOf(call, index);
-  const uint64_t bits =
-      call.random_bits != nullptr
-          ? static_cast<uint64_t>(call.random_bits[index])
-          : RandomBitsAt(params.seed, params.position, call.stream);
-  shared.inputs.numerator = UniformNumerator(bits);
-  shared.inputs.xtc_acts = XtcActs(plan, params);
-  shared.inputs.mu =
-      plan.mirostat_tau > 0.0f ? call.mirostat.MuOf(index, params) : 0.0f;
-  shared.plan = plan;
-  shared.row =
-      RowOf(call, index, shared.plan, arrays, EditsOf(call, index, plan));
-  shared.raw_plan = RawPlan();
-  shared.raw = RowOf(call, index, shared.raw_plan, arrays, {});
-  shared.outcome = call.scratch.outcomes[index];
-  shared.filters.store = store;
+  if (threadIdx.x == 0) {
+    const RowPlan plan = PlanOf(call, index);
+    shared.plan = plan;
+    shared.row =
+        RowOf(call, index, shared.plan, arrays, EditsOf(call, index, plan));
+  } else if (threadIdx.x == 32) {
+    const uint64_t bits =
+        call.random_bits != nullptr
+            ? static_cast<uint64_t>(call.random_bits[index])
+            : RandomBitsAt(params.seed, params.position, call.stream);
+    shared.inputs.numerator = UniformNumerator(bits);
+  } else if (threadIdx.x == 64) {
+    const RowPlan plan = PlanOf(call, index);
+    shared.inputs.xtc_acts = XtcActs(plan, params);
+    shared.inputs.mu =
+        plan.mirostat_tau > 0.0f ? call.mirostat.MuOf(index, params) : 0.0f;
+  } else if (threadIdx.x == 96) {
+    shared.raw_plan = RawPlan();
+    shared.raw = RowOf(call, index, shared.raw_plan, arrays, {});
+    shared.outcome = call.scratch.outcomes[index];
+    shared.filters.store = store;
+  }
+  __syncthreads();
 }
 
 // Makes `row` the one that the arrays are of.
@@ -147,10 +155,7 @@ __device__ __noinline__ inline void FinishRow(Team& team,
   const int64_t first_tile = index * call.num_tiles;
   uint64_t* const tile_mass = reinterpret_cast<uint64_t*>(arrays.weight);
   const int own_tiles = CeilDiv(call.num_tiles - team.rank(), team.size());
-  if (threadIdx.x == 0) {
-    PrepareWide(call, index, arrays, TokenStore(room, own_tiles), shared);
-  }
-  __syncthreads();
+  PrepareWide(call, index, arrays, TokenStore(room, own_tiles), shared);
   ReadRow(team.block(), call.scratch.tiles + first_tile, arrays, shared.row);
   if (draw) {
     const Drawn drawn = DrawWide(team, call, index, tile_mass, shared);

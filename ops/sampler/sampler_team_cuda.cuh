@@ -73,7 +73,8 @@ class Team {
   // Every block's value, which is the same on all of its threads.
   __device__ __noinline__ const uint64_t* Exchange(uint64_t value);
   // Block's, as a call.
-  __device__ __noinline__ uint64_t InclusiveSum(uint64_t value);
+  __device__ __noinline__ uint64_t InclusiveSum(uint64_t value,
+                                                uint64_t* total);
 
  private:
   Block block_;
@@ -93,9 +94,9 @@ __device__ __noinline__ inline const uint64_t* Team::Exchange(uint64_t value) {
   return values;
 }
 
-__device__ __noinline__ inline uint64_t Team::InclusiveSum(uint64_t value) {
-  uint64_t total;
-  return block_.InclusiveSum(value, &total);
+__device__ __noinline__ inline uint64_t Team::InclusiveSum(uint64_t value,
+                                                           uint64_t* total) {
+  return block_.InclusiveSum(value, total);
 }
 
 __device__ __noinline__ inline uint64_t Team::Sum(uint64_t value) {

@@ -13,20 +13,25 @@ namespace tenon::cuda {
 // its team: those are its own, counted from 0.
 class TokenStore {
  public:
-  static constexpr int kBytesOfToken = sizeof(float) + sizeof(uint8_t);
   // Room for one sub-tile that is not stored, for each warp.
   static constexpr int kStaged = kDecideWarps * kSubTile;
 
+  struct alignas(8) Token {
+    float logit;
+    int order;  // of drawing
+  };
+
   // Without room for tokens that stay.
   static constexpr __host__ __device__ int LeastBytes(int own_tiles) {
-    return LogitsAt(own_tiles) + kStaged * kBytesOfToken;
+    return TokensAt(own_tiles) + kStaged * static_cast<int>(sizeof(Token));
   }
 
   TokenStore() = default;
   __device__ TokenStore(Room room, int own_tiles)
       : shared_(static_cast<uint32_t>(__cvta_generic_to_shared(room.memory))),
         own_tiles_(own_tiles),
-        capacity_(min((room.bytes - LeastBytes(own_tiles)) / kBytesOfToken,
+        capacity_(min((room.bytes - LeastBytes(own_tiles)) /
+                          static_cast<int>(sizeof(Token)),
                       own_tiles * kSubTile)) {}
 
   // Of a sub-tile: where its tokens begin, above their number.
@@ -35,24 +40,22 @@ class TokenStore {
     return static_cast<uint32_t>(begin) << 9 | static_cast<uint32_t>(count);
   }
   __device__ __forceinline__ uint32_t* segments() const {
-    return At<uint32_t>(4);
+    return At<uint32_t>(8);
   }
-  __device__ __forceinline__ float* logits() const {
-    return At<float>(LogitsAt(own_tiles_));
+  // First those of warps' own.
+  __device__ __forceinline__ Token* tokens() const {
+    return At<Token>(TokensAt(own_tiles_));
   }
-  __device__ __forceinline__ uint8_t* places() const {
-    return At<uint8_t>(LogitsAt(own_tiles_) +
-                       (kStaged + capacity_) * static_cast<int>(sizeof(float)));
-  }
-  // How many tokens are stored.
-  __device__ __forceinline__ int* used() const { return At<int>(0); }
+  // How many tokens wanted to be stored, and how many are.
+  __device__ __forceinline__ int* wanted() const { return At<int>(0); }
+  __device__ __forceinline__ int* stored() const { return At<int>(4); }
   __device__ int own_tiles() const { return own_tiles_; }
   __device__ int capacity() const { return capacity_; }
 
  private:
-  // Behind the number of tokens and the segments.
-  static constexpr __host__ __device__ int LogitsAt(int own_tiles) {
-    return (own_tiles + 4) / 4 * 16;
+  // Behind two numbers and the segments.
+  static constexpr __host__ __device__ int TokensAt(int own_tiles) {
+    return (own_tiles + 3) / 2 * 8;
   }
   // A compiler that sees this knows that it is shared memory.
   template <class T>
@@ -105,7 +108,14 @@ __device__ __noinline__ inline uint32_t PutTile(const DecideRow& row,
   __syncwarp();  // what was there has been read
   if (keep) {
     int stored = 0;
-    if (lane == 0) stored = atomicAdd(store.used(), total);
+    if (lane == 0) {
+      stored = atomicAdd(store.wanted(), total);
+      // From the first that finds no room on, none does.
+      if (stored <= store.capacity()) {
+        atomicMax(store.stored(),
+                  stored + total <= store.capacity() ? stored + total : stored);
+      }
+    }
     stored = __shfl_sync(~0u, stored, 0);
     if (stored + total <= store.capacity()) {
       begin = TokenStore::kStaged + stored;
@@ -115,15 +125,11 @@ __device__ __noinline__ inline uint32_t PutTile(const DecideRow& row,
     }
   }
   int at = begin + upto - count;
-  float* const to = store.logits();
-  uint8_t* const places = store.places();
+  TokenStore::Token* const to = store.tokens();
+  const int first = tile * kSubTile + lane * kIdsPerLane;
 #pragma unroll
   for (int e = 0; e < kIdsPerLane; ++e) {
-    if (logits.x[e] >= floor) {
-      to[at] = logits.x[e];
-      places[at] = static_cast<uint8_t>(lane * kIdsPerLane + e);
-      ++at;
-    }
+    if (logits.x[e] >= floor) to[at++] = {logits.x[e], first + e};
   }
   __syncwarp();
   return TokenStore::SegmentOf(begin, total);

@@ -1,70 +1,18 @@
 #ifndef TENON_OPS_SAMPLER_SAMPLER_WIDE_CUDA_CUH_
 #define TENON_OPS_SAMPLER_SAMPLER_WIDE_CUDA_CUH_
 
-#include "ops/sampler/sampler_narrow_cuda.cuh"
-#include "ops/sampler/sampler_token_store_cuda.cuh"
+#include "ops/sampler/sampler_wide_select_cuda.cuh"
 
 // Filters where many tokens can pass them, by several blocks. What they keep is
 // a KeptRange. Its ends are found by a histogram of the row's keys and, of the
 // bin that has the end, the tokens themselves; where those are too many, by the
-// next histogram of that bin, so that passes are bounded. Code runs a few times
-// only, so that it is kept small: passes are calls, and take what differs as
-// arguments.
+// next histogram of that bin, so that passes are bounded.
 
 namespace tenon::cuda {
 
-struct WideScratch {
-  static constexpr int kLog2Bins = 11;
-  static constexpr int kBins = 1 << kLog2Bins;
-  static constexpr int kGroups = 64;
-  static constexpr int kBinsOfGroup = kBins / kGroups;
-  static constexpr int kMaxMembers = kDecideThreads;
-
-  union {
-    // 64-bit bins as two words each.
-    alignas(16) uint32_t bins[2][kBins];
-    // Of all blocks' members, once bins are done with.
-    struct {
-      uint64_t all_members[kMaxMembers];
-      uint64_t member_weights[kMaxMembers];
-    };
-  };
-  uint64_t groups[kGroups];  // sums of bins
-  // The bin that a sum reaches.
-  int picked;
-  uint64_t before_picked;
-  // What the block has of the picked bin.
-  int num_members;
-  uint64_t members[kMaxMembers];
-  float member_logits[kMaxMembers];
-  uint64_t picked_member;
-  // The best, in every block.
-  uint64_t best[kMaxTopLogprobs];
-  TokenStore store;
-};
-
-// What tokens are ordered by, the larger the better, and weighed by.
-struct Measure {
-  enum Key { kLogit, kDistance, kId } key = kLogit;
-  bool counts = false;  // each 1, else its mass
-  float at = 0.0f;      // distances from here; ids of tokens with this logit
-};
-
-class WideFilters {
+class WideFilters : private WidePasses {
  public:
-  // Of all tokens with at least the logit `floor`. `tile_mass` has room for all
-  // sub-tiles.
-  __device__ WideFilters(Team& team, WideScratch* scratch, const DecideRow& row,
-                         float floor, uint64_t* tile_mass)
-      : team_(team),
-        scratch_(static_cast<uint32_t>(__cvta_generic_to_shared(scratch))),
-        store_(scratch->store),
-        row_(row),
-        plan_(*row.plan),
-        tile_mass_(tile_mass),
-        num_own_(store_.own_tiles()) {
-    range_.to.value = fmaxf(floor, -std::numeric_limits<float>::max());
-  }
+  using WidePasses::WidePasses;
 
   // The token is known to the leading block alone.
   __device__ __noinline__ Drawn Run(const DrawInputs& inputs);
@@ -77,97 +25,10 @@ class WideFilters {
   __device__ int CollectKept();
 
  private:
-  // Rows that need so many times the store's room are looked at before.
-  static constexpr int kStoresOfRow = 4;
+  // A guess of where top-p ends has to look at one in so many sub-tiles, or
+  // fewer.
+  static constexpr int kMostGuessedFrom = 4;
 
-  // The token at which the weights of all better ones and its own reach a
-  // target.
-  struct Selection {
-    bool found = false;
-    uint32_t key = 0;
-    int id = -1;          // -1: any with this key; then
-    uint64_t needed = 0;  // of their weights, at least 1
-  };
-  // What a pass adds up or takes the largest of.
-  enum class Reduction {
-    kSumMass,
-    kSumSurprise,
-    kSumOfTiles,
-    kMaxKey,
-    kMinKeyOfMass,
-    kMaxIdOfKey,
-    kKeysFrom
-  };
-  struct Reduced {
-    uint64_t sum = 0;
-    Block::Pair max = {0, 0};
-  };
-
-  __device__ __forceinline__ WideScratch& s() const {
-    return *static_cast<WideScratch*>(__cvta_shared_to_generic(scratch_));
-  }
-  // Which of the block's sub-tiles can have what is kept.
-  struct TileFilter {
-    const uint32_t* tile_key;
-    int size;
-    int rank;
-    uint32_t floor;
-    int32_t last_id;  // of the floor
-
-    __device__ __forceinline__ int TileOf(int own) const {
-      return own * size + rank;
-    }
-    __device__ __forceinline__ bool Wants(int own) const {
-      const int tile = TileOf(own);
-      const uint32_t key = tile_key[tile];
-      return key > floor || (key == floor && tile * kChunk <= last_id);
-    }
-  };
-  // With a key from `floor` on, which is not below all that is kept.
-  __device__ __forceinline__ TileFilter FilterFrom(uint32_t floor) const {
-    return {AsShared(row_.tile_key), team_.size(), team_.rank(), floor,
-            floor == OrderedKey(range_.to.value) ? range_.to.last_id
-                                                 : Cutoff().last_id};
-  }
-  // Passes begin with Fill().
-  __device__ void ClearStore();
-  __device__ __noinline__ void Fill();
-  // visit(x, id, kept) for the tokens with a key from `floor` on and some
-  // more, by whole warps; end(tile) after those of a sub-tile.
-  template <class Visit, class End>
-  __device__ __forceinline__ void ForEach(uint32_t floor, Visit visit, End end);
-
-  __device__ __forceinline__ uint32_t KeyOf(const Measure& measure, float x,
-                                            int id) const {
-    if (measure.key == Measure::kLogit) return OrderedKey(x);
-    if (measure.key == Measure::kDistance) {
-      return OrderedKey(-TypicalDistance(x, measure.at));
-    }
-    return x == measure.at ? static_cast<uint32_t>(row_.vocab - 1 - id) : ~0u;
-  }
-  // No token with a smaller logit has a key from `lowest` on.
-  __device__ __forceinline__ uint32_t FloorOf(const Measure& measure,
-                                              uint32_t lowest) const {
-    const uint32_t floor = OrderedKey(range_.to.value);
-    return measure.key == Measure::kLogit ? max(floor, lowest) : floor;
-  }
-  // Of offsets up to `range`, to get bins.
-  static __device__ int ShiftOf(uint32_t range) {
-    return max(32 - WideScratch::kLog2Bins - __clz(static_cast<int>(range)), 0);
-  }
-  __device__ __forceinline__ void AddToBin(uint32_t bin, uint64_t weight);
-  __device__ __noinline__ void FillBins(Measure measure, uint32_t lowest,
-                                        uint32_t range, int shift);
-  __device__ __noinline__ int PickBin(uint64_t target, uint64_t* before);
-  __device__ __noinline__ int Gather(Measure measure, uint32_t* lowest,
-                                     uint32_t* highest);
-  __device__ __noinline__ Selection PickMember(Measure measure, int count,
-                                               uint64_t target);
-  __device__ __noinline__ Selection Select(Measure measure, uint32_t lowest,
-                                           uint32_t highest, uint64_t target);
-  __device__ __noinline__ Reduced Reduce(Reduction reduction, float best = 0.0f,
-                                         float scale = 0.0f, uint64_t least = 0,
-                                         Measure measure = {});
   __device__ uint64_t Mass() {
     return Reduce(Reduction::kSumMass, row_.best, plan_.scale).sum;
   }
@@ -188,23 +49,7 @@ class WideFilters {
   __device__ __noinline__ void KeepTypical();
   __device__ __noinline__ void DropTopChoices();
   __device__ Drawn Draw(const DrawInputs& inputs);
-
-  Team& team_;
-  uint32_t scratch_;
-  TokenStore store_;
-  const DecideRow& row_;
-  const RowPlan& plan_;
-  uint64_t* tile_mass_;
-  KeptRange range_;
-  int num_own_;  // sub-tiles that passes visit
-  bool filled_ = false;
 };
-
-}  // namespace tenon::cuda
-
-#include "ops/sampler/sampler_wide_passes_cuda.cuh"
-
-namespace tenon::cuda {
 
 // A key that `count` sub-tiles' maxima reach, and few more unless they are
 // equal; 0 where there are fewer. Each round has a warp for each of eight keys.
@@ -213,7 +58,12 @@ __device__ inline uint32_t WideFilters::KthTileKey(int count) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int num_tiles = row_.num_tiles;
   const uint32_t* const tile_key = AsShared(row_.tile_key);
-  uint32_t low = OrderedKey(range_.to.value);
+  uint32_t low = ~0u;
+  for (int i = static_cast<int>(threadIdx.x); i < num_tiles;
+       i += kDecideThreads) {
+    if (tile_key[i] != 0) low = min(low, tile_key[i]);
+  }
+  low = max(team_.block().Min(low), OrderedKey(range_.to.value));
   uint32_t range = OrderedKey(row_.best) - low;
   bool found = false;
   for (;;) {
@@ -226,21 +76,27 @@ __device__ inline uint32_t WideFilters::KthTileKey(int count) {
     const uint64_t* const counts = team_.block().Exchange(
         static_cast<uint64_t>(__reduce_add_sync(~0u, own)));
     int at = -1;
+    int reached = 0;
 #pragma unroll 1
     for (int w = 0; w < kDecideWarps; ++w) {
-      if (static_cast<int>(counts[w]) >= count) at = w;
+      if (static_cast<int>(counts[w]) >= count) {
+        at = w;
+        reached = static_cast<int>(counts[w]);
+      }
     }
     if (at < 0) return found ? low : 0;
     found = true;
     const uint32_t offset = min(range, step * static_cast<uint32_t>(at));
     low += offset;
-    if (range == offset || step == 1) return low;
+    if (reached <= count + count / 4 || range == offset || step == 1) {
+      return low;
+    }
     range = min(range - offset, step - 1);
   }
 }
 
 __device__ __noinline__ inline void WideFilters::KeepBest(int count) {
-  if (count <= row_.num_tiles && range_.from.value == INFINITY) {
+  if (count <= row_.num_tiles && range_.from.value == INFINITY && !filled_) {
     const uint32_t bound = KthTileKey(count);
     if (bound > OrderedKey(range_.to.value)) {
       range_.to = Cutoff{FromOrderedKey(bound)};
@@ -267,6 +123,7 @@ __device__ inline void WideFilters::KeepFirstIds(float cut, uint64_t count) {
       return;
     }
     range_.to.last_id = last_id;
+    filled_ = false;
   }
   const Selection id = Select(by_id, 0, last, count);
   if (id.found) range_.to.last_id = static_cast<int32_t>(last - id.key);
@@ -298,32 +155,26 @@ __device__ __noinline__ inline bool WideFilters::KeepFromTop(uint64_t target,
 __device__ __noinline__ inline uint32_t WideFilters::GuessTopP() {
   ClearStore();
   num_own_ = min(num_own_, kDecideWarps);  // a sub-tile for each warp
-  const uint64_t mass = Mass();
   const double share = static_cast<double>(num_own_ * team_.size()) /
                        static_cast<double>(row_.num_tiles);
   // What top-p leaves out may be half as much as it can be.
-  const uint64_t rest = static_cast<uint64_t>(
-      0.5 * (1.0 - plan_.top_p) * share * static_cast<double>(row_.total));
-  uint32_t guess = 0;
-  if (mass > rest) {
-    const uint32_t lowest = OrderedKey(range_.to.value);
-    const uint32_t range = OrderedKey(row_.best) - lowest;
-    const int shift = ShiftOf(range);
-    FillBins({}, lowest, range, shift);
-    uint64_t before;
-    const int bin = PickBin(mass - rest, &before);
-    guess = lowest + (static_cast<uint32_t>(max(bin, 0)) << shift);
-  }
+  const int64_t rest = static_cast<int64_t>(0.5 * (1.0 - plan_.top_p) * share *
+                                            static_cast<double>(row_.total));
+  const uint32_t lowest = OrderedKey(range_.to.value);
+  const uint32_t range = OrderedKey(row_.best) - lowest;
+  const int shift = ShiftOf(range);
+  FillBins({}, lowest, range, shift);
+  uint64_t before;
+  const int bin = PickBin(static_cast<uint64_t>(-rest - 1), &before);
   num_own_ = store_.own_tiles();
   team_.Sync();  // before the next histogram
-  return guess;
+  return bin < 0 ? 0 : lowest + (static_cast<uint32_t>(bin) << shift);
 }
 
 __device__ inline void WideFilters::KeepTopP(uint64_t target) {
   const Cutoff bound = range_.to;
-  // Where most of a row would be read again and again.
-  if (!filled_ &&
-      store_.own_tiles() * kSubTile > kStoresOfRow * store_.capacity()) {
+  // Less is stored then.
+  if (!filled_ && store_.own_tiles() > kMostGuessedFrom * kDecideWarps) {
     const uint32_t guess = GuessTopP();
     if (guess > OrderedKey(bound.value)) {
       range_.to = Cutoff{FromOrderedKey(guess)};

@@ -1,23 +1,184 @@
 #ifndef TENON_OPS_SAMPLER_SAMPLER_WIDE_PASSES_CUDA_CUH_
 #define TENON_OPS_SAMPLER_SAMPLER_WIDE_PASSES_CUDA_CUH_
 
-#include "ops/sampler/sampler_wide_cuda.cuh"
+#include "ops/sampler/sampler_narrow_cuda.cuh"
+#include "ops/sampler/sampler_token_store_cuda.cuh"
 
-// The passes of WideFilters over a row's tokens.
+// Passes over a row's tokens by several blocks. Their code runs a few times
+// only, so that it is kept small: passes are calls, and take what differs as
+// arguments.
 
 namespace tenon::cuda {
 
-__device__ inline void WideFilters::ClearStore() {
+struct WideScratch {
+  static constexpr int kLog2Bins = 11;
+  static constexpr int kBins = 1 << kLog2Bins;
+  static constexpr int kGroups = 64;
+  static constexpr int kBinsOfGroup = kBins / kGroups;
+  static constexpr int kMaxMembers = kDecideThreads;
+
+  union {
+    // 64-bit bins as two words each.
+    alignas(16) uint32_t bins[2][kBins];
+    // Of all blocks' members, once bins are done with.
+    struct {
+      uint64_t all_members[kMaxMembers];
+      uint64_t member_weights[kMaxMembers];
+    };
+  };
+  uint64_t groups[kGroups];  // sums of bins
+  // The bin that a sum reaches.
+  int picked;
+  uint64_t before_picked;
+  // What the block has of the picked bin.
+  int num_members;
+  uint64_t members[kMaxMembers];
+  float member_logits[kMaxMembers];
+  uint64_t picked_member;
+  // The best, in every block.
+  uint64_t best[kMaxTopLogprobs];
+  TokenStore store;
+};
+
+// What tokens are ordered by, the larger the better, and weighed by.
+struct Measure {
+  enum Key { kLogit, kDistance, kId } key = kLogit;
+  bool counts = false;  // each 1, else its mass
+  float at = 0.0f;      // distances from here; ids of tokens with this logit
+};
+
+class WidePasses {
+ public:
+  // Over all tokens with at least the logit `floor`. `tile_mass` has room for
+  // all sub-tiles.
+  __device__ WidePasses(Team& team, WideScratch* scratch, const DecideRow& row,
+                        float floor, uint64_t* tile_mass)
+      : team_(team),
+        row_(row),
+        plan_(*row.plan),
+        tile_mass_(tile_mass),
+        scratch_(static_cast<uint32_t>(__cvta_generic_to_shared(scratch))),
+        store_(scratch->store),
+        num_own_(store_.own_tiles()) {
+    range_.to.value = fmaxf(floor, -std::numeric_limits<float>::max());
+  }
+
+ protected:
+  // The token at which the weights of all better ones and its own reach a
+  // target.
+  struct Selection {
+    bool found = false;
+    uint32_t key = 0;
+    int id = -1;          // -1: any with this key; then
+    uint64_t needed = 0;  // of their weights, at least 1
+  };
+  // What a pass adds up or takes the largest of.
+  enum class Reduction {
+    kSumMass,
+    kSumSurprise,
+    kSumOfTiles,
+    kMaxKey,
+    kMinKeyOfMass,
+    kMaxIdOfKey,
+    kKeysFrom
+  };
+  struct Reduced {
+    uint64_t sum = 0;
+    Block::Pair max = {0, 0};
+  };
+
+  __device__ __forceinline__ WideScratch& s() const {
+    return *static_cast<WideScratch*>(__cvta_shared_to_generic(scratch_));
+  }
+  // Which of the block's sub-tiles can have what is kept.
+  struct TileFilter {
+    const uint32_t* tile_key;
+    int size;
+    int rank;
+    uint32_t floor;
+    int32_t last_id;  // of the floor
+
+    __device__ __forceinline__ int TileOf(int own) const {
+      return own * size + rank;
+    }
+    __device__ __forceinline__ bool Wants(int own) const {
+      const int tile = TileOf(own);
+      const uint32_t key = tile_key[tile];
+      return key > floor || (key == floor && tile * kChunk <= last_id);
+    }
+  };
+  // With a key from `floor` on, which is not below all that is kept.
+  __device__ __forceinline__ TileFilter FilterFrom(uint32_t floor) const {
+    return {AsShared(row_.tile_key), team_.size(), team_.rank(), floor,
+            floor == OrderedKey(range_.to.value) ? range_.to.last_id
+                                                 : Cutoff().last_id};
+  }
+  // Passes begin with Fill().
+  __device__ void ClearStore();
+  __device__ __noinline__ void Fill();
+  // visit(x, id, kept) for the tokens with a key from `floor` on and some
+  // more, by whole warps; end(tile) after those of a sub-tile, where `by_tile`.
+  template <class Visit, class End>
+  __device__ __forceinline__ void ForEach(bool by_tile, uint32_t floor,
+                                          Visit visit, End end);
+
+  __device__ __forceinline__ uint32_t KeyOf(const Measure& measure, float x,
+                                            int id) const {
+    if (measure.key == Measure::kLogit) return OrderedKey(x);
+    if (measure.key == Measure::kDistance) {
+      return OrderedKey(-TypicalDistance(x, measure.at));
+    }
+    return x == measure.at ? static_cast<uint32_t>(row_.vocab - 1 - id) : ~0u;
+  }
+  // No token with a smaller logit has a key from `lowest` on.
+  __device__ __forceinline__ uint32_t FloorOf(const Measure& measure,
+                                              uint32_t lowest) const {
+    const uint32_t floor = OrderedKey(range_.to.value);
+    return measure.key == Measure::kLogit ? max(floor, lowest) : floor;
+  }
+  // Of offsets up to `range`, to get bins.
+  static __device__ int ShiftOf(uint32_t range) {
+    return max(32 - WideScratch::kLog2Bins - __clz(static_cast<int>(range)), 0);
+  }
+  __device__ __forceinline__ void AddToBin(uint32_t bin, uint64_t weight);
+  __device__ __noinline__ void FillBins(Measure measure, uint32_t lowest,
+                                        uint32_t range, int shift);
+  __device__ __noinline__ int PickBin(uint64_t target, uint64_t* before);
+  __device__ __noinline__ int Gather(Measure measure, uint32_t* lowest,
+                                     uint32_t* highest);
+  __device__ __noinline__ Selection PickMember(Measure measure, int count,
+                                               uint64_t target);
+  __device__ __noinline__ Selection Select(Measure measure, uint32_t lowest,
+                                           uint32_t highest, uint64_t target);
+  __device__ __noinline__ Reduced Reduce(Reduction reduction, float best = 0.0f,
+                                         float scale = 0.0f, uint64_t least = 0,
+                                         Measure measure = {});
+
+  Team& team_;
+  const DecideRow& row_;
+  const RowPlan& plan_;
+  uint64_t* tile_mass_;
+  KeptRange range_;  // what is kept; it becomes smaller
+  uint32_t scratch_;
+  TokenStore store_;
+  int num_own_;  // sub-tiles that passes visit
+  bool filled_ = false;
+};
+
+__device__ inline void WidePasses::ClearStore() {
   for (int i = static_cast<int>(threadIdx.x); i < store_.own_tiles();
        i += kDecideThreads) {
     store_.segments()[i] = TokenStore::kNotStored;
   }
-  if (threadIdx.x == 0) *store_.used() = 0;
+  if (threadIdx.x == 0) {
+    *store_.wanted() = 0;
+    *store_.stored() = 0;
+  }
   __syncthreads();
 }
 
 // Stores what there is room for.
-__device__ __noinline__ inline void WideFilters::Fill() {
+__device__ __noinline__ inline void WidePasses::Fill() {
   constexpr int kAhead = 4;
   ClearStore();
   filled_ = true;
@@ -32,7 +193,7 @@ __device__ __noinline__ inline void WideFilters::Fill() {
     unsigned left =
         __ballot_sync(~0u, own < store.own_tiles() && filter.Wants(own));
     while (left != 0) {
-      if (__any_sync(~0u, *static_cast<volatile int*>(store.used()) >=
+      if (__any_sync(~0u, *static_cast<volatile int*>(store.wanted()) >
                               store.capacity())) {
         break;
       }
@@ -61,8 +222,9 @@ __device__ __noinline__ inline void WideFilters::Fill() {
 }
 
 template <class Visit, class End>
-__device__ __forceinline__ void WideFilters::ForEach(uint32_t floor,
-                                                     Visit visit, End end) {
+__device__ __forceinline__ void WidePasses::ForEach(bool by_tile,
+                                                    uint32_t floor, Visit visit,
+                                                    End end) {
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int lane = static_cast<int>(threadIdx.x % 32);
   const KeptRange range = range_;
@@ -72,11 +234,35 @@ __device__ __forceinline__ void WideFilters::ForEach(uint32_t floor,
   const int own_tiles = num_own_;
   const int ids_of_chunks = row_.num_tiles * kChunk;
   const uint32_t* const segments = store.segments();
-  const float* const logits = store.logits();
-  const uint8_t* const places = store.places();
-  for (int base = warp; base < own_tiles; base += 32 * kDecideWarps) {
+  const TokenStore::Token* const tokens = store.tokens();
+  const auto visit_some = [&](int begin, int end, int step) {
+#pragma unroll 1
+    for (int i = begin; i < end; i += step) {
+      TokenStore::Token token = {-INFINITY, 0};
+      if (i + lane < end) token = tokens[i + lane];
+      const float x = token.logit;
+      const int place = token.order % kSubTile;
+      const int id = place / kChunk * ids_of_chunks +
+                     token.order / kSubTile * kChunk + place % kChunk;
+      // Without branches.
+      const bool kept = (x >= range.to.value) & (x <= range.from.value) &
+                        !((x == range.to.value) & (id > range.to.last_id)) &
+                        !((x == range.from.value) & (id < range.from.first_id));
+      visit(x, id, kept);
+    }
+  };
+  int base = warp;
+  if (!by_tile) {
+    visit_some(TokenStore::kStaged + warp * 32,
+               TokenStore::kStaged + *store.stored(), kDecideThreads);
+    if (filled_ && *store.wanted() <= store.capacity()) base = own_tiles;
+  }
+#pragma unroll 1
+  for (; base < own_tiles; base += 32 * kDecideWarps) {
     const int mine = base + lane * kDecideWarps;
-    unsigned left = __ballot_sync(~0u, mine < own_tiles && filter.Wants(mine));
+    unsigned left = __ballot_sync(
+        ~0u, mine < own_tiles && filter.Wants(mine) &&
+                 (by_tile || segments[mine] == TokenStore::kNotStored));
     // The next sub-tile, loaded ahead where it is not stored.
     int next = -1;
     uint32_t next_segment = 0;
@@ -94,6 +280,7 @@ __device__ __forceinline__ void WideFilters::ForEach(uint32_t floor,
       }
     };
     load_next();
+#pragma unroll 1
     while (next >= 0) {
       const int own = next;
       uint32_t segment = next_segment;
@@ -103,265 +290,14 @@ __device__ __forceinline__ void WideFilters::ForEach(uint32_t floor,
         segment = PutTile(row_, plain_type, store, own, filter.TileOf(own),
                           part, range.to.value, false);
       }
-      const int tile = filter.TileOf(own);
       const int begin = static_cast<int>(segment >> 9);
-      const int count = static_cast<int>(segment & 511);
-#pragma unroll 1
-      for (int i = lane; i - lane < count; i += 32) {
-        float x = -INFINITY;
-        int place = 0;
-        if (i < count) {
-          x = logits[begin + i];
-          place = places[begin + i];
-        }
-        const int id =
-            place / kChunk * ids_of_chunks + tile * kChunk + place % kChunk;
-        // Without branches.
-        const bool kept =
-            (x >= range.to.value) & (x <= range.from.value) &
-            !((x == range.to.value) & (id > range.to.last_id)) &
-            !((x == range.from.value) & (id < range.from.first_id));
-        visit(x, id, kept);
-      }
-      end(tile);
+      visit_some(begin, begin + static_cast<int>(segment & 511), 32);
+      end(filter.TileOf(own));
     }
   }
 }
 
-__device__ __forceinline__ void WideFilters::AddToBin(uint32_t bin,
-                                                      uint64_t weight) {
-  const uint32_t low = static_cast<uint32_t>(weight);
-  const uint32_t before = atomicAdd(&s().bins[0][bin], low);
-  const uint32_t carry = before + low < before ? 1 : 0;
-  const uint32_t high = static_cast<uint32_t>(weight >> 32) + carry;
-  if (high != 0) atomicAdd(&s().bins[1][bin], high);
-}
-
-// This block's share of a histogram.
-__device__ __noinline__ inline void WideFilters::FillBins(Measure measure,
-                                                          uint32_t lowest,
-                                                          uint32_t range,
-                                                          int shift) {
-  uint4* const words = reinterpret_cast<uint4*>(s().bins);
-#pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < WideScratch::kBins / 2;
-       i += kDecideThreads) {
-    words[i] = {0, 0, 0, 0};
-  }
-  __syncthreads();
-  const float best = row_.best;
-  const float scale = plan_.scale;
-  ForEach(
-      FloorOf(measure, lowest),
-      [&](float x, int id, bool kept) {
-        const uint32_t offset = KeyOf(measure, x, id) - lowest;
-        const bool active = kept && offset <= range;
-        const uint32_t bin = offset >> shift;
-        const uint32_t low = __reduce_min_sync(~0u, active ? bin : ~0u);
-        if (low == ~0u) return;
-        uint64_t weight = 1;
-        if (!measure.counts) weight = FixedMass(strict::Weight(x, best, scale));
-        // Tokens of one bin, as one: they would take turns at it.
-        if (__reduce_max_sync(~0u, active ? bin : 0) == low) {
-          weight = WarpSum64(active ? weight : 0);
-          if (threadIdx.x % 32 == 0) AddToBin(low, weight);
-        } else if (active) {
-          AddToBin(bin, weight);
-        }
-      },
-      [](int) {});
-  __syncthreads();
-}
-
-// Adds up all blocks' bins and finds the one, from the last, at which the sum
-// reaches the target, and the sum before it; -1 where it does not.
-__device__ __noinline__ inline int WideFilters::PickBin(uint64_t target,
-                                                        uint64_t* before) {
-  constexpr int kGroups = WideScratch::kGroups;
-  constexpr int kBinsOfGroup = WideScratch::kBinsOfGroup;
-  constexpr int kThreadsOfGroup = kDecideThreads / kGroups;
-  constexpr int kThreadsOfBin = kDecideThreads / kBinsOfGroup;
-  constexpr int kBinsOfThread = WideScratch::kBins / kDecideThreads;
-  static_assert(kThreadsOfBin >= kTeamBlocks, "a thread for each block's bin");
-  const int thread = static_cast<int>(threadIdx.x);
-  WideScratch& scratch = s();
-  const auto in_block = [&](int r, int bin) {
-    return (uint64_t{*team_.In(r, &scratch.bins[1][bin])} << 32) +
-           *team_.In(r, &scratch.bins[0][bin]);
-  };
-  // Of `each` neighbouring threads that have a sum together: whether it takes
-  // the sum of all before it to the target.
-  uint64_t before_own;
-  const auto reaches = [&](uint64_t sum, int each) {
-    const uint64_t upto = team_.InclusiveSum(sum);
-    const int lane = thread % 32;
-    const int first = lane / each * each;
-    before_own = __shfl_sync(~0u, upto - sum, first);
-    const uint64_t upto_last = __shfl_sync(~0u, upto, first + each - 1);
-    return before_own < target && target <= upto_last;
-  };
-  uint64_t sum = 0;
-#pragma unroll 1
-  for (int i = 0; i < kBinsOfThread; ++i) {
-    const int bin = thread * kBinsOfThread + i;
-    sum += (uint64_t{scratch.bins[1][bin]} << 32) + scratch.bins[0][bin];
-  }
-#pragma unroll
-  for (int mask = 1; mask < kThreadsOfGroup; mask *= 2) {
-    sum += __shfl_xor_sync(~0u, sum, mask);
-  }
-  if (thread % kThreadsOfGroup == 0) {
-    scratch.groups[thread / kThreadsOfGroup] = sum;
-  }
-  if (thread == 0) scratch.picked = -1;
-  team_.Sync();
-  const int group = kGroups - 1 - thread / kThreadsOfGroup;
-  sum = 0;
-#pragma unroll 1
-  for (int r = thread % kThreadsOfGroup; r < team_.size();
-       r += kThreadsOfGroup) {
-    sum += *team_.In(r, &scratch.groups[group]);
-  }
-  if (reaches(sum, kThreadsOfGroup)) {
-    scratch.picked = group;
-    scratch.before_picked = before_own;
-  }
-  __syncthreads();
-  const int picked = scratch.picked;
-  if (picked < 0) return -1;
-  const uint64_t before_group = scratch.before_picked;
-  target -= before_group;
-  const int bin =
-      picked * kBinsOfGroup + kBinsOfGroup - 1 - thread / kThreadsOfBin;
-  const int r = thread % kThreadsOfBin;
-  if (reaches(r < team_.size() ? in_block(r, bin) : 0, kThreadsOfBin)) {
-    scratch.picked = bin;
-    scratch.before_picked = before_own;
-  }
-  __syncthreads();
-  *before = before_group + scratch.before_picked;
-  return scratch.picked;
-}
-
-// Lists the kept tokens with keys from `lowest` to `highest`, and makes these
-// the smallest and the largest key of them if they are too many for the lists.
-// Returns how many they are. All blocks have read what lists had before.
-__device__ __noinline__ inline int WideFilters::Gather(Measure measure,
-                                                       uint32_t* lowest,
-                                                       uint32_t* highest) {
-  WideScratch& scratch = s();
-  if (threadIdx.x == 0) scratch.num_members = 0;
-  __syncthreads();
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const uint32_t low = *lowest;
-  const uint32_t range = *highest - low;
-  Block::Pair keys = {0, 0};  // of the first of them, the largest and smallest
-  ForEach(
-      FloorOf(measure, low),
-      [&](float x, int id, bool kept) {
-        const uint32_t key = KeyOf(measure, x, id);
-        const bool active = kept && key - low <= range;
-        const unsigned lanes = __ballot_sync(~0u, active);
-        if (lanes == 0) return;
-        int at = 0;
-        if (lane == 0) at = atomicAdd(&scratch.num_members, __popc(lanes));
-        at = __shfl_sync(~0u, at, 0) + __popc(lanes & ((1u << lane) - 1));
-        if (!active) return;
-        keys.a = max(keys.a, key);
-        keys.b = max(keys.b, ~key);
-        if (at < WideScratch::kMaxMembers) {
-          scratch.members[at] = CandidateKey(key, id);
-          scratch.member_logits[at] = x;
-        }
-      },
-      [](int) {});
-  team_.Sync();
-  int count = 0;
-#pragma unroll 1
-  for (int r = 0; r < team_.size(); ++r) {
-    count += *team_.In(r, &scratch.num_members);
-  }
-  if (count > WideScratch::kMaxMembers) {
-    keys = team_.Max(keys);
-    *lowest = ~keys.b;
-    *highest = keys.a;
-  }
-  return count;
-}
-
-// Of all blocks' lists, `count` tokens.
-__device__ __noinline__ inline WideFilters::Selection WideFilters::PickMember(
-    Measure measure, int count, uint64_t target) {
-  WideScratch& scratch = s();
-  const int thread = static_cast<int>(threadIdx.x);
-  constexpr uint64_t kNone = ~uint64_t{0};
-  uint64_t key = kNone;
-  uint64_t weight = 0;
-  if (thread == 0) scratch.picked_member = kNone;
-  if (thread < count) {
-    int r = 0;
-    int i = thread;
-    for (int there = *team_.In(0, &scratch.num_members); i >= there;
-         there = *team_.In(r, &scratch.num_members)) {
-      i -= there;
-      ++r;
-    }
-    key = *team_.In(r, &scratch.members[i]);
-    weight =
-        measure.counts ? 1 : row_.Mass(*team_.In(r, &scratch.member_logits[i]));
-    scratch.all_members[thread] = key;
-    scratch.member_weights[thread] = weight;
-  }
-  __syncthreads();
-  uint64_t before = 0;
-#pragma unroll 2
-  for (int i = 0; i < count; ++i) {
-    if (scratch.all_members[i] < key) before += scratch.member_weights[i];
-  }
-  if (before < target && target <= before + weight) {
-    scratch.picked_member = key;
-  }
-  __syncthreads();
-  const uint64_t picked = scratch.picked_member;
-  Selection selection;
-  if (picked != kNone) {
-    selection.found = true;
-    selection.key = ~static_cast<uint32_t>(picked >> 32);
-    selection.id = IdOfCandidate(picked);
-  }
-  return selection;
-}
-
-// Of keys from `lowest` to `highest`.
-__device__ __noinline__ inline WideFilters::Selection WideFilters::Select(
-    Measure measure, uint32_t lowest, uint32_t highest, uint64_t target) {
-  if (!filled_) Fill();
-  for (;;) {
-    const uint32_t range = highest - lowest;
-    if (range != 0) {
-      const int shift = ShiftOf(range);
-      FillBins(measure, lowest, range, shift);
-      uint64_t before;
-      const int bin = PickBin(target, &before);
-      if (bin < 0) {
-        team_.Sync();  // before the next histogram
-        return {};
-      }
-      target -= before;
-      lowest += static_cast<uint32_t>(bin) << shift;
-      highest = min(lowest + ((1u << shift) - 1), highest);
-    } else {
-      team_.Sync();  // before what Gather() leaves is reset
-    }
-    const int count = Gather(measure, &lowest, &highest);
-    if (count <= WideScratch::kMaxMembers) {
-      return PickMember(measure, count, target);
-    }
-    if (lowest == highest) return {true, lowest, -1, target};
-  }
-}
-
-__device__ __noinline__ inline WideFilters::Reduced WideFilters::Reduce(
+__device__ __noinline__ inline WidePasses::Reduced WidePasses::Reduce(
     Reduction reduction, float best, float scale, uint64_t least,
     Measure measure) {
   if (!filled_ && num_own_ == store_.own_tiles()) Fill();  // not of a guess
@@ -377,7 +313,7 @@ __device__ __noinline__ inline WideFilters::Reduced WideFilters::Reduce(
   Reduced own;
   uint64_t before = 0;
   ForEach(
-      OrderedKey(range_.to.value),
+      of_tiles, OrderedKey(range_.to.value),
       [&](float x, int id, bool kept) {
         if (!kept) return;
         const uint32_t key = OrderedKey(x);
