@@ -111,6 +111,10 @@ class Candidates {
   // larger one, for there are as many; -1 where even those with a larger one
   // are too many, or the first ids have too few of them. Of rows without edits.
   __device__ int CollectTied(const DecideRow& row, uint32_t tied, int count);
+  // Finds at least the `count` best where too many tokens have the key `from`
+  // or a larger one: looks for a bound in between. -1 where that takes long. Of
+  // rows without edits.
+  __device__ int CollectBest(const DecideRow& row, uint32_t from, int count);
   // How many ranks the scratch has; some are of what is no candidate any more.
   __device__ int places() const { return found_; }
 
@@ -415,6 +419,30 @@ __device__ __forceinline__ int Candidates::CollectTied(const DecideRow& row,
   found_ = larger + wanted;
   Rank<false>(row, found_);
   return found_;
+}
+
+__device__ __forceinline__ int Candidates::CollectBest(const DecideRow& row,
+                                                       uint32_t from,
+                                                       int count) {
+  constexpr int kMaxTries = 8;
+  float low = FromOrderedKey(from);
+  float high = row.best;
+  for (int i = 0; i < kMaxTries; ++i) {
+    const float middle = 0.5f * low + 0.5f * high;
+    if (!(low < middle && middle < high)) return -1;
+    const bool fits = CollectRaw<false>(row, OrderedKey(middle));
+    const int found = fits ? s_.count : kMaxCandidates + 1;
+    if (found > kMaxCandidates) {
+      low = middle;
+    } else if (found < count) {
+      high = middle;
+    } else {
+      found_ = found;
+      Rank<false>(row, found);
+      return found;
+    }
+  }
+  return -1;
 }
 
 // Each candidate's rank is the number of better ones: several threads count

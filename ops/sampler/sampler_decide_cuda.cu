@@ -327,12 +327,13 @@ int Log2Blocks(const SamplerCall& call) {
   return log2;
 }
 
-// As much as lets two blocks, if a row has only one, share a multiprocessor.
+// Two blocks can share a multiprocessor. More room for wide rows slows down all
+// others.
 int RoomBytes(const SamplerCall& call, int log2_blocks) {
   const int tiles_of_block = cuda::CeilDiv(call.num_tiles, 1 << log2_blocks);
   const int least = std::max(2 * cuda::kTilesAheadBytes,
                              cuda::TokenStore::LeastBytes(tiles_of_block));
-  const int most = !call.is_hopper ? 0 : (log2_blocks > 0 ? 200 : 112) << 10;
+  const int most = call.is_hopper ? 96 << 10 : 0;
   const int offset = static_cast<int>(RoomOffset(call.num_tiles));
   return std::max(least, most - offset);
 }

@@ -130,16 +130,18 @@ __device__ __forceinline__ uint32_t FloorOfBest(Candidates& candidates,
              : 0;
 }
 
-// Candidates::CollectTied(), of an object of its own: what a function takes by
-// reference is in memory.
-__device__ __noinline__ inline int CollectTied(const DecideRow& row,
+// At least the `count` best candidates where too many tokens have the key
+// `from` or a larger one. Rare, and so not in line; of an object of its own:
+// what a function takes by reference is in memory.
+__device__ __noinline__ inline int CollectBest(const DecideRow& row,
                                                const TileArrays& arrays,
-                                               Room room, uint32_t tied,
+                                               Room room, uint32_t from,
                                                int count,
                                                DecideShared& shared) {
   Block block(&shared.block);
   Candidates candidates(block, &shared.candidates, arrays, room);
-  return candidates.CollectTied(row, tied, count);
+  const int found = candidates.CollectBest(row, from, count);
+  return found >= 0 ? found : candidates.CollectTied(row, from, count);
 }
 
 // Leaves a row with filters to all of its blocks where it may have to choose
@@ -180,8 +182,9 @@ __device__ __forceinline__ int DrawFiltered(
   }
   int count = candidates.Collect<kRich>(row, from, edits);
   int places = candidates.places();
-  if (count < 0 && plan.top_k != 0 && from > floor && !row.edits.any()) {
-    count = CollectTied(row, arrays, room, from, plan.top_k, shared);
+  if (count < 0 && plan.top_k != 0 && plan.top_k <= kMaxCandidates &&
+      from > floor && !row.edits.any()) {
+    count = CollectBest(row, arrays, room, from, plan.top_k, shared);
     places = count;
   }
   if (count <= 0) return -1;
