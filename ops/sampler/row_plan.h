@@ -81,8 +81,8 @@ constexpr RowPlan MakeRowPlan(const SamplingParams& params, int64_t vocab) {
   const bool llama = plan.order == FilterOrder::kLlamaCpp;
   if (random) plan.draw_temperature = PositiveOr0(params.temperature);
   if (!llama) plan.temperature = plan.draw_temperature;
-  plan.scale = ScaleOf(plan.temperature);
   plan.draw_scale = ScaleOf(plan.draw_temperature);
+  plan.scale = llama ? ScaleOf(1.0) : plan.draw_scale;
   if (params.top_k > 1 && params.top_k < vocab) plan.top_k = params.top_k;
   if (params.top_p < 1.0f) plan.top_p = params.top_p;
   if (params.min_p > 0.0f) plan.min_p = params.min_p < 1.0f ? params.min_p : 1;
@@ -317,20 +317,26 @@ TENON_HOST_DEVICE inline float NextMirostatMu(const RowPlan& plan, float best,
           strict::Sub(surprise, static_cast<double>(plan.mirostat_tau)))));
 }
 
-// The logprob of logit x where `mass`, in units of 2^-bits of the best's, is
-// the sum.
+// The logarithm of a mass in units of 2^-bits.
+TENON_HOST_DEVICE inline double LogOfMass(uint64_t mass, int bits) {
+  const uint64_t exponent = static_cast<uint64_t>(1023 - bits) << 52;
+  const double unit = __builtin_bit_cast(double, exponent);
+  return strict::Log(strict::Mul(static_cast<double>(mass), unit));
+}
+
+// The logprob of logit x where the sum has this LogOfMass, of the best's.
+TENON_HOST_DEVICE inline float LogprobOf(float x, float best,
+                                         double temperature, double log_mass) {
+  const double gap =
+      strict::Sub(static_cast<double>(x), static_cast<double>(best));
+  const double logprob = strict::Sub(strict::Div(gap, temperature), log_mass);
+  // -0, which the sign of zeros among the logits can make, is 0.
+  return strict::Add(static_cast<float>(logprob), 0.0f);
+}
 TENON_HOST_DEVICE inline float LogprobOf(float x, float best,
                                          double temperature, uint64_t mass,
                                          int bits) {
-  const uint64_t exponent = static_cast<uint64_t>(1023 - bits) << 52;
-  const double unit = __builtin_bit_cast(double, exponent);
-  const double gap =
-      strict::Sub(static_cast<double>(x), static_cast<double>(best));
-  const double logprob =
-      strict::Sub(strict::Div(gap, temperature),
-                  strict::Log(strict::Mul(static_cast<double>(mass), unit)));
-  // -0, which the sign of zeros among the logits can make, is 0.
-  return strict::Add(static_cast<float>(logprob), 0.0f);
+  return LogprobOf(x, best, temperature, LogOfMass(mass, bits));
 }
 
 // The probability of a token of this Weight, `mass` in units of 2^-43 being the

@@ -3,7 +3,7 @@
 
 #include "ops/sampler/sampler_row_cuda.cuh"
 
-// Block-wide building blocks of the deciding kernels. All threads of the block
+// Block-wide building blocks of the deciding kernel. All threads of the block
 // call them together; each may be followed by any other without a
 // __syncthreads() in between.
 

@@ -16,7 +16,7 @@ cuda::SamplerScratch ScratchOf(const SamplerParams& p,
       (p.top_tokens.present() && p.top_logprobs_kind == LogprobKind::kRaw);
   cuda::SamplerScratch scratch;
   scratch.tiles = workspace->Take<SubTile>(tiles);
-  scratch.states = workspace->Take<cuda::RowState>(rows);
+  scratch.outcomes = workspace->Take<cuda::Outcome>(rows);
   scratch.moments = workspace->Take<Moments>(tiles);
   if (raw) scratch.raw_tiles = workspace->Take<SubTile>(tiles);
   if (p.edits != nullptr) scratch.first_edit = workspace->Take<int32_t>(tiles);
@@ -81,8 +81,7 @@ Status SamplerCuda(const SamplerParams& p, Stream stream) {
   TENON_RETURN_IF_ERROR(guard.status());
   const cuda::SamplerCall call = CallOf(p);
   TENON_RETURN_IF_ERROR(LaunchSummarize(call, stream));
-  TENON_RETURN_IF_ERROR(LaunchDecide(call, stream));
-  return LaunchWide(call, stream);
+  return LaunchDecide(call, stream);
 }
 
 }  // namespace tenon

@@ -1,10 +1,11 @@
+#include "ops/sampler/sampler_draw_cuda.cuh"
+#include "ops/sampler/sampler_finish_cuda.cuh"
 #include "ops/sampler/sampler_kernels_cuda.cuh"
-#include "ops/sampler/sampler_narrow_cuda.cuh"
 
-// The kernel that makes a token of a row's summaries, one block for each row.
-// It is made for latency: a row alone is a chain of short steps, and code runs
-// once, so that every instruction and every argument is waited for. What is
-// rare is left to the wide kernel.
+// The kernel that makes a token of a row's summaries, by the first of the row's
+// blocks. It is made for latency: a row alone is a chain of short steps, and
+// code runs once, so that every instruction and every argument is waited for.
+// What is rare is left to all of the row's blocks.
 
 namespace tenon {
 namespace {
@@ -12,193 +13,29 @@ namespace {
 using cuda::Block;
 using cuda::Candidates;
 using cuda::DecideRow;
-using cuda::DrawInputs;
-using cuda::Drawn;
+using cuda::DecideShared;
+using cuda::Followers;
 using cuda::kDecideThreads;
-using cuda::kDecideWarps;
-using cuda::LaneLogits;
-using cuda::NarrowFilters;
 using cuda::Outcome;
+using cuda::Room;
 using cuda::SamplerCall;
+using cuda::Team;
 using cuda::ThreadEdits;
 using cuda::TileArrays;
 using cuda::TileBounds;
-using cuda::TokenInTile;
-
-// Where top-p comes first, the tokens of so many sub-tiles are tried.
-constexpr int kTopPTiles = 48;
-
-struct DecideShared {
-  Block::Scratch block;
-  cuda::CandidateScratch candidates;
-  RowPlan plan;
-  RowPlan raw_plan;
-  DecideRow row;  // one copy: functions that are not inlined take it by address
-  DecideRow raw;
-  DrawInputs inputs;
-  Outcome outcome;
-  float sigma_floor;
-  int first_id;
-  int first_rank;  // of what filters keep
-  int end_rank;
-};
-
-// The lowest id with the largest logit.
-__device__ __noinline__ int FirstBestToken(const DecideRow& row,
-                                           DecideShared& shared) {
-  constexpr int kNone = std::numeric_limits<int>::max();
-  const int warp = static_cast<int>(threadIdx.x / 32);
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  __syncthreads();
-  if (threadIdx.x == 0) shared.first_id = kNone;
-  __syncthreads();
-  const uint32_t best = OrderedKey(row.best);
-  // 32 sub-tiles a warp and round, dealt out like cards. No id of a sub-tile is
-  // below that of its first place: with many ties, few have to be read.
-  for (int base = 0; base < row.num_tiles; base += kDecideThreads) {
-    const int own = base + lane * kDecideWarps + warp;
-    unsigned left =
-        __ballot_sync(~0u, own < row.num_tiles && row.tile_key[own] == best);
-    for (; left != 0; left &= left - 1) {
-      const int tile = __shfl_sync(~0u, own, __ffs(static_cast<int>(left)) - 1);
-      const int so_far = lane == 0 ? atomicMin(&shared.first_id, kNone) : kNone;
-      if (tile * kChunk > __shfl_sync(~0u, so_far, 0)) break;
-      const LaneLogits logits = LogitsOfTile(row, tile);
-      int id = kNone;
-#pragma unroll
-      for (int e = cuda::kIdsPerLane - 1; e >= 0; --e) {
-        if (OrderedKey(logits.x[e]) == best) id = FirstIdOfLane(row, tile) + e;
-      }
-      id = static_cast<int>(__reduce_min_sync(~0u, static_cast<unsigned>(id)));
-      if (lane == 0) atomicMin(&shared.first_id, id);
-    }
-  }
-  __syncthreads();
-  // Only edits that are not what they should be leave none.
-  return min(shared.first_id, row.vocab - 1);
-}
-
-// Ends with the one warp that has drawn; the others are ahead of it.
-__device__ __forceinline__ void DrawPlain(Block& block, const DecideRow& row,
-                                          const TileArrays& arrays, float best,
-                                          uint64_t row_total,
-                                          DecideShared& shared) {
-  const int bits = DrawBits(row_total);
-  const int each = cuda::CeilDiv(row.num_tiles, kDecideThreads);
-  const int begin = min(static_cast<int>(threadIdx.x) * each, row.num_tiles);
-  const int end = min(begin + each, row.num_tiles);
-  uint64_t own = 0;
-  for (int i = begin; i < end; ++i) own += arrays.Mass(i, bits);
-  uint64_t total;
-  const uint64_t upto = block.InclusiveSum(own, &total);
-  const uint64_t target = DrawTarget(shared.inputs.numerator, total);
-  uint64_t before = upto - own;
-  const bool mine = before <= target && target < upto;
-  const unsigned owner = __ballot_sync(~0u, mine);
-  if (owner == 0) return;
-  int tile = begin;
-  if (mine) {
-    for (uint64_t m = arrays.Mass(tile, bits); before + m <= target;
-         m = arrays.Mass(tile, bits)) {
-      before += m;
-      ++tile;
-    }
-  }
-  const int lane = __ffs(static_cast<int>(owner)) - 1;
-  tile = __shfl_sync(~0u, tile, lane);
-  before = __shfl_sync(~0u, before, lane);
-  const float max = FromOrderedKey(row.tile_key[tile]);
-  const TokenInTile token = PickInTile(
-      row, tile, LogitsOfTile(row, tile),
-      [&](float x, int) {
-        return FixedMass(strict::Weight(x, max, row.plan->scale));
-      },
-      [&](uint64_t weight) {
-        return TargetInTile(target - before, arrays.Mass(tile, bits), weight);
-      });
-  if (threadIdx.x % 32 == 0) {
-    Drawn& drawn = shared.outcome.drawn;
-    drawn = Drawn();
-    drawn.token = token.id;
-    drawn.x = token.x;
-    drawn.best = best;
-    drawn.mass = row_total;
-  }
-}
-
-// A bound that the `count` best tokens reach, if there are so many.
-__device__ __forceinline__ uint32_t FloorOfBest(Candidates& candidates,
-                                                const DecideRow& row,
-                                                const TileBounds& bounds,
-                                                int count) {
-  return count <= row.num_tiles
-             ? candidates.LowerBoundOfKth(row, count, bounds.lowest)
-             : 0;
-}
-
-// Leaves a row with filters to the wide kernel where it may have to choose from
-// more than a few tokens. Returns the candidates' number, then, -1.
-__device__ __forceinline__ int DrawFiltered(Block& block, const DecideRow& row,
-                                            const TileBounds& bounds,
-                                            Candidates& candidates,
-                                            const ThreadEdits& edits,
-                                            uint64_t total,
-                                            DecideShared& shared) {
-  const RowPlan& plan = shared.plan;
-  const DrawInputs& inputs = shared.inputs;
-  const bool typical_first =
-      plan.order == FilterOrder::kLlamaCpp && plan.typical_p < 1.0f;
-  const bool narrowed = plan.top_k != 0 || plan.top_n_sigma > 0.0f;
-  const bool top_p_first = plan.top_p < 1.0f && !narrowed && !typical_first;
-  float floor_value = -INFINITY;
-  if (plan.top_n_sigma > 0.0f) floor_value = shared.sigma_floor;
-  // Where no later filter needs the sum of what min-p drops.
-  if (plan.min_p > 0.0f && !typical_first &&
-      !(plan.top_p < 1.0f && narrowed && plan.top_p_of_kept())) {
-    floor_value = fmaxf(floor_value, inputs.MinPThreshold(bounds.best));
-  }
-  if (plan.top_k == 0 && !top_p_first && floor_value == -INFINITY &&
-      row.vocab > cuda::kMaxCandidates) {
-    return -1;
-  }
-  uint32_t floor = cuda::kLowestKey;
-  if (floor_value > -INFINITY) floor = max(floor, OrderedKey(floor_value));
-  if (top_p_first) {
-    floor = max(
-        floor, OrderedKey(TopPLowerBound(plan, bounds.best, total, row.vocab)));
-  }
-  uint32_t from = floor;
-  if (plan.top_k != 0 || top_p_first) {
-    from = max(from, FloorOfBest(candidates, row, bounds,
-                                 plan.top_k != 0 ? plan.top_k : kTopPTiles));
-  }
-  const int count = candidates.Collect(row, from, edits);
-  if (count <= 0) return -1;
-  if (top_p_first && from != floor &&
-      candidates.MassBefore(count) < MassTarget(plan.top_p, total)) {
-    return -1;
-  }
-  if (threadIdx.x >= 32) return count;
-  NarrowFilters filters(candidates, row, count);
-  const Drawn drawn = filters.Run(inputs);
-  if (threadIdx.x == 0) {
-    shared.outcome.drawn = drawn;
-    shared.outcome.kept = true;
-    shared.first_rank = filters.low();
-    shared.end_rank = filters.high();
-  }
-  return count;
-}
+using cuda::WideShared;
 
 // Before the summaries are there. A warp for each of what takes long.
+template <bool kRich>
 __device__ __forceinline__ void Prepare(const SamplerCall& call, int64_t index,
                                         const TileArrays& arrays,
                                         DecideShared& shared) {
   if (threadIdx.x == 0) {
     const RowPlan plan = cuda::PlanOf(call, index);
     shared.plan = plan;
-    shared.row = RowOf(call, index, shared.plan, arrays,
-                       cuda::EditsOf(call, index, plan));
+    shared.row =
+        RowOf(call, index, shared.plan, arrays,
+              kRich ? cuda::EditsOf(call, index, plan) : cuda::RowEdits());
     shared.outcome = Outcome();
   } else if (threadIdx.x == 32) {
     const SamplingParams& params = call.params[index];
@@ -221,13 +58,17 @@ __device__ __forceinline__ void Prepare(const SamplerCall& call, int64_t index,
 }
 
 // The row's top tokens, of candidates that it may have already: `count` of
-// them, or -1. False where that takes the wide kernel.
+// them, or -1. False where that takes all of the row's blocks.
 __device__ __noinline__ bool WriteTop(const SamplerCall& call, int64_t index,
                                       const DecideRow& row,
-                                      const TileBounds& bounds,
-                                      Candidates& candidates, int count,
-                                      const ThreadEdits& edits,
+                                      const TileArrays& arrays,
+                                      uint32_t lowest_tile, int count,
+                                      const ThreadEdits& edits, Room room,
                                       DecideShared& shared) {
+  // Of its own: what a function takes by reference is in memory.
+  Block block(&shared.block);
+  Candidates candidates(block, &shared.candidates, arrays, room);
+  __syncthreads();
   const bool processed = call.top_kind == LogprobKind::kProcessed;
   const Outcome& outcome = shared.outcome;
   const RowPlan& plan = shared.plan;
@@ -239,7 +80,7 @@ __device__ __noinline__ bool WriteTop(const SamplerCall& call, int64_t index,
   float logprob = NAN;
   if (wanted > 0 && row.best > -INFINITY) {  // and not NaN
     if ((processed && plan.greedy) || isinf(row.best)) {
-      const int best = FirstBestToken(row, shared);
+      const int best = cuda::FirstBestToken<true>(row, arrays, shared);
       if (column == 0) {
         token = best;
         logprob = 0.0f;
@@ -250,15 +91,15 @@ __device__ __noinline__ bool WriteTop(const SamplerCall& call, int64_t index,
     } else {
       found = count;
       if (count < wanted) {
-        found = candidates.Collect(
-            row, FloorOfBest(candidates, row, bounds, wanted), edits);
+        found = candidates.Collect<true>(
+            row, FloorOfBest(candidates, row, lowest_tile, wanted), edits);
         if (found < 0) return false;
       }
     }
   }
   if (column < min(found, wanted)) {
-    token = candidates.Id(first + column);
-    const float x = candidates.Logit(first + column);
+    token = shared.candidates.Id(first + column);
+    const float x = shared.candidates.Logit(first + column);
     logprob = processed ? ProcessedLogprob(plan, outcome, x)
                         : LogprobOf(x, row.best, row.plan->temperature,
                                     row.total, kMassBits);
@@ -266,21 +107,22 @@ __device__ __noinline__ bool WriteTop(const SamplerCall& call, int64_t index,
   if (column < call.top_columns) {
     WriteTopColumn(call, index, column, token, logprob);
   }
+  __syncthreads();
   return true;
 }
 
 // The outputs of a call that may have all of them. Returns what is left to do.
 __device__ __forceinline__ uint32_t FinishRich(
     const SamplerCall& call, int64_t index, Block& block,
-    const TileArrays& arrays, const TileBounds& bounds, Candidates& candidates,
-    int count, const ThreadEdits& edits, uint32_t tasks, DecideShared& shared) {
+    const TileArrays& arrays, const TileBounds& bounds, int count,
+    const ThreadEdits& edits, Room room, uint32_t tasks, DecideShared& shared) {
   const bool drawn = tasks == 0;
   const bool top = call.top_tokens != nullptr;
   const bool top_of_raw = top && call.top_kind == LogprobKind::kRaw;
   // Before the raw ones: it needs the keys of the sub-tiles.
   if (drawn && top && !top_of_raw &&
-      !WriteTop(call, index, shared.row, bounds, candidates, count, edits,
-                shared)) {
+      !WriteTop(call, index, shared.row, arrays, bounds.lowest, count, edits,
+                room, shared)) {
     tasks |= cuda::kTopOfRow;
   }
   TileBounds raw_bounds = bounds;
@@ -304,32 +146,45 @@ __device__ __forceinline__ uint32_t FinishRich(
     __syncthreads();
   }
   if (drawn && threadIdx.x < 32) {
-    WriteRow(call, index, shared.row, shared.raw, shared.outcome,
-             shared.inputs.mu);
+    WriteRow(call, index, shared.plan, shared.row, shared.raw, shared.outcome,
+             shared.inputs.mu, shared.log_total);
   }
-  if (top_of_raw && !WriteTop(call, index, shared.raw, raw_bounds, candidates,
-                              -1, {}, shared)) {
+  if (top_of_raw && !WriteTop(call, index, shared.raw, arrays,
+                              raw_bounds.lowest, -1, {}, room, shared)) {
     tasks |= cuda::kTopOfRaw;
   }
   if (call.probabilities != nullptr) tasks |= cuda::kProbabilitiesOfRow;
   return tasks;
 }
 
+// Without waiting for them.
+__device__ __forceinline__ void CopyMoments(Moments* to, const Moments* from,
+                                            int count) {
+  constexpr int kWords = sizeof(Moments) / 8;
+  const uint32_t first = cuda::SharedAddress(to);
+  const char* const words = reinterpret_cast<const char*>(from);
+  for (int i = static_cast<int>(threadIdx.x); i < count * kWords;
+       i += kDecideThreads) {
+    asm volatile(
+        "cp.async.ca.shared.global [%0], [%1], 8;\n" ::"r"(first + i * 8),
+        "l"(words + i * 8)
+        : "memory");
+  }
+}
+
+// By the row's first block. Returns what it leaves undone.
 template <bool kRich>
-__global__ void __launch_bounds__(kDecideThreads, 2)
-    DecideKernel(const __grid_constant__ SamplerCall call) {
-  extern __shared__ double shared_memory[];
-  const int64_t index = blockIdx.x;
+__device__ __forceinline__ uint32_t Decide(const SamplerCall& call,
+                                           int64_t index,
+                                           const TileArrays& arrays, Room room,
+                                           Followers& followers,
+                                           DecideShared& shared) {
   const int num_tiles = call.num_tiles;
-  const size_t tile_doubles = TileArrays::Bytes(num_tiles) / sizeof(double);
-  const TileArrays arrays(shared_memory, num_tiles);
-  DecideShared& shared =
-      *reinterpret_cast<DecideShared*>(shared_memory + tile_doubles);
   Block block(&shared.block);
-  Candidates candidates(block, &shared.candidates);
+  Candidates candidates(block, &shared.candidates, arrays, room);
   // What the summarising kernel does not write may be read before it is done:
   // what wrote that was done before it began.
-  Prepare(call, index, arrays, shared);
+  Prepare<kRich>(call, index, arrays, shared);
   const RowPlan& plan = shared.plan;
   DecideRow& row = shared.row;
   ThreadEdits edits = {};
@@ -343,6 +198,18 @@ __global__ void __launch_bounds__(kDecideThreads, 2)
       block, call.scratch.tiles + index * num_tiles, num_tiles, arrays);
   const float best = bounds.best;
   if (threadIdx.x == 0) row.best = best;
+  // Whether nothing is left to others once a token is found.
+  const bool tell = call.top_tokens == nullptr && call.probabilities == nullptr;
+  if (tell && (plan.greedy || !plan.filtered() || !(fabsf(best) < INFINITY))) {
+    followers.Tell(0);
+  }
+  // What top-n-sigma needs is on its way while the total is made.
+  const Moments* const moments = call.scratch.moments + index * num_tiles;
+  Moments* const moments_ahead = static_cast<Moments*>(room.memory);
+  const bool sigma_ahead =
+      plan.top_n_sigma > 0.0f && !plan.greedy && fabsf(best) < INFINITY &&
+      num_tiles * static_cast<int>(sizeof(Moments)) <= room.bytes;
+  if (sigma_ahead) CopyMoments(moments_ahead, moments, num_tiles);
   int count = -1;  // of candidates
   uint32_t tasks = 0;
   if (isnan(best) || best == -INFINITY) {
@@ -358,54 +225,147 @@ __global__ void __launch_bounds__(kDecideThreads, 2)
       if (threadIdx.x == 0) row.total = total;
     }
     if (one_hot || plan.greedy) {
-      const int token = FirstBestToken(row, shared);
+      if (threadIdx.x == kDecideThreads - 1 && total > 0) {
+        shared.log_total = LogOfMass(total, kMassBits);
+      }
+      const int token = cuda::FirstBestToken<kRich>(row, arrays, shared);
       if (threadIdx.x == 0) {
         shared.outcome.one_hot = one_hot;
         shared.outcome.drawn.token = token;
         shared.outcome.drawn.x = best;
       }
     } else if (!plan.filtered()) {
-      DrawPlain(block, row, arrays, best, total, shared);
+      cuda::DrawPlain<kRich>(block, row, arrays, best, total, shared);
     } else {
       if (plan.top_n_sigma > 0.0f) {
+        if (sigma_ahead) {
+          cuda::CommitCopies();
+          cuda::WaitForCopies<0>();
+          __syncthreads();
+        }
         if (threadIdx.x < 32) {
-          const float floor = SigmaFloor(call, index, plan, best);
+          const float floor = cuda::SigmaFloor(
+              sigma_ahead ? moments_ahead : moments, num_tiles, plan, best);
           if (threadIdx.x == 0) shared.sigma_floor = floor;
         }
         __syncthreads();
       }
-      count =
-          DrawFiltered(block, row, bounds, candidates, edits, total, shared);
+      count = cuda::DrawFiltered<kRich>(block, row, bounds, candidates, arrays,
+                                        room, edits, total, tell, followers,
+                                        shared);
       if (count < 0) tasks = cuda::kDrawRow;
     }
   }
   __syncthreads();
   if constexpr (kRich) {
-    tasks = FinishRich(call, index, block, arrays, bounds, candidates, count,
-                       edits, tasks, shared);
+    tasks = FinishRich(call, index, block, arrays, bounds, count, edits, room,
+                       tasks, shared);
   } else if (tasks == 0 && threadIdx.x < 32) {
-    WriteRow(call, index, row, row, shared.outcome, shared.inputs.mu);
+    WriteRow(call, index, plan, row, row, shared.outcome, shared.inputs.mu,
+             shared.log_total);
   }
-  if (threadIdx.x == 0) {
-    cuda::RowState& state = call.scratch.states[index];
-    state.tasks = tasks;
-    if (tasks != 0) state.outcome = shared.outcome;
+  return tasks;
+}
+
+// Shared memory: what has a fixed size, the tiles' arrays, the room.
+constexpr size_t kScratch = std::max(sizeof(DecideShared), sizeof(WideShared));
+static_assert(kScratch % sizeof(double) == 0, "arrays of doubles follow");
+constexpr __host__ __device__ size_t RoomOffset(int num_tiles) {
+  return (kScratch + TileArrays::Bytes(num_tiles) + 15) / 16 * 16;
+}
+
+// A block is the first of its row, or waits for what that one tells it.
+template <bool kRich>
+__global__ void __launch_bounds__(kDecideThreads, 2)
+    DecideKernel(const __grid_constant__ SamplerCall call, int log2_blocks,
+                 int room_bytes) {
+  extern __shared__ double shared_memory[];
+  void* const scratch = shared_memory;
+  // Behind it: what has a fixed place needs no address.
+  const TileArrays arrays(shared_memory + kScratch / sizeof(double),
+                          call.num_tiles);
+  const Room room = {static_cast<char*>(scratch) + RoomOffset(call.num_tiles),
+                     room_bytes};
+  __shared__ Followers::Scratch told;
+  Followers followers(&told, log2_blocks);
+  const int64_t index = blockIdx.x >> log2_blocks;
+  uint32_t tasks;
+  if ((blockIdx.x & ((1u << log2_blocks) - 1)) == 0) {
+    DecideShared& shared = *static_cast<DecideShared*>(scratch);
+    tasks = Decide<kRich>(call, index, arrays, room, followers, shared);
+    if (tasks != 0) {
+      if (threadIdx.x == kDecideThreads - 1) {
+        call.scratch.outcomes[index] = shared.outcome;
+        __threadfence();
+      }
+      __syncthreads();
+    }
+    if (!followers.told()) followers.Tell(tasks);
+  } else {
+    cuda::WaitForPreviousKernels();
+    tasks = followers.Wait();
   }
+  followers.End();
+  if (tasks == 0) return;
+  WideShared& shared = *static_cast<WideShared*>(scratch);
+  Team team(&shared.team);
+  team.Sync();
+  FinishRow(team, call, index, tasks, arrays, room, shared);
+}
+
+// The logarithm of how many blocks a row has, in case its filters choose from
+// many tokens: as many as there is room for.
+int Log2Blocks(const SamplerCall& call) {
+  constexpr int64_t kMultiprocessors = 132;
+  int log2 = 0;
+  if (call.is_hopper) {
+    while ((2 << log2) <= cuda::kTeamBlocks &&
+           (int64_t{call.rows} << (log2 + 1)) <= kMultiprocessors) {
+      ++log2;
+    }
+  }
+  return log2;
+}
+
+// Two blocks can share a multiprocessor. More room for wide rows slows down all
+// others.
+int RoomBytes(const SamplerCall& call, int log2_blocks) {
+  const int tiles_of_block = cuda::CeilDiv(call.num_tiles, 1 << log2_blocks);
+  const int least = std::max(2 * cuda::kTilesAheadBytes,
+                             cuda::TokenStore::LeastBytes(tiles_of_block));
+  const int most = call.is_hopper ? 96 << 10 : 0;
+  const int offset = static_cast<int>(RoomOffset(call.num_tiles));
+  return std::max(least, most - offset);
 }
 
 }  // namespace
 
 Status LaunchDecide(const SamplerCall& call, Stream stream) {
+  const int log2_blocks = Log2Blocks(call);
+  const int room_bytes = RoomBytes(call, log2_blocks);
   const size_t shared_bytes =
-      TileArrays::Bytes(call.num_tiles) + sizeof(DecideShared);
+      RoomOffset(call.num_tiles) + static_cast<size_t>(room_bytes);
   const bool rich = call.edits != nullptr || call.bitmask != nullptr ||
                     call.top_tokens != nullptr ||
                     call.probabilities != nullptr ||
                     call.scratch.raw_tiles != nullptr;
-  return cuda::LaunchDependent(
-      "Sampler", stream, dim3(static_cast<unsigned>(call.rows)),
-      dim3(kDecideThreads), shared_bytes,
-      rich ? DecideKernel<true> : DecideKernel<false>, call);
+  cudaLaunchConfig_t config = cuda::LaunchConfig(
+      stream, dim3(static_cast<unsigned>(call.rows) << log2_blocks),
+      dim3(kDecideThreads), shared_bytes);
+  cudaLaunchAttribute attributes[2] = {};
+  if (call.is_hopper) {
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = 1u << log2_blocks;
+    attributes[1].val.clusterDim.y = 1;
+    attributes[1].val.clusterDim.z = 1;
+    config.attrs = attributes;
+    config.numAttrs = log2_blocks > 0 ? 2 : 1;
+  }
+  return cuda::LaunchWithConfig("Sampler", config,
+                                rich ? DecideKernel<true> : DecideKernel<false>,
+                                call, log2_blocks, room_bytes);
 }
 
 }  // namespace tenon

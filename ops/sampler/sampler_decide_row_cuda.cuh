@@ -28,9 +28,10 @@ struct DecideRow {
   const uint32_t* tile_key;  // OrderedKey of the maximum, 0 for -inf
   float best;                // the largest logit, finite
   uint64_t total;            // of the sub-tiles' TileMass(kMassBits)
+  float scale;               // of the plan
 
   __device__ __forceinline__ uint64_t Mass(float x) const {
-    return FixedMass(strict::Weight(x, best, plan->scale));
+    return FixedMass(strict::Weight(x, best, scale));
   }
 };
 
@@ -92,13 +93,10 @@ __device__ __forceinline__ LanePart LoadPart(const DecideRow& row, int tile) {
            Load16If<false>(exists && is_wide, from + 16, fill)}};
 }
 
-// What LoadPart leaves out, apart so that loads need not wait for each other.
-__device__ __forceinline__ void CompletePart(const DecideRow& row, int tile,
-                                             LanePart* part) {
-  const int first = FirstIdOfLane(row, tile);
-  if (first < row.vocab && (!row.aligned || first + kIdsPerLane > row.vocab)) {
-    *part = LoadPartSlowly(row, first);
-  }
+// Whether loading leaves ids out, for later, so that loads need not wait for
+// each other.
+__device__ __forceinline__ bool PartIsSlow(int first, int vocab, bool aligned) {
+  return first < vocab && (!aligned || first + kIdsPerLane > vocab);
 }
 
 struct LaneLogits {
@@ -163,18 +161,22 @@ __device__ __noinline__ inline LaneLogits ApplyEdits(const DecideRow& row,
 
 template <class T>
 __device__ __forceinline__ LaneLogits FloatsOf(const LanePart& part) {
-  T stored[kIdsPerLane];
-  memcpy(stored, &part, sizeof(stored));
+  constexpr int kSize = Piece<T>::kSize;
   LaneLogits logits;
 #pragma unroll
-  for (int e = 0; e < kIdsPerLane; ++e) logits.x[e] = ToFloat(stored[e]);
+  for (int e = 0; e < kIdsPerLane; ++e) {
+    logits.x[e] = Piece<T>{part.words[e / kSize]}.At(e % kSize);
+  }
   return logits;
 }
 
 // As they are stored.
 __device__ __forceinline__ LaneLogits StoredLogitsOf(const DecideRow& row,
                                                      int tile, LanePart part) {
-  CompletePart(row, tile, &part);
+  const int first = FirstIdOfLane(row, tile);
+  if (PartIsSlow(first, row.vocab, row.aligned)) {
+    part = LoadPartSlowly(row, first);
+  }
   switch (row.dtype) {
     case DType::kFloat32:
       return FloatsOf<float>(part);
@@ -184,14 +186,17 @@ __device__ __forceinline__ LaneLogits StoredLogitsOf(const DecideRow& row,
       return FloatsOf<__nv_bfloat16>(part);
   }
 }
+// kEdited: the row may have edits or a mask.
+template <bool kEdited = true>
 __device__ __forceinline__ LaneLogits LogitsOf(const DecideRow& row, int tile,
                                                const LanePart& part) {
   const LaneLogits logits = StoredLogitsOf(row, tile, part);
-  return row.edits.any() ? ApplyEdits(row, tile, logits) : logits;
+  return kEdited && row.edits.any() ? ApplyEdits(row, tile, logits) : logits;
 }
+template <bool kEdited = true>
 __device__ __forceinline__ LaneLogits LogitsOfTile(const DecideRow& row,
                                                    int tile) {
-  return LogitsOf(row, tile, LoadPart(row, tile));
+  return LogitsOf<kEdited>(row, tile, LoadPart(row, tile));
 }
 
 // The first token of a sub-tile at which the running sum of weigh(x, id)
@@ -249,13 +254,12 @@ struct TileArrays {
   double* weight;
 
   __device__ TileArrays(void* shared, int num_tiles)
-      : key(reinterpret_cast<uint32_t*>(static_cast<double*>(shared) +
-                                        num_tiles)),
-        weight(static_cast<double*>(shared)) {}
+      : key(static_cast<uint32_t*>(shared)),
+        weight(static_cast<double*>(shared) + (num_tiles + 1) / 2) {}
   // A multiple of 8.
   static constexpr __host__ __device__ size_t Bytes(int num_tiles) {
     const size_t tiles = static_cast<size_t>(num_tiles);
-    return tiles * sizeof(double) + (tiles + 1) / 2 * 2 * sizeof(uint32_t);
+    return ((tiles + 1) / 2 + tiles) * sizeof(double);
   }
   __device__ __forceinline__ uint64_t Mass(int tile, int bits) const {
     const uint64_t unit = static_cast<uint64_t>(1023 + bits) << 52;
@@ -284,6 +288,12 @@ __device__ __forceinline__ void ForEachOfThread(int count, Load load,
     }
   }
 }
+
+// Shared memory for what is read again: at a multiple of 16 bytes.
+struct Room {
+  void* memory;
+  int bytes;
+};
 
 // What ReadTiles() finds of the maxima.
 struct TileBounds {
@@ -330,25 +340,24 @@ __device__ __forceinline__ uint64_t Total(Block& block, const RowPlan& plan,
 }
 
 // top-n-sigma keeps logits from here on. A whole warp calls this.
-__device__ __noinline__ inline float SigmaFloor(const SamplerCall& call,
-                                                int64_t index,
+__device__ __noinline__ inline float SigmaFloor(const Moments* moments,
+                                                int num_tiles,
                                                 const RowPlan& plan,
                                                 float best) {
-  const Moments* moments = call.scratch.moments + index * call.num_tiles;
   constexpr int kAtOnce = 4;
   double sum = 0.0;
   double squares = 0.0;
   int count = 0;
-  for (int base = static_cast<int>(threadIdx.x % 32); base < call.num_tiles;
+  for (int base = static_cast<int>(threadIdx.x % 32); base < num_tiles;
        base += 32 * kAtOnce) {
     Moments some[kAtOnce];
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
-      some[u] = moments[min(base + 32 * u, call.num_tiles - 1)];
+      some[u] = moments[min(base + 32 * u, num_tiles - 1)];
     }
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
-      if (base + 32 * u < call.num_tiles) {
+      if (base + 32 * u < num_tiles) {
         sum = strict::Add(sum, some[u].sum);
         squares = strict::Add(squares, some[u].squares);
         count += static_cast<int>(some[u].count);
@@ -380,7 +389,8 @@ __device__ __forceinline__ DecideRow RowOf(const SamplerCall& call,
           &plan,
           arrays.key,
           0.0f,
-          0};
+          0,
+          plan.scale};
 }
 
 // Of the logits as they are.
@@ -390,14 +400,15 @@ __device__ __forceinline__ RowPlan RawPlan() {
   return plan;
 }
 
-// log-softmax at logit x of what has `best` and `mass` in units of 2^-43.
+// log-softmax at logit x of what has `best` and a mass of this logarithm.
 __device__ __forceinline__ float LogprobIn(float x, float best,
-                                           double temperature, uint64_t mass) {
+                                           double temperature,
+                                           double log_mass) {
   if (isnan(best)) return NAN;
   if (isinf(best) || isinf(x)) {
     return x == best && x > 0.0f ? 0.0f : -INFINITY;
   }
-  return LogprobOf(x, best, temperature, mass, kMassBits);
+  return LogprobOf(x, best, temperature, log_mass);
 }
 
 __device__ __forceinline__ float ProcessedLogprob(const RowPlan& plan,
@@ -410,14 +421,15 @@ __device__ __forceinline__ float ProcessedLogprob(const RowPlan& plan,
 }
 
 // The outputs of a row but top tokens and probabilities, by one warp: a lane
-// for each, as logarithms take long. `raw` has best and total.
-__device__ __noinline__ inline void WriteRow(const SamplerCall& call,
-                                             int64_t index,
-                                             const DecideRow& row,
-                                             const DecideRow& raw,
-                                             const Outcome& outcome, float mu) {
+// for each, as logarithms take long; `log_total` is that of row.total. `raw`
+// has best and total.
+__device__ __forceinline__ void WriteRow(const SamplerCall& call, int64_t index,
+                                         const RowPlan& plan,
+                                         const DecideRow& row,
+                                         const DecideRow& raw,
+                                         const Outcome& outcome, float mu,
+                                         double log_total) {
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const RowPlan& plan = *row.plan;
   const Drawn& drawn = outcome.drawn;
   const bool has_token = outcome.has_token();
   if (lane == 0) {
@@ -436,23 +448,24 @@ __device__ __noinline__ inline void WriteRow(const SamplerCall& call,
     float x = drawn.x;
     float best = row.best;
     double temperature = plan.temperature;
-    uint64_t mass = row.total;
+    double log_mass = log_total;
     if (lane == 1) {
       best = drawn.best;
-      mass = drawn.mass;
       if (outcome.kept) temperature = plan.draw_temperature;
     }
     if (lane == 2) {
       x = has_token ? LogitAt(raw, drawn.token) : 0.0f;
       best = raw.best;
       temperature = 1.0;
-      mass = raw.total;
+    }
+    if (lane != 0) {
+      log_mass = LogOfMass(lane == 1 ? drawn.mass : raw.total, kMassBits);
     }
     float logprob = NAN;
     if (has_token) {
       logprob = lane == 1 && (outcome.one_hot || plan.greedy)
                     ? 0.0f
-                    : LogprobIn(x, best, temperature, mass);
+                    : LogprobIn(x, best, temperature, log_mass);
     }
     output[index] = logprob;
   }

@@ -22,32 +22,32 @@ struct DrawInputs {
 
 class NarrowFilters {
  public:
-  // Of the first `count` ranks, at least one.
-  __device__ NarrowFilters(const Candidates& candidates, const DecideRow& row,
-                           int count)
-      : c_(candidates), row_(row), plan_(*row.plan), high_(count) {}
+  // Of the ranks [low, high), at least one.
+  __device__ NarrowFilters(const CandidateScratch& candidates,
+                           const DecideRow& row, const RowPlan& plan, int low,
+                           int high)
+      : c_(candidates), row_(row), plan_(plan), low_(low), high_(high) {}
 
-  // Of all candidates.
   __device__ uint64_t mass() const {
-    return c_.MassBefore(high_) - c_.MassBefore(low_);
+    return c_.prefix[high_] - c_.prefix[low_];
   }
 
-  // Applies the filters and draws.
-  __device__ Drawn Run(const DrawInputs& inputs) {
+  // Applies the filters and draws; the scratch has `places` ranks.
+  __device__ __forceinline__ Drawn Run(const DrawInputs& inputs, int places) {
     const bool llama = plan_.order == FilterOrder::kLlamaCpp;
     const bool typical = plan_.typical_p < 1.0f;
     if (plan_.top_k != 0) high_ = min(high_, plan_.top_k);
-    if (llama && typical) KeepTypical();
+    if (llama && typical) CallKeepTypical();
     KeepTopPAndMinP(llama && typical, inputs);
-    if (!llama && typical) KeepTypical();
+    if (!llama && typical) CallKeepTypical();
     if (inputs.xtc_acts) {
       const uint64_t least = XtcMass(plan_, mass());
       const int choices = CountRanks(low_, high_, [&](int r) {
-        return c_.MassBefore(r + 1) - c_.MassBefore(r) >= least;
+        return c_.prefix[r + 1] - c_.prefix[r] >= least;
       });
       low_ += max(choices - 1, 0);
     }
-    return Draw(inputs);
+    return Draw(inputs, places);
   }
 
   // Ranks [low, high) are kept.
@@ -85,9 +85,9 @@ class NarrowFilters {
       const uint64_t of =
           plan_.top_p_of_kept() && narrowed ? mass() : row_.total;
       const uint64_t target = MassTarget(plan_.top_p, of);
-      const uint64_t before = c_.MassBefore(low_);
+      const uint64_t before = c_.prefix[low_];
       high = min(high, low_ + 1 + CountRanks(low_, high_, [&](int r) {
-                         return c_.MassBefore(r + 1) - before < target;
+                         return c_.prefix[r + 1] - before < target;
                        }));
     }
     if (plan_.min_p > 0.0f) {
@@ -100,12 +100,30 @@ class NarrowFilters {
     high_ = high;
   }
 
-  __device__ __noinline__ void KeepTypical();
+  __device__ __forceinline__ void KeepTypical();
+  // Rare, and so not in line. Of an object of its own: what a function takes by
+  // reference is in memory.
+  struct Range {
+    int low;
+    int high;
+  };
+  static __device__ __noinline__ Range
+  RangeOfTypical(const CandidateScratch& candidates, const DecideRow& row,
+                 const RowPlan& plan, Range range) {
+    NarrowFilters filters(candidates, row, plan, range.low, range.high);
+    filters.KeepTypical();
+    return {filters.low_, filters.high_};
+  }
+  __device__ void CallKeepTypical() {
+    const Range range = RangeOfTypical(c_, row_, plan_, {low_, high_});
+    low_ = range.low;
+    high_ = range.high;
+  }
 
   // The mass of a kept token in the draw.
   __device__ uint64_t DrawMass(float best, int rank) {
     if (best == row_.best && plan_.scale == plan_.draw_scale) {
-      return c_.MassBefore(rank + 1) - c_.MassBefore(rank);
+      return c_.prefix[rank + 1] - c_.prefix[rank];
     }
     return FixedMass(strict::Weight(c_.Logit(rank), best, plan_.draw_scale));
   }
@@ -114,7 +132,7 @@ class NarrowFilters {
     return SumRanks([&](int r) { return DrawMass(best, r); });
   }
 
-  __device__ Drawn Draw(const DrawInputs& inputs) {
+  __device__ Drawn Draw(const DrawInputs& inputs, int places) {
     Drawn drawn;
     drawn.best = c_.Logit(low_);
     drawn.mass = DrawMass(drawn.best);
@@ -129,28 +147,32 @@ class NarrowFilters {
     drawn.kept.from = {drawn.best, c_.Id(low_)};
     drawn.kept.to = {c_.Logit(high_ - 1), c_.Id(high_ - 1)};
     // Each lane has some neighbours in draw order.
-    const int each = CeilDiv(c_.places(), 32);
-    const int begin = min(Lane() * each, c_.places());
-    const int end = min(begin + each, c_.places());
-    const auto mass_at = [&](int i) {
-      const int rank = c_.RankAtPlace(i);
-      return rank >= low_ && rank < high_ ? DrawMass(drawn.best, rank)
-                                          : uint64_t{0};
-    };
+    constexpr int kMaxEach = kMaxCandidates / 32;
+    const int each = CeilDiv(places, 32);
+    const int begin = Lane() * each;
+    int ranks[kMaxEach];
+    uint64_t masses[kMaxEach];
     uint64_t own = 0;
-    for (int i = begin; i < end; ++i) own += mass_at(i);
+#pragma unroll
+    for (int u = 0; u < kMaxEach; ++u) {
+      const bool exists = u < each && begin + u < places;
+      ranks[u] = exists ? c_.by_place[begin + u] : -1;
+    }
+#pragma unroll
+    for (int u = 0; u < kMaxEach; ++u) {
+      const bool kept = ranks[u] >= low_ && ranks[u] < high_;
+      masses[u] = kept ? DrawMass(drawn.best, ranks[u]) : 0;
+      own += masses[u];
+    }
     const uint64_t upto = WarpInclusiveSum(own);
     const uint64_t target = DrawTarget(inputs.numerator, drawn.mass);
     uint64_t before = upto - own;
     const bool mine = before <= target && target < upto;
     int rank = low_;
-    if (mine) {
-      int i = begin;
-      for (uint64_t m = mass_at(i); before + m <= target; m = mass_at(i)) {
-        before += m;
-        ++i;
-      }
-      rank = c_.RankAtPlace(i);
+#pragma unroll
+    for (int u = 0; u < kMaxEach; ++u) {
+      if (masses[u] > 0 && before <= target) rank = ranks[u];
+      before += masses[u];
     }
     const int lane = __ffs(static_cast<int>(__ballot_sync(~0u, mine))) - 1;
     rank = __shfl_sync(~0u, rank, max(lane, 0));
@@ -159,14 +181,14 @@ class NarrowFilters {
     return drawn;
   }
 
-  const Candidates& c_;
+  const CandidateScratch& c_;
   const DecideRow& row_;
   const RowPlan& plan_;
-  int low_ = 0;
+  int low_;
   int high_;
 };
 
-__device__ __noinline__ inline void NarrowFilters::KeepTypical() {
+__device__ __forceinline__ void NarrowFilters::KeepTypical() {
   const float centre =
       TypicalCentre(plan_, row_.best, SumRanks([&](int r) {
                       return FixedSurprise(c_.Logit(r), row_.best, plan_.scale);
@@ -200,7 +222,7 @@ __device__ __noinline__ inline void NarrowFilters::KeepTypical() {
         first_rank(low_, middle, [&](int i) { return distance(i) <= d; });
     const int end =
         first_rank(middle, high_, [&](int i) { return distance(i) > d; });
-    if (c_.MassBefore(end) - c_.MassBefore(begin) >= target) {
+    if (c_.prefix[end] - c_.prefix[begin] >= target) {
       nearest = min(nearest, __float_as_uint(d));
     }
   }

@@ -30,22 +30,18 @@ struct Outcome {
   __device__ bool has_token() const { return drawn.token >= 0; }
 };
 
-// What the deciding kernel leaves to the one for wide rows.
+// What the first block of a row leaves to all of them.
 enum RowTasks : uint32_t {
   kDrawRow = 1u << 0,  // and what is told of the token, and top tokens not raw
   kTopOfRow = 1u << 1,
   kTopOfRaw = 1u << 2,
   kProbabilitiesOfRow = 1u << 3,
 };
-struct RowState {
-  uint32_t tasks;  // the rest is there if there are any
-  Outcome outcome;
-};
 
 // What a call leaves in the workspace, rows after rows.
 struct SamplerScratch {
   SubTile* tiles = nullptr;       // [rows, num_tiles]
-  RowState* states = nullptr;     // [rows]
+  Outcome* outcomes = nullptr;    // [rows], of rows with RowTasks
   SubTile* raw_tiles = nullptr;   // as tiles, of the logits as they are
   Moments* moments = nullptr;     // of rows with top-n-sigma
   int32_t* first_edit = nullptr;  // [rows, num_tiles]
@@ -114,12 +110,41 @@ inline constexpr DType kDTypeOfLogits =
                                 : DType::kBFloat16;
 
 // 16 bytes of logits, consecutive ids of one chunk, as stored: converting only
-// where it is used leaves loads in flight.
+// where it is used leaves loads in flight. Words, for of single 16-bit elements
+// a compiler makes a register each.
 template <class T>
-struct alignas(16) Piece {
+struct Piece {
   static constexpr int kSize = 16 / static_cast<int>(sizeof(T));
-  T x[kSize];
+  uint4 words;
+
+  __device__ __forceinline__ float At(int e) const {
+    const int word = e * static_cast<int>(sizeof(T)) / 4;
+    const uint32_t bits = word == 0   ? words.x
+                          : word == 1 ? words.y
+                          : word == 2 ? words.z
+                                      : words.w;
+    if constexpr (std::is_same_v<T, float>) {
+      return __uint_as_float(bits);
+    } else if constexpr (std::is_same_v<T, __half>) {
+      __half2 halves;
+      memcpy(&halves, &bits, sizeof(halves));
+      return e % 2 == 0 ? __low2float(halves) : __high2float(halves);
+    } else {
+      return __uint_as_float(e % 2 == 0 ? bits << 16 : bits & 0xffff0000u);
+    }
+  }
 };
+
+// 16 bytes not to be read again soon. Volatile keeps them behind the wait for
+// the kernels that write them, and together.
+template <class T>
+__device__ __forceinline__ Piece<T> StreamPiece(const T* from) {
+  uint4 words;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(from));
+  return {words};
+}
 
 // 16 bytes where `exists`, otherwise four words of `fill`: without a branch, so
 // that many loads are in flight. Volatile keeps them behind the wait for the
@@ -162,12 +187,13 @@ __device__ __forceinline__ uint32_t LowestWord(DType dtype) {
 template <class T>
 __device__ __noinline__ Piece<T> LoadPieceSlowly(const T* row, int first_id,
                                                  int vocab) {
-  Piece<T> piece;
+  T x[Piece<T>::kSize];
 #pragma unroll
   for (int e = 0; e < Piece<T>::kSize; ++e) {
-    piece.x[e] =
-        first_id + e < vocab ? row[first_id + e] : FromFloat<T>(-INFINITY);
+    x[e] = first_id + e < vocab ? row[first_id + e] : FromFloat<T>(-INFINITY);
   }
+  Piece<T> piece;
+  memcpy(&piece.words, x, sizeof(x));
   return piece;
 }
 
@@ -184,9 +210,7 @@ __device__ __forceinline__ Piece<T> LoadPiece(const T* row, int first_id,
   const uint4 words =
       Load16If<kStream>(aligned && first_id + Piece<T>::kSize <= vocab,
                         row + first_id, LowestWord(kDTypeOfLogits<T>));
-  Piece<T> piece;
-  memcpy(&piece, &words, sizeof(piece));
-  return piece;
+  return {words};
 }
 
 // The larger one, NaN where either is.

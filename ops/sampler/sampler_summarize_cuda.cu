@@ -1,7 +1,7 @@
 #include "ops/sampler/sampler_kernels_cuda.cuh"
 #include "ops/sampler/sampler_tile_sums_cuda.cuh"
 
-// The kernel that reads all logits once, but for many rows on Hopper. A lane
+// The kernel that reads all logits once. A lane
 // loads the same 16 bytes of several chunks of one sub-tile, and all lanes of a
 // warp together neighbouring bytes, so that there are many loads in flight and
 // hardly any shuffles. Only then it takes the maximum, and only then the
@@ -25,6 +25,19 @@ template <class T, class L>
 __device__ __forceinline__ void Load(const SamplerCall& call, const T* row,
                                      const L& at, Values<Piece<T>, L>* values) {
   constexpr int kPieces = L::kOwnGroups * kChunksOfGroup;
+  // Mostly nothing is missing.
+  if (call.aligned && at.first_tile + L::kTilesOfWarp <= call.num_tiles &&
+      at.LastIdOfWarp() < call.vocab) {
+    const T* const from = row + at.FirstId(0, 0);
+    const int stride = call.num_tiles * kChunk;
+#pragma unroll
+    for (int j = 0; j < kPieces; ++j) {
+      const int chunk = j / kChunksOfGroup + j % kChunksOfGroup * kGroups;
+      values->v[j / kChunksOfGroup][j % kChunksOfGroup] =
+          cuda::StreamPiece(from + chunk * stride);
+    }
+    return;
+  }
   const auto first_id = [&](int j) {
     return at.exists() ? at.FirstId(j / kChunksOfGroup, j % kChunksOfGroup)
                        : call.vocab;
@@ -33,11 +46,6 @@ __device__ __forceinline__ void Load(const SamplerCall& call, const T* row,
   for (int j = 0; j < kPieces; ++j) {
     values->v[j / kChunksOfGroup][j % kChunksOfGroup] =
         cuda::LoadPiece<true>(row, first_id(j), call.vocab, call.aligned);
-  }
-  // Mostly nothing is missing.
-  if (call.aligned && at.first_tile + L::kTilesOfWarp <= call.num_tiles &&
-      at.LastIdOfWarp() < call.vocab) {
-    return;
   }
 #pragma unroll
   for (int j = 0; j < kPieces; ++j) {
@@ -158,10 +166,17 @@ __device__ __forceinline__ void ApplyEdits(
   }
 }
 
+// Blocks of a multiprocessor: a compiler that may takes registers for all of a
+// lane's logits as floats, and for the rare moments.
+template <class T, int kSplit, bool kRich>
+inline constexpr int kLeastBlocks = kRich            ? (sizeof(T) == 4 ? 9 : 7)
+                                    : sizeof(T) == 4 ? (kSplit == 4 ? 12 : 8)
+                                                     : 8;
+
 // kRich: for calls that may have edits or masks, or that ask for logprobs of
 // the logits as they are.
 template <class T, int kSplit, bool kRich, bool kFast>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kWarps, kLeastBlocks<T, kSplit, kRich>)
     SummarizeKernel(const __grid_constant__ SamplerCall call,
                     int blocks_per_row) {
   using L = Layout<T, kSplit>;
@@ -201,6 +216,12 @@ __global__ void __launch_bounds__(32 * kWarps)
     ApplyEdits(call, row, plan, edits, begin, at, &stage[warp_of_block], &x);
     cuda::Summarize<kFast>(call, row, plan, at, x);
   } else {
+    if (plan.only_allowed) {  // and no edit allows any
+      if (at.leads()) {
+        call.scratch.tiles[row * call.num_tiles + at.tile] = {-INFINITY, 0.0f};
+      }
+      return;
+    }
     cuda::Summarize<kFast>(call, row, plan, at, values);
   }
 }
@@ -225,11 +246,8 @@ Status LaunchSplit(const SamplerCall& call, Stream stream) {
   }
   // Few rows are over sooner on more threads, many on fewer instructions.
   constexpr int64_t kMany = 4 << 20;
-  if (int64_t{call.rows} * call.vocab < kMany) {
-    return Launch<T, 4, false, kFast>(call, stream);
-  }
-  return call.is_hopper && call.aligned
-             ? LaunchSummarizeStream(call, stream)
+  return int64_t{call.rows} * call.vocab < kMany
+             ? Launch<T, 4, false, kFast>(call, stream)
              : Launch<T, 2, false, kFast>(call, stream);
 }
 

@@ -9,7 +9,15 @@
 
 namespace tenon::cuda {
 
-inline constexpr int kTeamBlocks = 8;  // on Hopper
+inline constexpr int kTeamBlocks = 8;  // at most
+
+// The same pointer, known to be to shared memory: accesses take fewer
+// instructions.
+template <class T>
+__device__ __forceinline__ T* AsShared(T* pointer) {
+  return static_cast<T*>(__cvta_shared_to_generic(
+      static_cast<uint32_t>(__cvta_generic_to_shared(pointer))));
+}
 
 class Team {
  public:
@@ -40,10 +48,12 @@ class Team {
 
   __device__ __forceinline__ void Sync() {
 #if TENON_SM90A
-    SyncCluster();
-#else
-    __syncthreads();
+    if (size_ > 1) {
+      SyncCluster();
+      return;
+    }
 #endif
+    __syncthreads();
   }
   // The same place of shared memory in another block.
   template <class T>
@@ -56,32 +66,15 @@ class Team {
   }
 
   // Over all blocks, the same on every thread.
-  __device__ uint64_t Sum(uint64_t value) {
-    const uint64_t* const values = Exchange(block_.Sum(value));
-    uint64_t sum = 0;
-    for (int i = 0; i < size_; ++i) sum += values[i];
-    return sum;
-  }
-  __device__ uint32_t Max(uint32_t value) {
-    const uint64_t* const values = Exchange(block_.Max({value, 0}).a);
-    uint32_t max = 0;
-    for (int i = 0; i < size_; ++i) {
-      max = ::max(max, static_cast<uint32_t>(values[i]));
-    }
-    return max;
-  }
-  __device__ uint32_t Min(uint32_t value) { return ~Max(~value); }
+  __device__ __noinline__ uint64_t Sum(uint64_t value);
+  // The largest of both halves, each for itself.
+  __device__ __noinline__ Block::Pair Max(Block::Pair pair);
 
   // Every block's value, which is the same on all of its threads.
-  __device__ const uint64_t* Exchange(uint64_t value) {
-    uint64_t* const values = s_.values[turn_];
-    turn_ ^= 1;
-    if (threadIdx.x < static_cast<unsigned>(size_)) {
-      *In(static_cast<int>(threadIdx.x), &values[rank_]) = value;
-    }
-    Sync();
-    return values;
-  }
+  __device__ __noinline__ const uint64_t* Exchange(uint64_t value);
+  // Block's, as a call.
+  __device__ __noinline__ uint64_t InclusiveSum(uint64_t value,
+                                                uint64_t* total);
 
  private:
   Block block_;
@@ -91,48 +84,64 @@ class Team {
   int turn_ = 0;
 };
 
-// Has whole warps call visit(tile, logits) for the sub-tiles with a maximum of
-// at least `floor`, a few of them loaded at a time.
+__device__ __noinline__ inline const uint64_t* Team::Exchange(uint64_t value) {
+  uint64_t* const values = AsShared(s_.values[turn_]);
+  turn_ ^= 1;
+  if (threadIdx.x < static_cast<unsigned>(size_)) {
+    *In(static_cast<int>(threadIdx.x), &values[rank_]) = value;
+  }
+  Sync();
+  return values;
+}
+
+__device__ __noinline__ inline uint64_t Team::InclusiveSum(uint64_t value,
+                                                           uint64_t* total) {
+  return block_.InclusiveSum(value, total);
+}
+
+__device__ __noinline__ inline uint64_t Team::Sum(uint64_t value) {
+  const uint64_t* const values = AsShared(Exchange(block_.Sum(value)));
+  uint64_t sum = 0;
+#pragma unroll 1
+  for (int i = 0; i < size_; ++i) sum += values[i];
+  return sum;
+}
+
+__device__ __noinline__ inline Block::Pair Team::Max(Block::Pair pair) {
+  pair = block_.Max(pair);
+  const uint64_t* const values =
+      AsShared(Exchange((uint64_t{pair.a} << 32) | pair.b));
+#pragma unroll 1
+  for (int i = 0; i < size_; ++i) {
+    pair.a = max(pair.a, static_cast<uint32_t>(values[i] >> 32));
+    pair.b = max(pair.b, static_cast<uint32_t>(values[i]));
+  }
+  return pair;
+}
+
+// LogitsOf() as a call.
+__device__ __noinline__ inline LaneLogits LogitsOfPart(const DecideRow& row,
+                                                       int tile,
+                                                       LanePart part) {
+  return LogitsOf(row, tile, part);
+}
+
+// Has whole warps call visit(tile, logits) for all sub-tiles.
 template <class Visit>
 __device__ __forceinline__ void ForEachTile(const Team& team,
-                                            const DecideRow& row,
-                                            uint32_t floor, Visit visit) {
-  constexpr int kAhead = 4;
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const int warps = team.num_warps();
-  // 32 sub-tiles a warp and round, dealt out like cards.
-  for (int base = team.warp(); base < row.num_tiles; base += 32 * warps) {
-    const int own = base + lane * warps;
-    unsigned left =
-        __ballot_sync(~0u, own < row.num_tiles && row.tile_key[own] >= floor);
-    while (left != 0) {
-      int tiles[kAhead];
-      LanePart parts[kAhead];
-#pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
-        // Past the last one: nothing is loaded, as no id is there.
-        tiles[u] = row.num_tiles * kSubTile;
-        if (left != 0) {
-          tiles[u] = base + (__ffs(static_cast<int>(left)) - 1) * warps;
-        }
-        left &= left - 1;
-        parts[u] = LoadPart(row, tiles[u]);
-      }
-#pragma unroll 1
-      for (int u = 0; u < kAhead; ++u) {
-        // Unrolled only here: visits are long.
-        int tile = tiles[0];
-        LanePart part = parts[0];
-#pragma unroll
-        for (int v = 1; v < kAhead; ++v) {
-          if (u == v) {
-            tile = tiles[v];
-            part = parts[v];
-          }
-        }
-        if (tile < row.num_tiles) visit(tile, LogitsOf(row, tile, part));
-      }
-    }
+                                            const DecideRow& row, Visit visit) {
+  const auto load = [&](int tile) {
+    // Past the last one: nothing is loaded, as no id is there.
+    return LoadPart(row,
+                    tile < row.num_tiles ? tile : row.num_tiles * kSubTile);
+  };
+  LanePart ahead = load(team.warp());
+  for (int tile = team.warp(); tile < row.num_tiles;) {
+    const LanePart part = ahead;
+    const int next = tile + team.num_warps();
+    ahead = load(next);
+    visit(tile, LogitsOfPart(row, tile, part));
+    tile = next;
   }
 }
 

@@ -62,7 +62,7 @@ struct Floats {
 
 template <class T>
 __device__ __forceinline__ float At(const Piece<T>& v, int e) {
-  return ToFloat(v.x[e]);
+  return v.At(e);
 }
 template <int kSize>
 __device__ __forceinline__ float At(const Floats<kSize>& v, int e) {
@@ -93,20 +93,17 @@ __device__ __forceinline__ float MaxOfLane(const Values<V, L>& values) {
 // Of 16-bit types two at a time.
 template <class T, class L>
 __device__ __forceinline__ float MaxOfPairs(const Values<Piece<T>, L>& values) {
-  uint32_t max[4];
-  memcpy(max, &values.v[0][0], sizeof(max));
+  uint4 max = values.v[0][0].words;
 #pragma unroll
   for (int j = 1; j < L::kOwnGroups * kChunksOfGroup; ++j) {
-    uint32_t words[4];
-    memcpy(words, &values.v[j / kChunksOfGroup][j % kChunksOfGroup],
-           sizeof(words));
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      max[w] = MaxOrNan2<T>(max[w], words[w]);
-    }
+    const uint4 words = values.v[j / kChunksOfGroup][j % kChunksOfGroup].words;
+    max.x = MaxOrNan2<T>(max.x, words.x);
+    max.y = MaxOrNan2<T>(max.y, words.y);
+    max.z = MaxOrNan2<T>(max.z, words.z);
+    max.w = MaxOrNan2<T>(max.w, words.w);
   }
   const uint32_t best =
-      MaxOrNan2<T>(MaxOrNan2<T>(max[0], max[1]), MaxOrNan2<T>(max[2], max[3]));
+      MaxOrNan2<T>(MaxOrNan2<T>(max.x, max.y), MaxOrNan2<T>(max.z, max.w));
   T pair[2];
   memcpy(pair, &best, sizeof(pair));
   return MaxOrNan(ToFloat(pair[0]), ToFloat(pair[1]));

@@ -71,10 +71,10 @@ __device__ uint64_t SegmentMass(const Place& place, int vocab, int first,
 #pragma unroll
     for (int e = 0; e < Piece::kSize; ++e) {
       const int id = first + (i * 32 + lane) * Piece::kSize + e;
-      float weight = Probability(p[i].x[e]);
-      if (reads_q) weight = Residual(p[i].x[e], q[i].x[e]);
+      float weight = Probability(p[i].At(e));
+      if (reads_q) weight = Residual(p[i].At(e), q[i].At(e));
       if (residual && !reads_q && id == place.draft) {
-        weight = Residual(p[i].x[e], 1.0f);
+        weight = Residual(p[i].At(e), 1.0f);
       }
       sum += FixedMass(weight);
     }

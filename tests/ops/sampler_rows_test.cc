@@ -146,6 +146,17 @@ TEST_P(SamplerRowsTest, OnlyAllowedIdsAreDrawn) {
   EXPECT_EQ(result.processed_logprobs[2], 0.0);
 }
 
+TEST_P(SamplerRowsTest, OnlyAllowedIdsWithoutEditsAreNone) {
+  const TestTensor logits = Logits(Normal(kVocab, 3));
+  SamplingParams s;
+  s.flags = kOnlyAllowed;
+  const SamplerResult result =
+      Run(CallOf(logits.view(), {s, SamplingParams()}));
+  EXPECT_EQ(result.tokens[0], -1);
+  EXPECT_EQ(result.statuses[0], static_cast<int>(SampleStatus::kNoSupport));
+  EXPECT_EQ(result.statuses[1], static_cast<int>(SampleStatus::kOk));
+}
+
 TEST_P(SamplerRowsTest, BitmaskIsXGrammarsAndPerRow) {
   for (int64_t vocab : {31, 32, 33, 1000}) {
     SCOPED_TRACE(vocab);
