@@ -333,10 +333,13 @@ Plan MakePlan(int64_t tokens, int64_t in_features, int64_t most_stages) {
   const int64_t fixed = sizeof(Shared) + tokens * plan.x_pitch +
                         XScalesBytes(tokens, in_features);
   const int64_t stage = int64_t{kRows} * plan.pitch;
-  plan.stages = linear_stream::NumStages(fixed, stage, kFewestStages,
-                                         kFewestStages, most_stages);
+  const int64_t stages =
+      std::min({(linear_stream::kMaxSharedBytes - fixed) / stage, most_stages,
+                int64_t{kMaxStages}});
+  if (stages < std::min(most_stages, kFewestStages)) return plan;
+  plan.stages = static_cast<int>(stages);
   plan.in_flight = static_cast<int>(kInFlightBytes / stage);
-  plan.bytes = static_cast<int>(fixed + plan.stages * stage);
+  plan.bytes = static_cast<int>(fixed + stages * stage);
   return plan;
 }
 

@@ -280,9 +280,12 @@ Plan MakePlan(int64_t tokens, int64_t in_features, int64_t most_stages) {
       (plan.halves == 1 ? sizeof(Shared<1>) : sizeof(Shared<2>)) +
       tokens * plan.x_pitch;
   const int64_t stage = int64_t{kRows} * plan.pitch;
-  plan.stages = linear_stream::NumStages(fixed, stage, kInFlight, kInFlight + 1,
-                                         most_stages);
-  plan.bytes = static_cast<int>(fixed + plan.stages * stage);
+  const int64_t stages =
+      std::min({(linear_stream::kMaxSharedBytes - fixed) / stage, most_stages,
+                int64_t{kMaxStages}});
+  if (stages < std::min<int64_t>(most_stages, kInFlight)) return plan;
+  plan.stages = static_cast<int>(stages);
+  plan.bytes = static_cast<int>(fixed + stages * stage);
   return plan;
 }
 

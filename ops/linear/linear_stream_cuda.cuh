@@ -27,11 +27,11 @@ inline constexpr int kRows = 8;   // of the weight in a tile
 inline constexpr int kGroup = 2;  // tiles, whose passes take turns in the ring
 inline constexpr int kMaxStages = 32;
 
-// Shared memory of a block, of the 228 KiB of a multiprocessor. A launch that
-// fills the GPU takes this much, so that a multiprocessor never gets two of its
-// blocks while another one gets none, but has room for a block of the kernel
-// behind or ahead: attention. More, up to the maximum, where x is long.
-inline constexpr int kSharedBytes = 115 * 1024;
+// A stage is a tile of one pass over the depth. More shared memory than the
+// maximum would leave none to the blocks of other kernels. A launch that fills
+// the GPU takes the minimum, more than half of a multiprocessor's, so that none
+// gets two of its blocks while another one gets none.
+inline constexpr int kMinSharedBytes = 115 * 1024;
 inline constexpr int kMaxSharedBytes = 200 * 1024;
 
 struct Args {
@@ -143,23 +143,10 @@ inline Status GridSize(const LinearParams& p, int* grid) {
   return Status();
 }
 
-// How many stages a block has beside `fixed_bytes`: `most`, as far as there is
-// room, or `enough` where that is more. 0: not even `fewest` fit.
-inline int NumStages(int64_t fixed_bytes, int64_t stage_bytes, int64_t fewest,
-                     int64_t enough, int64_t most) {
-  most = std::min<int64_t>(most, kMaxStages);
-  const auto room = [&](int64_t bytes) {
-    return (bytes - fixed_bytes) / stage_bytes;
-  };
-  const int64_t stages = std::min(
-      {most, room(kMaxSharedBytes), std::max(enough, room(kSharedBytes))});
-  return stages < std::min(most, fewest) ? 0 : static_cast<int>(stages);
-}
-
 // `grid` as from GridSize.
 inline Status Launch(const Args& args, int shared_bytes, int grid,
                      Stream stream, void (*kernel)(Args)) {
-  if (grid < args.tiles) shared_bytes = std::max(shared_bytes, kSharedBytes);
+  if (grid < args.tiles) shared_bytes = std::max(shared_bytes, kMinSharedBytes);
   return cuda::LaunchDependent(
       "Linear", stream, dim3(static_cast<unsigned>(grid)), dim3(kThreads),
       static_cast<size_t>(shared_bytes), kernel, args);
