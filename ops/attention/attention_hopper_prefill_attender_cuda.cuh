@@ -260,8 +260,8 @@ class Attender {
       *reinterpret_cast<uint4*>(a.out.As<T>() + to + i % kChunks * 8) =
           cuda::LoadShared<uint4>(at + shared_.ChunkOffset(row, i % kChunks));
     }
-    __syncwarp();
-    if (lane_ == 0) cuda::Arrive(shared_.QueriesEmpty(queries_.index));
+    // Every lane for what it has read itself.
+    cuda::Arrive(shared_.QueriesEmpty(queries_.index));
   }
 
   const Params& p_;

@@ -116,7 +116,7 @@ class SharedMemory {
     }
     for (int i = 0; i < S::kQueryBuffers; ++i) {
       cuda::InitBarrier(QueriesFull(i), S::kQueryThreads);
-      cuda::InitBarrier(QueriesEmpty(i), kWarps);
+      cuda::InitBarrier(QueriesEmpty(i), 32 * kWarps);
     }
     cuda::InitBarrier(LastValues(), 1);
     cuda::FenceBarrierInit();
