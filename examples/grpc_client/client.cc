@@ -130,6 +130,7 @@ int Generate(const Flags& flags) {
       std::chrono::duration<double>(std::chrono::steady_clock::now() - begin)
           .count();
   std::printf("\n");
+  std::fflush(stdout);
   if (!status.ok()) {
     std::fprintf(stderr, "grpc_client: %s\n", status.error_message().c_str());
     return 1;
