@@ -168,8 +168,9 @@ Status RunAttention(const StepContext& c, int32_t layer,
   p.max_kv_len = c.inputs.max_kv_len;
   p.max_query_len = c.inputs.max_query_len;
   p.batch_invariant = c.batch_invariant;
-  // QkNorm is ahead, and writes this step's tokens alone, after a projection.
-  p.early_reads = true;
+  // QkNorm is ahead, and writes this step's tokens alone; ahead of it the
+  // projection, unless it is left out.
+  p.early_reads = c.Runs(StepOp::kQkv);
   p.workspace = c.activations.workspace;
   p.workspace_size = c.activations.workspace_size;
   return Attention(p, c.stream);

@@ -75,12 +75,13 @@ struct AttentionParams {
   int32_t max_kv_len = 0;
   int32_t max_query_len = 0;
   bool batch_invariant = false;
-  // A promise that changes no bit: the kernel ahead of this call in the stream,
-  // and where that is QkNorm's the one ahead of it, do not write block_table,
-  // query_start and kv_len, nor the cache but for the call's own tokens. Then
-  // these are read while those kernels still run (programmatic dependent
-  // launch), where kernels can. Kernels further ahead may have written
-  // anything.
+  // A promise that changes no bit: the kernels ahead of this call in the
+  // stream, back to and including the first one that is not QkNorm's, do not
+  // write block_table, query_start and kv_len, nor the cache but for the call's
+  // own tokens, and that first one waits for those ahead of it before it lets
+  // the next one start (as all of this library do but QkNorm). Then these are
+  // read while those kernels still run (programmatic dependent launch), where
+  // kernels can. Kernels further ahead may have written anything.
   bool early_reads = false;
   void* workspace = nullptr;
   size_t workspace_size = 0;

@@ -36,8 +36,8 @@ __device__ __forceinline__ float PairSum(uint32_t pair) {
 // Four float8 e4m3 values as two pairs of T, which is exact. The conversions
 // read halves of a register, so that no shift is needed.
 template <class T>
-__device__ __forceinline__ void WidenFloat8(uint32_t word, uint32_t* low,
-                                            uint32_t* high) {
+__device__ __forceinline__ void WidenFourFloat8(uint32_t word, uint32_t* low,
+                                                uint32_t* high) {
   asm("{\n"
       ".reg .b16 pairs<2>;\n"
       "mov.b32 {pairs0, pairs1}, %2;\n"
@@ -193,7 +193,7 @@ class Attend {
 #pragma unroll
           for (int n = 0; n < 2; ++n) {
             const uint32_t words[4] = {k[n].x, k[n].y, k[n].z, k[n].w};
-            WidenFloat8<T>(words[i], &b[2 * n], &b[2 * n + 1]);
+            WidenFourFloat8<T>(words[i], &b[2 * n], &b[2 * n + 1]);
           }
         } else {
           LoadMatrices(
@@ -323,8 +323,9 @@ class Attend {
       // the output, odd ones the next.
       uint32_t lows[2];
       uint32_t highs[2];
-      WidenFloat8<Weight>(__byte_perm(low, 0, 0x3120), &lows[0], &lows[1]);
-      WidenFloat8<Weight>(__byte_perm(high, 0, 0x3120), &highs[0], &highs[1]);
+      WidenFourFloat8<Weight>(__byte_perm(low, 0, 0x3120), &lows[0], &lows[1]);
+      WidenFourFloat8<Weight>(__byte_perm(high, 0, 0x3120), &highs[0],
+                              &highs[1]);
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd) {
         Mma<Weight>(out_[n + odd], weights, lows[odd], highs[odd]);

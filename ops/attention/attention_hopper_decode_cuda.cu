@@ -307,6 +307,7 @@ Status LaunchShape(const AttentionArgs& args, const HopperDecodePlan& plan,
   constexpr int kHalf = 113 * 1024;
   constexpr int kWhole = 227 * 1024;
   constexpr int kMinStages = 2;
+  // Blocks of several teams have an SM of their own anyway.
   const int room = a.teams == S::kTeamsPerSm ? kWhole : kHalf;
   const int tile_rows = plan.queries_per_tile * a.group;
   int blocks = plan.cluster_blocks;
@@ -375,6 +376,12 @@ Status LaunchHopperDecodeAttention(const AttentionArgs& args, Stream stream) {
                              args.params.q.device.index),
       "Attention"));
   if (processors < 100) plan.cluster_blocks = std::min(plan.cluster_blocks, 8);
+  // Blocks of two teams fill an SM each: on fewer than those of the plan, some
+  // would wait for others to end.
+  const AttentionParams& p = args.params;
+  const int64_t blocks = std::min(plan.num_tiles, p.q.shape[0]) *
+                         p.k_cache.shape[2] * plan.cluster_blocks;
+  if (blocks > processors) plan.teams = 1;
   return args.params.q.dtype == DType::kFloat16
              ? LaunchType<__half>(args, plan, stream)
              : LaunchType<__nv_bfloat16>(args, plan, stream);

@@ -195,8 +195,8 @@ __device__ __forceinline__ bool ElectLane() {
   return elected != 0;
 }
 
-// The warp that loads: stages [begin, end) of a tile's keys. What the kernel
-// ahead may still write, it loads last, after that kernel.
+// The warp that loads: stages [begin, end) of a tile's keys. What the kernels
+// ahead may still write, it loads last, after these.
 template <class S>
 __device__ __forceinline__ void LoadStages(const Args& a, const Tile& tile,
                                            int32_t kv_head, int32_t begin,

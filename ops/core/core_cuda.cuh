@@ -112,7 +112,8 @@ Status LaunchDependent(const char* op, Stream stream, dim3 grid, dim3 block,
   TENON_RETURN_IF_ERROR(ToStatus(
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
       op));
-  if (major >= 9) {
+  // Later GPUs run code of compute_80, whose kernels wait for nothing.
+  if (major == 9) {
     config.attrs = &attribute;
     config.numAttrs = 1;
   }
@@ -130,7 +131,8 @@ __device__ __forceinline__ void WaitBeforeReading() {
 // Lets the next kernel set up its blocks, once all of this one's are running.
 // Called before the wait, it lets the next one begin while kernels ahead of
 // this one still run: then the next one may read nothing before its own wait
-// but what no kernel writes (weights).
+// but what no kernel writes (weights), and what was complete before those
+// kernels could begin (AttentionParams::early_reads).
 __device__ __forceinline__ void LetNextKernelStart() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

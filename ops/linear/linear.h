@@ -13,7 +13,7 @@ namespace tenon {
 class CublasLt;
 
 // Up to this many tokens a call's time is that of reading weight, and `norm`
-// and `residual` below save time.
+// and `residual` below save time (fp8 weights: `norm` up to 4).
 inline constexpr int64_t kLinearFewTokens = 16;
 
 // What Linear does to x first: RmsNorm(x) with these, without a residual.

@@ -34,6 +34,7 @@ static_assert(kTokens <= 8, "the columns of an mma");
 constexpr int kOutputs = kTokens * kGroup * kRows;
 // Of these whose sums are added up at one time: every thread has an element.
 constexpr int kSteps = kMultiplyThreads / kOutputs;
+static_assert(kSteps * kOutputs == kMultiplyThreads);
 constexpr int kSumsPitch = 2 * kRows + 4;  // no bank conflicts
 
 // What is in shared memory first; then x, its scales and the ring.

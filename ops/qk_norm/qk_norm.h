@@ -64,7 +64,10 @@ struct KvCacheWriteParams {
 // fine.
 // Elements outside Q and K (V, gaps) keep their bytes.
 //
-// Allocates nothing, does not synchronise, can be captured in a CUDA graph.
+// Allocates nothing, does not synchronise, can be captured in a CUDA graph. On
+// Hopper a kernel behind it that is launched as a programmatic dependent may
+// begin while the kernel ahead of QkNorm still runs: before its own
+// griddepcontrol.wait it may read nothing that either of them writes.
 // Zero tokens is OK. Offsets are 64-bit: any number of tokens.
 // Formula: Qwen3 (Hugging Face transformers, modeling_qwen3.py).
 struct QkNormParams {

@@ -113,7 +113,8 @@ __device__ __forceinline__ void DrawPlain(Block& block, const DecideRow& row,
   if (threadIdx.x % 32 == 0) {
     Drawn& drawn = shared.outcome.drawn;
     drawn = Drawn();
-    drawn.token = token.id;
+    // Only edits that are not what they should be leave no weight at all.
+    drawn.token = min(token.id, row.vocab - 1);
     drawn.x = token.x;
     drawn.best = best;
     drawn.mass = row_total;

@@ -173,8 +173,10 @@ __device__ __noinline__ inline uint32_t WideFilters::GuessTopP() {
 
 __device__ inline void WideFilters::KeepTopP(uint64_t target) {
   const Cutoff bound = range_.to;
-  // Less is stored then.
-  if (!filled_ && store_.own_tiles() > kMostGuessedFrom * kDecideWarps) {
+  // Less is stored then. All blocks of the team have to take the same way, and
+  // their numbers of sub-tiles may differ by one.
+  if (!filled_ &&
+      row_.num_tiles > kMostGuessedFrom * kDecideWarps * team_.size()) {
     const uint32_t guess = GuessTopP();
     if (guess > OrderedKey(bound.value)) {
       range_.to = Cutoff{FromOrderedKey(guess)};

@@ -358,6 +358,32 @@ TEST_P(SamplerRowsTest, ManyRowsDrawWhatFewDo) {
   }
 }
 
+// On CUDA few rows are shared by the blocks of a cluster, of which some have
+// one sub-tile more than others, and many have a block each.
+TEST_P(SamplerRowsTest, RowsInUnevenSharesDrawWhatRowsOfABlockDo) {
+  struct Size {
+    int64_t vocab;
+    int64_t rows;
+  };
+  for (const Size size : {Size{65600, 1}, Size{33000, 17}, Size{16500, 34}}) {
+    SCOPED_TRACE(size.vocab);
+    const TestTensor logits = Logits(Normal(size.vocab, 13));
+    std::vector<SamplingParams> params(70);
+    for (size_t i = 0; i < params.size(); ++i) {
+      params[i].position = i;
+      params[i].top_p = 0.9f;
+    }
+    const testing::Drawn all = Draw(
+        Repeat(logits.view(), static_cast<int64_t>(params.size())), params);
+    params.resize(static_cast<size_t>(size.rows));
+    const testing::Drawn few = Draw(Repeat(logits.view(), size.rows), params);
+    for (int64_t i = 0; i < size.rows; ++i) {
+      EXPECT_EQ(few.tokens[i], all.tokens[i]) << "row " << i;
+      EXPECT_EQ(few.statuses[i], all.statuses[i]) << "row " << i;
+    }
+  }
+}
+
 // Rows of every kind at once, in any order and number, give what each gives
 // alone.
 TEST_P(SamplerRowsTest, AnyMixInOneBatchGivesWhatEachRowGivesAlone) {
