@@ -15,8 +15,8 @@
 // the maximum and the sum of weights of every sub-tile. "Decide" works on these
 // and reads again only the sub-tiles that can matter. A row without filters
 // needs just one of them; filters keep a range of the tokens in the order
-// (logit descending, id ascending), and its two ends are found by radix
-// selection, in a fixed number of passes whatever the logits are.
+// (logit descending, id ascending), and its two ends are found in a
+// bounded number of passes whatever the logits are.
 //
 // Bits that do not depend on who adds up what in which order:
 //   - The sum of a sub-tile is of floats, in the fixed order given at SubTile.

@@ -249,8 +249,8 @@ __device__ __forceinline__ int IdOfCandidate(uint64_t candidate) {
 // Of every sub-tile, in shared memory.
 struct TileArrays {
   uint32_t* key;  // OrderedKey of the maximum, 0 for -inf
-  // Its sum times the weight of its maximum, exactly; later masses of the wide
-  // kernel.
+  // Its sum times the weight of its maximum, exactly; later masses of the
+  // filters that choose from many tokens.
   double* weight;
 
   __device__ TileArrays(void* shared, int num_tiles)

@@ -1,11 +1,10 @@
 #include "ops/sampler/sampler_kernels_cuda.cuh"
 #include "ops/sampler/sampler_tile_sums_cuda.cuh"
 
-// The kernel that reads all logits once. A lane
-// loads the same 16 bytes of several chunks of one sub-tile, and all lanes of a
-// warp together neighbouring bytes, so that there are many loads in flight and
-// hardly any shuffles. Only then it takes the maximum, and only then the
-// weights.
+// The kernel that reads all logits once. A lane loads the same 16 bytes of
+// several chunks of one sub-tile, and all lanes of a warp together neighbouring
+// bytes, so that there are many loads in flight and hardly any shuffles. Only
+// then it takes the maximum, and only then the weights.
 
 namespace tenon {
 namespace {

@@ -130,12 +130,12 @@ __device__ __forceinline__ float MaxOfTile(const Values<V, L>& values) {
   return max;
 }
 
-// The sum over a sub-tile in the order that row_plan.h gives at SubTile, of
+// The sum over a sub-tile in the order that row_tiles.h gives at SubTile, of
 // group(g, e): that of the lane's g-th group at element e of the piece.
 template <class Value, class L, class Group>
 __device__ __forceinline__ Value SumOfTile(Group group) {
   constexpr int kSize = L::kSize;
-  Value lanes[kSize];  // B, then C, of row_plan.h
+  Value lanes[kSize];  // B, then C, of row_tiles.h
 #pragma unroll
   for (int e = 0; e < kSize; ++e) {
     Value sums[L::kOwnGroups];

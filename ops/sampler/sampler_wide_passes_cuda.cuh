@@ -113,7 +113,7 @@ class WidePasses {
             floor == OrderedKey(range_.to.value) ? range_.to.last_id
                                                  : Cutoff().last_id};
   }
-  // Passes begin with Fill().
+  // Passes begin with Fill(), but for those that make a guess.
   __device__ void ClearStore();
   __device__ __noinline__ void Fill();
   // visit(x, id, kept) for the tokens with a key from `floor` on and some
