@@ -279,7 +279,7 @@ template <bool kRich>
 __global__ void __launch_bounds__(kDecideThreads, 2)
     DecideKernel(const __grid_constant__ SamplerCall call, int log2_blocks,
                  int room_bytes) {
-  extern __shared__ alignas(16) double shared_memory[];
+  extern __shared__ __align__(16) double shared_memory[];
   void* const scratch = shared_memory;
   // Behind it: what has a fixed place needs no address.
   const TileArrays arrays(shared_memory + kScratch / sizeof(double),
