@@ -22,19 +22,10 @@ using testing::Traffic;
 using testing::TrafficLogits;
 using testing::UsedDeviceBytes;
 
-constexpr int32_t kMaxSequences = 11;
-constexpr int32_t kMaxContext = 96;
-
 class SteadyMemoryTest : public testing::SessionTestBase {
  protected:
   std::unique_ptr<Session> MakeSession() {
-    SessionOptions options;
-    options.max_sequences = kMaxSequences;
-    options.max_tokens = 64;
-    options.max_context = kMaxContext;
-    options.batch_invariant = true;
-    options.num_threads = 2;
-    return SessionWith(options);
+    return SessionWith(testing::TrafficOptions(true));
   }
 };
 
@@ -43,8 +34,7 @@ TEST_P(SteadyMemoryTest, TwoThousandStepsInFlightTakeNone) {
   const std::unique_ptr<Session> session = MakeSession();
   ASSERT_NE(session, nullptr);
   const int64_t free_pages = session->num_free_pages();
-  Traffic traffic(session.get(), kMaxSequences, kMaxContext,
-                  TrafficLogits::kNone);
+  Traffic traffic(session.get(), TrafficLogits::kNone);
   traffic.Run(num_steps / 4, true);  // loads what is loaded when it is needed
   const int64_t resident = ResidentBytes();
   ASSERT_GT(resident, 0);
