@@ -22,16 +22,12 @@ using testing::Traffic;
 using testing::TrafficLogits;
 using testing::UsedDeviceBytes;
 
-class SteadyMemoryTest : public testing::SessionTestBase {
- protected:
-  std::unique_ptr<Session> MakeSession() {
-    return SessionWith(testing::TrafficOptions(true));
-  }
-};
+class SteadyMemoryTest : public testing::SessionTestBase {};
 
 TEST_P(SteadyMemoryTest, TwoThousandStepsInFlightTakeNone) {
   const int num_steps = on_cuda() ? 2000 : 400;
-  const std::unique_ptr<Session> session = MakeSession();
+  const std::unique_ptr<Session> session =
+      SessionWith(testing::TrafficOptions(true));
   ASSERT_NE(session, nullptr);
   const int64_t free_pages = session->num_free_pages();
   Traffic traffic(session.get(), TrafficLogits::kNone);
@@ -57,7 +53,8 @@ TEST_P(SteadyMemoryTest, TwoThousandStepsInFlightTakeNone) {
   traffic.ReleaseAll();
   EXPECT_EQ(session->num_free_pages(), free_pages);
   EXPECT_EQ(session->num_sequences(), 0);
-  const std::unique_ptr<Session> alone = MakeSession();
+  const std::unique_ptr<Session> alone =
+      SessionWith(testing::TrafficOptions(true));
   for (const Traffic::Record& record : traffic.records()) {
     const SequenceId sequence = *alone->CreateSequence();
     StepRow row = Row(sequence, record.prompt);
