@@ -63,6 +63,24 @@ Status ResolvePages(const KvCacheOptions& cache, SessionOptions* o) {
   return CheckRange(kCreate, "num_pages", o->num_pages, 1, kMax);
 }
 
+// But for the number of pages.
+KvCacheOptions KvCacheOptionsOf(const Model& model, const LocalShape& local,
+                                const SessionOptions& o) {
+  KvCacheOptions c;
+  c.num_layers = model.config.num_layers;
+  c.num_kv_heads = local.num_kv_heads;
+  c.head_dim = model.config.head_dim;
+  c.dtype = o.kv_cache_dtype == DType::kInvalid ? model.weights.dtype
+                                                : o.kv_cache_dtype;
+  c.k_scale = o.kv_cache_k_scale;
+  c.v_scale = o.kv_cache_v_scale;
+  c.device = model.device;
+  c.page_size = o.page_size;
+  c.max_sequences = o.max_sequences;
+  c.max_context = o.max_context;
+  return c;
+}
+
 }  // namespace
 
 Status Session::Impl::CheckUsable(const char* what) const {
@@ -129,18 +147,7 @@ StatusOr<std::unique_ptr<Session>> Session::Create(
   StatusOr<LocalShape> local = MakeLocalShape(m.config, m.shard);
   TENON_RETURN_IF_ERROR(local.status());
 
-  KvCacheOptions c;
-  c.num_layers = m.config.num_layers;
-  c.num_kv_heads = local->num_kv_heads;
-  c.head_dim = m.config.head_dim;
-  c.dtype =
-      o.kv_cache_dtype == DType::kInvalid ? m.weights.dtype : o.kv_cache_dtype;
-  c.k_scale = o.kv_cache_k_scale;
-  c.v_scale = o.kv_cache_v_scale;
-  c.device = m.device;
-  c.page_size = o.page_size;
-  c.max_sequences = o.max_sequences;
-  c.max_context = o.max_context;
+  KvCacheOptions c = KvCacheOptionsOf(m, *local, o);
   TENON_RETURN_IF_ERROR(ResolvePages(c, &o));
   c.num_pages = o.num_pages;
   StatusOr<KvCache> cache = KvCache::Create(c);

@@ -202,7 +202,21 @@ fn sequences_fork_truncate_and_give_logits() {
         edits: None,
         bitmask: None,
     }]);
-    assert_eq!(again.unwrap()[0].token, drawn.token);
+    let again = again.unwrap().remove(0);
+    assert_eq!(again.token, drawn.token);
+    assert!(again.logits.is_empty());
+
+    second.truncate(prompt.len() - 2).unwrap();
+    let both = session.step(&mut [Row {
+        sequence: &second,
+        tokens: &prompt[prompt.len() - 2..],
+        continues: false,
+        sampling: Some(&greedy),
+        logits: Logits::ReturnAll,
+        edits: None,
+        bitmask: None,
+    }]);
+    assert_eq!(both.unwrap()[0].logits, all[all.len() - 2 * vocab_size..]);
 
     let wrong = session.step(&mut [Row {
         sequence: &second,
@@ -352,7 +366,7 @@ fn two_steps_are_in_flight() {
             tokens,
             continues: tokens.is_empty(),
             sampling: Some(sampling),
-            logits: Logits::None,
+            logits: Logits::ReturnLast,
             edits: None,
             bitmask: None,
         }
@@ -369,6 +383,9 @@ fn two_steps_are_in_flight() {
     }
     assert_ne!(expected[0].mirostat_mu, expected[1].mirostat_mu);
     assert_eq!(expected[0].top.len(), 2);
+    let vocab_size = model.info().unwrap().vocab_size as usize;
+    assert_eq!(expected[4].logits.len(), vocab_size);
+    assert_ne!(expected[3].logits, expected[4].logits);
 
     let second = session.sequence().unwrap();
     session
@@ -390,7 +407,8 @@ fn two_steps_are_in_flight() {
     assert_eq!(sampled, expected);
     assert_eq!(code(session.wait()), sys::TENON_FAILED_PRECONDITION);
 
-    let mut logits = vec![0.0; model.info().unwrap().vocab_size as usize];
+    // Slices of the caller's might be gone before they are written.
+    let mut logits = vec![0.0; vocab_size];
     let mut row = next(&first, &[], &sampling);
     row.logits = Logits::Last(&mut logits);
     assert_eq!(

@@ -3,6 +3,7 @@
 use crate::{c_string, sys, Error, Library, LogitEdit, Result, SamplingParams, SessionOptions};
 use std::collections::VecDeque;
 use std::ffi::{c_void, CStr};
+use std::mem::take;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::ptr::{null, null_mut};
 use std::sync::Mutex;
@@ -92,8 +93,9 @@ pub struct Session {
     library: Library,
     handle: sys::tenon_session,
     vocab_size: usize,
-    /// Rows of the steps in flight, the oldest first.
-    in_flight: Mutex<VecDeque<usize>>,
+    /// The logits of the rows of each step in flight, which the library writes, the
+    /// oldest step first.
+    in_flight: Mutex<VecDeque<Vec<Vec<f32>>>>,
 }
 
 impl Session {
@@ -189,6 +191,7 @@ impl Session {
                 status: statuses[i],
                 top: space[i].top(&rows[i]),
                 mirostat_mu: mirostat_mu[i],
+                logits: take(&mut space[i].logits),
             })
             .collect())
     }
@@ -197,10 +200,14 @@ impl Session {
     /// on its way before the tokens of the last one are read. Two may be in flight;
     /// `wait` gives the results of the first. Sequences may come and go meanwhile:
     /// one that has ended may be dropped at once though its next step is under way.
-    /// The rows have no logits: they would be written after this call.
+    /// Logits are written after this call, so its rows can have none but those that
+    /// are returned (`Logits::ReturnLast`, `Logits::ReturnAll`).
     pub fn enqueue(&self, rows: &mut [Row]) -> Result<()> {
-        if rows.iter().any(|row| !matches!(row.logits, Logits::None)) {
-            let message = "an enqueued row with logits".to_string();
+        if rows
+            .iter()
+            .any(|row| matches!(row.logits, Logits::Last(_) | Logits::All(_)))
+        {
+            let message = "an enqueued row with logits that are not returned".to_string();
             return Err(Error::invalid_argument(message));
         }
         let mut space: Vec<_> = rows.iter().map(|_| RowSpace::default()).collect();
@@ -218,14 +225,14 @@ impl Session {
         self.library.call(|error| unsafe {
             (self.library.api.tenon_session_enqueue_step)(self.handle, &args, error)
         })?;
-        in_flight.push_back(rows.len());
+        in_flight.push_back(space.into_iter().map(|row| row.logits).collect());
         Ok(())
     }
 
     /// Waits for the step that was enqueued first.
     pub fn wait(&self) -> Result<Vec<Sampled>> {
         let mut in_flight = self.in_flight.lock().unwrap();
-        let rows = in_flight.front().copied().unwrap_or(0);
+        let rows = in_flight.front().map_or(0, Vec::len);
         let mut tokens = vec![0; rows];
         let mut logprobs = vec![0.0; rows];
         let mut statuses = vec![0; rows];
@@ -246,14 +253,17 @@ impl Session {
         self.library.call(|error| unsafe {
             (self.library.api.tenon_session_wait_step)(self.handle, &results, error)
         })?;
-        in_flight.pop_front();
-        Ok((0..rows)
-            .map(|i| Sampled {
+        let logits = in_flight.pop_front().unwrap_or_default();
+        Ok(logits
+            .into_iter()
+            .enumerate()
+            .map(|(i, logits)| Sampled {
                 token: tokens[i],
                 logprob: logprobs[i],
                 status: statuses[i],
                 top: top_of(&top_tokens[i], &top_logprobs[i]),
                 mirostat_mu: mirostat_mu[i],
+                logits,
             })
             .collect())
     }
@@ -318,6 +328,10 @@ pub enum Logits<'a> {
     Last(&'a mut [f32]),
     /// Of every token.
     All(&'a mut [f32]),
+    /// Those of the last token, in `Sampled::logits`.
+    ReturnLast,
+    /// Those of every token, in `Sampled::logits`.
+    ReturnAll,
 }
 
 /// What a step does with one sequence.
@@ -351,6 +365,7 @@ struct AlignedEdit(LogitEdit);
 #[derive(Default)]
 struct RowSpace {
     edits: Vec<AlignedEdit>,
+    logits: Vec<f32>, // that are returned
     top_tokens: [i32; MAX_TOP],
     top_logprobs: [f32; MAX_TOP],
 }
@@ -382,19 +397,31 @@ fn top_of(tokens: &[i32], logprobs: &[f32]) -> Vec<(i32, f32)> {
 impl Row<'_> {
     fn raw(&mut self, session: &Session, space: &mut RowSpace) -> Result<sys::tenon_step_row> {
         let vocab_size = session.vocab_size;
-        let (logits, wanted, logits_mode) = match &mut self.logits {
-            Logits::None => (None, 0, sys::TENON_LOGITS_NONE),
-            Logits::Last(slice) => (Some(slice), 1, sys::TENON_LOGITS_LAST),
-            Logits::All(slice) => (Some(slice), self.tokens.len(), sys::TENON_LOGITS_ALL),
+        let num_tokens = self.tokens.len() + usize::from(self.continues);
+        let (wanted, logits_mode) = match self.logits {
+            Logits::None => (0, sys::TENON_LOGITS_NONE),
+            Logits::Last(_) | Logits::ReturnLast => (1, sys::TENON_LOGITS_LAST),
+            Logits::All(_) | Logits::ReturnAll => (num_tokens, sys::TENON_LOGITS_ALL),
         };
-        let room = logits.as_ref().map_or(0, |slice| slice.len());
-        if room != wanted * vocab_size {
+        let logits: &mut [f32] = match &mut self.logits {
+            Logits::Last(slice) | Logits::All(slice) => slice,
+            Logits::None | Logits::ReturnLast | Logits::ReturnAll => {
+                space.logits = vec![0.0; wanted * vocab_size];
+                &mut space.logits
+            }
+        };
+        if logits.len() != wanted * vocab_size {
             return Err(Error::invalid_argument(format!(
                 "room for {} logits, expected {} * {}",
-                room, wanted, vocab_size
+                logits.len(),
+                wanted,
+                vocab_size
             )));
         }
-        let num_tokens = self.tokens.len() + usize::from(self.continues);
+        let logits = match logits_mode {
+            sys::TENON_LOGITS_NONE => null_mut(),
+            _ => logits.as_mut_ptr(),
+        };
         let words = (vocab_size + 31) / 32;
         if self.bitmask.map_or(false, |bitmask| bitmask.len() != words) {
             return Err(Error::invalid_argument(format!(
@@ -415,7 +442,7 @@ impl Row<'_> {
                 tokens => tokens.as_ptr(),
             },
             sampling: self.sampling.map_or(null(), |s| s),
-            logits: logits.map_or(null_mut(), |slice| slice.as_mut_ptr()),
+            logits,
             logits_mode,
             edits,
             num_edits: length(self.edits.map_or(0, <[_]>::len))?,
@@ -439,6 +466,8 @@ pub struct Sampled {
     /// Mirostat's mu after the draw; 0 without mirostat. A row that goes on from here
     /// after `truncate` gives it, with `sys::TENON_SAMPLING_SET_MIROSTAT_MU`.
     pub mirostat_mu: f32,
+    /// Those of a row with `Logits::ReturnLast` or `Logits::ReturnAll`.
+    pub logits: Vec<f32>,
 }
 
 fn length(number: usize) -> Result<i32> {

@@ -12,6 +12,7 @@ _CUDA = [
     "cudaEventSynchronize",
     "cudaFree",
     "cudaFreeHost",
+    "cudaFuncGetAttributes",
     "cudaFuncSetAttribute",
     "cudaGetDevice",
     "cudaGetDeviceCount",

@@ -45,6 +45,9 @@ cudaError_t GiveBack(Call&& call) {
 TENON_WRAP(cudaErrorUnknown, 0, cudaDeviceGetAttribute,
            (int* value, cudaDeviceAttr attribute, int device),
            (value, attribute, device))
+TENON_WRAP(cudaErrorUnknown, 0, cudaFuncGetAttributes,
+           (cudaFuncAttributes * attributes, const void* function),
+           (attributes, function))
 TENON_WRAP(cudaErrorUnknown, 0, cudaFuncSetAttribute,
            (const void* function, cudaFuncAttribute attribute, int value),
            (function, attribute, value))

@@ -65,11 +65,24 @@ std::vector<int64_t> ParseList(const std::string& flag,
   return values;
 }
 
+std::string Usage(const Options& options) {
+  std::string names;
+  for (const auto& [name, destination] : options.flags)
+    names += name + " VALUE, ";
+  return "flags (tests/bench/README.md): " + names +
+         "--device cpu|cuda|N, --op TEXT, --shape TEXT, --dtype NAME[,NAME], "
+         "--tokens N[,N], --threads N, --replays N, --hot, --json";
+}
+
 }  // namespace
 
 void Bench::ParseFlags(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {
     const std::string flag = argv[i];
+    if (flag == "--help") {
+      std::printf("%s\n", Usage(options_).c_str());
+      std::exit(0);
+    }
     if (flag == "--json" || flag == "--hot") {
       (flag == "--json" ? json_ : hot_) = true;
       continue;
@@ -103,12 +116,7 @@ void Bench::ParseFlag(const std::string& flag, const std::string& value) {
   } else if (flag == "--replays") {
     replays_ = static_cast<int>(ParseList(flag, value)[0]);
   } else {
-    std::string own;
-    for (const auto& [name, destination] : options_.flags) own += name + ", ";
-    ExitUsage(
-        flag + " " + value + ": unknown; flags are " + own +
-        "--device cpu|cuda|N, --op TEXT, --shape TEXT, --dtype NAME[,NAME]"
-        ", --tokens N[,N], --threads N, --replays N, --hot, --json");
+    ExitUsage(flag + " " + value + ": unknown; " + Usage(options_));
   }
 }
 

@@ -16,9 +16,6 @@ namespace {
 using testing::ExpectSameTraffic;
 using testing::Traffic;
 
-constexpr int32_t kMaxSequences = 11;
-constexpr int32_t kMaxContext = 96;
-
 class PipelinedStepTest : public testing::SessionTestBase {
  protected:
   void SetUp() override {
@@ -27,14 +24,7 @@ class PipelinedStepTest : public testing::SessionTestBase {
   }
 
   std::unique_ptr<Session> MakeSession(bool batch_invariant = true) {
-    SessionOptions options;
-    options.max_sequences = kMaxSequences;
-    options.max_tokens = 64;
-    options.max_context = kMaxContext;
-    options.batch_invariant = batch_invariant;
-    options.count_experts = true;
-    options.num_threads = 2;
-    return SessionWith(options);
+    return SessionWith(testing::TrafficOptions(batch_invariant));
   }
 
   SequenceId Create() { return *session_->CreateSequence(); }
@@ -90,8 +80,8 @@ TEST_P(PipelinedStepTest, GivesTheTokensOfStepByStep) {
   for (const bool batch_invariant : {false, true}) {
     const std::unique_ptr<Session> one = MakeSession(batch_invariant);
     const std::unique_ptr<Session> two = MakeSession(batch_invariant);
-    Traffic stepwise(one.get(), kMaxSequences, kMaxContext);
-    Traffic pipelined(two.get(), kMaxSequences, kMaxContext);
+    Traffic stepwise(one.get());
+    Traffic pipelined(two.get());
     stepwise.Run(num_steps, false);
     pipelined.Run(num_steps, true);
     ExpectSameTraffic(stepwise, pipelined);
@@ -102,7 +92,7 @@ TEST_P(PipelinedStepTest, GivesTheTokensOfStepByStep) {
 
 // The sequences of a long run, joining and leaving, each again on its own.
 TEST_P(PipelinedStepTest, CompanyChangesNoToken) {
-  Traffic traffic(session_.get(), kMaxSequences, kMaxContext);
+  Traffic traffic(session_.get());
   traffic.Run(on_cuda() ? 2000 : 120, true);
   const std::unique_ptr<Session> alone = MakeSession();
   ExpectTheSameAlone(traffic, alone.get());
@@ -114,13 +104,14 @@ TEST_P(PipelinedStepTest, LongBlockTables) {
   SessionOptions options = session_->options();
   options.page_size = 1;
   options.max_context = 1024;
-  options.num_pages = 11 * kMaxContext + 1024;
+  options.num_pages = testing::kTrafficSequences * testing::kTrafficContext +
+                      options.max_context;
   for (const bool graphs : {false, true}) {
     options.cuda_graphs = graphs;
     const std::unique_ptr<Session> company = SessionWith(options);
     const std::unique_ptr<Session> alone = SessionWith(options);
     ASSERT_TRUE(company != nullptr && alone != nullptr);
-    Traffic traffic(company.get(), kMaxSequences, kMaxContext);
+    Traffic traffic(company.get());
     traffic.Run(60, true);
     ExpectTheSameAlone(traffic, alone.get());
   }

@@ -19,7 +19,6 @@ using testing::ExpectSameTraffic;
 using testing::Traffic;
 using testing::TrafficLogits;
 
-constexpr int32_t kMaxSequences = 11;  // graphs of 1, 2, 4, 8 and 11 rows
 constexpr int32_t kMaxContext = 48;
 
 // Wide enough for the kernels of large models.
@@ -71,19 +70,14 @@ class SpeedOptionsTest
   // What becomes of the same traffic.
   Traffic Run(const Speed& speed, bool batch_invariant, TrafficLogits logits,
               int num_steps = 0) {
-    SessionOptions options;
-    options.max_sequences = kMaxSequences;
-    options.max_tokens = 64;
+    SessionOptions options = testing::TrafficOptions(batch_invariant);
     options.max_context = kMaxContext;
-    options.batch_invariant = batch_invariant;
-    options.count_experts = true;
-    options.num_threads = 2;
     options.cuda_graphs = speed.graphs;
     options.fuse = speed.fuse;
     StatusOr<std::unique_ptr<Session>> session =
         Session::Create(model_, options);
     EXPECT_TRUE(session.ok()) << session.status().message();
-    Traffic traffic(session->get(), kMaxSequences, kMaxContext, logits);
+    Traffic traffic(session->get(), logits, kMaxContext);
     if (num_steps == 0) num_steps = on_cuda() ? 150 : 16;
     traffic.Run(num_steps, speed.pipelined);
     return traffic;

@@ -22,29 +22,15 @@ using testing::Traffic;
 using testing::TrafficLogits;
 using testing::UsedDeviceBytes;
 
-constexpr int32_t kMaxSequences = 11;
-constexpr int32_t kMaxContext = 96;
-
-class SteadyMemoryTest : public testing::SessionTestBase {
- protected:
-  std::unique_ptr<Session> MakeSession() {
-    SessionOptions options;
-    options.max_sequences = kMaxSequences;
-    options.max_tokens = 64;
-    options.max_context = kMaxContext;
-    options.batch_invariant = true;
-    options.num_threads = 2;
-    return SessionWith(options);
-  }
-};
+class SteadyMemoryTest : public testing::SessionTestBase {};
 
 TEST_P(SteadyMemoryTest, TwoThousandStepsInFlightTakeNone) {
   const int num_steps = on_cuda() ? 2000 : 400;
-  const std::unique_ptr<Session> session = MakeSession();
+  const std::unique_ptr<Session> session =
+      SessionWith(testing::TrafficOptions(true));
   ASSERT_NE(session, nullptr);
   const int64_t free_pages = session->num_free_pages();
-  Traffic traffic(session.get(), kMaxSequences, kMaxContext,
-                  TrafficLogits::kNone);
+  Traffic traffic(session.get(), TrafficLogits::kNone);
   traffic.Run(num_steps / 4, true);  // loads what is loaded when it is needed
   const int64_t resident = ResidentBytes();
   ASSERT_GT(resident, 0);
@@ -67,7 +53,8 @@ TEST_P(SteadyMemoryTest, TwoThousandStepsInFlightTakeNone) {
   traffic.ReleaseAll();
   EXPECT_EQ(session->num_free_pages(), free_pages);
   EXPECT_EQ(session->num_sequences(), 0);
-  const std::unique_ptr<Session> alone = MakeSession();
+  const std::unique_ptr<Session> alone =
+      SessionWith(testing::TrafficOptions(true));
   for (const Traffic::Record& record : traffic.records()) {
     const SequenceId sequence = *alone->CreateSequence();
     StepRow row = Row(sequence, record.prompt);

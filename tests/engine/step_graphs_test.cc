@@ -44,9 +44,6 @@ TEST(DecodeBucketsTest, HoldEveryNumberOfRows) {
 
 class StepGraphsTest : public ::testing::TestWithParam<const char*> {
  protected:
-  static constexpr int32_t kMaxSequences = 11;
-  static constexpr int32_t kMaxContext = 96;
-
   void SetUp() override {
     if (NumCudaDevices() == 0) GTEST_SKIP() << "no CUDA device";
     StatusOr<std::shared_ptr<const Model>> model =
@@ -56,13 +53,8 @@ class StepGraphsTest : public ::testing::TestWithParam<const char*> {
   }
 
   std::unique_ptr<Session> MakeSession(bool graphs, bool batch_invariant) {
-    SessionOptions options;
-    options.max_sequences = kMaxSequences;
-    options.max_tokens = 64;
-    options.max_context = kMaxContext;
+    SessionOptions options = testing::TrafficOptions(batch_invariant);
     options.cuda_graphs = graphs;
-    options.batch_invariant = batch_invariant;
-    options.count_experts = true;
     StatusOr<std::unique_ptr<Session>> session =
         Session::Create(model_, options);
     EXPECT_TRUE(session.ok()) << session.status().message();
@@ -80,8 +72,8 @@ TEST_P(StepGraphsTest, GraphsOnAndOffGiveTheSameBits) {
     ASSERT_TRUE(on != nullptr && off != nullptr);
     EXPECT_EQ(on->num_graphs(), 5);  // 1, 2, 4, 8, 11
     EXPECT_EQ(off->num_graphs(), 0);
-    Traffic traffic_on(on.get(), kMaxSequences, kMaxContext);
-    Traffic traffic_off(off.get(), kMaxSequences, kMaxContext);
+    Traffic traffic_on(on.get());
+    Traffic traffic_off(off.get());
     traffic_on.Run(400, false);
     traffic_off.Run(400, false);
     ExpectSameTraffic(traffic_on, traffic_off);

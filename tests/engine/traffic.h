@@ -18,6 +18,21 @@ enum class TrafficLogits {
   kNone,
 };
 
+inline constexpr int32_t kTrafficSequences = 11;
+inline constexpr int32_t kTrafficContext = 96;
+
+// Of a session for Traffic, with graphs of 1, 2, 4, 8 and 11 rows.
+inline SessionOptions TrafficOptions(bool batch_invariant) {
+  SessionOptions options;
+  options.max_sequences = kTrafficSequences;
+  options.max_tokens = 64;
+  options.max_context = kTrafficContext;
+  options.batch_invariant = batch_invariant;
+  options.count_experts = true;
+  options.num_threads = 2;
+  return options;
+}
+
 // A simulated host of a session: sequences come with a prompt, go on with what
 // was drawn, and leave. When they do follows from a seed alone, so two sessions
 // get the same steps.
@@ -32,12 +47,12 @@ class Traffic {
     std::vector<float> mirostat_mus;
   };
 
-  Traffic(Session* session, int32_t max_sequences, int32_t max_length,
-          TrafficLogits which_logits = TrafficLogits::kSome)
+  explicit Traffic(Session* session,
+                   TrafficLogits which_logits = TrafficLogits::kSome,
+                   int32_t max_length = kTrafficContext)
       : session_(session),
         which_logits_(which_logits),
         vocab_(static_cast<int32_t>(session->model().config.vocab_size)),
-        max_sequences_(max_sequences),
         max_length_(max_length) {}
 
   // Runs steps; with `pipelined` each is enqueued before the one before it was
@@ -99,7 +114,7 @@ class Traffic {
   void Join() {
     // Spells without a newcomer: those steps have one token in each row.
     if (!live_.empty() && Random() % 6 != 0) return;
-    const int32_t room = max_sequences_ - static_cast<int32_t>(live_.size());
+    const int32_t room = kTrafficSequences - static_cast<int32_t>(live_.size());
     if (room == 0) return;
     for (uint32_t n = Random() % std::min(room, 5) + 1; n > 0; --n) {
       StatusOr<SequenceId> sequence = session_->CreateSequence();
@@ -197,7 +212,6 @@ class Traffic {
   Session* session_;
   TrafficLogits which_logits_;
   int32_t vocab_;
-  int32_t max_sequences_;
   int32_t max_length_;
   uint64_t state_ = 7;
   std::vector<Live> live_;

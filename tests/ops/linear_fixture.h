@@ -3,7 +3,9 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -167,10 +169,15 @@ class LinearTestBase : public OpTest {
     return modes;
   }
 
-  void Run(LinearParams p, LinearMode mode) { Run(p, mode, stream()); }
-  void Run(LinearParams p, LinearMode mode, Stream on) {
+  static LinearParams WithMode(LinearParams p, LinearMode mode) {
     p.batch_invariant = mode == LinearMode::kBatchInvariant;
     p.cublas_lt = mode == LinearMode::kCublasLt ? cublas_lt_.get() : nullptr;
+    return p;
+  }
+
+  void Run(const LinearParams& p, LinearMode mode) { Run(p, mode, stream()); }
+  void Run(const LinearParams& params, LinearMode mode, Stream on) {
+    LinearParams p = WithMode(params, mode);
     p.workspace_size = LinearWorkspaceBytes(p);
     StatusOr<Buffer> workspace = Buffer::Allocate(device(), p.workspace_size);
     ASSERT_TRUE(workspace.ok()) << workspace.status().message();
@@ -184,10 +191,67 @@ class LinearTestBase : public OpTest {
     Finish();
   }
 
-  // The out of a call, as bits that memcmp as they are.
-  std::vector<double> OutOf(const LinearCall& call, LinearMode mode) {
+  // The out of a call.
+  template <class Call>
+  std::vector<double> OutOf(const Call& call, LinearMode mode) {
     Run(call.params(), mode);
     return call.Values();
+  }
+
+  // That tokens [first, first + count) alone give the bits of `expected`, the
+  // float32 out of all tokens.
+  void ExpectTokensAlone(const LinearParams& all, int64_t first, int64_t count,
+                         LinearMode mode, const std::vector<double>& expected) {
+    const int64_t cols = all.out.shape[1];
+    const TestTensor out(device(), DType::kFloat32, {count, cols});
+    LinearParams p = all;
+    p.x = Rows(p.x, first, count);
+    p.out = out.view();
+    Run(p, mode);
+    const std::vector<double> actual = out.Values();
+    ASSERT_EQ(std::memcmp(actual.data(), &expected[first * cols],
+                          actual.size() * sizeof(double)),
+              0);
+  }
+
+  // That a token's out is the same among others that are huge.
+  void ExpectTokenIgnoresOthers(const LinearParams& call, LinearMode mode) {
+    const int64_t tokens = call.x.shape[0];
+    const int64_t in = call.x.shape[1];
+    const int64_t cols = call.out.shape[1];
+    std::vector<double> rows[2];
+    for (int i = 0; i < 2; ++i) {
+      std::vector<float> x = Normal(tokens * in, 21 + i, 0.0f, 1.0f + 99 * i);
+      const std::vector<float> last = Normal(in, 23);
+      std::copy(last.begin(), last.end(), x.end() - in);
+      const TestTensor x_tensor(device(), dtype(), {tokens, in}, x);
+      const TestTensor out(device(), DType::kFloat32, {tokens, cols});
+      LinearParams p = call;
+      p.x = x_tensor.view();
+      p.out = out.view();
+      Run(p, mode);
+      rows[i] = out.Values();
+      rows[i].erase(rows[i].begin(), rows[i].end() - cols);
+    }
+    EXPECT_EQ(rows[0], rows[1]);
+  }
+
+  // That the number of threads changes no bit, on the CPU.
+  void ExpectThreadsDoNotMatter(const LinearParams& call) {
+    const auto values = [&](Stream on) {
+      const TestTensor out(device(), call.out.dtype,
+                           {call.out.shape[0], call.out.shape[1]});
+      LinearParams p = call;
+      p.out = out.view();
+      Run(p, LinearMode::kDefault, on);
+      return out.Values();
+    };
+    const std::vector<double> alone = values(Stream());
+    for (int threads : {1, 2, 3, 5}) {
+      StatusOr<OwnedStream> stream = OwnedStream::Create(device(), threads);
+      ASSERT_TRUE(stream.ok());
+      EXPECT_EQ(values(stream->get()), alone) << threads << " threads";
+    }
   }
 
   inline static std::unique_ptr<CublasLt> cublas_lt_;

@@ -114,14 +114,6 @@ class LinearFp8Call {
   LinearFp8Options options_;
 };
 
-class LinearFp8TestBase : public LinearTestBase {
- protected:
-  std::vector<double> OutOf(const LinearFp8Call& call, LinearMode mode) {
-    Run(call.params(), mode);
-    return call.Values();
-  }
-};
-
 }  // namespace tenon::testing
 
 #endif  // TENON_TESTS_OPS_LINEAR_FP8_FIXTURE_H_

@@ -3,13 +3,10 @@
 
 #include <gtest/gtest.h>
 
-#include <cstring>
 #include <vector>
 
-#include "ops/linear/linear.h"
-#include "ops/rms_norm/rms_norm.h"
 #include "tests/ops/linear_fp8_fixture.h"
-#include "tests/testing/compare.h"
+#include "tests/ops/linear_neighbours.h"
 
 namespace tenon {
 namespace {
@@ -21,10 +18,8 @@ using testing::LinearShape;
 using testing::Normal;
 using testing::TestTensor;
 
-class LinearFp8NeighboursTest : public testing::LinearFp8TestBase {};
+class LinearFp8NeighboursTest : public testing::LinearNeighboursTestBase {};
 
-// norm and residual change launches, but no bit: for every kernel, with
-// residual apart from out and being out.
 TEST_P(LinearFp8NeighboursTest, NeighboursGiveTheBitsOfSeparateOperations) {
   struct Case {
     LinearShape shape;
@@ -49,63 +44,17 @@ TEST_P(LinearFp8NeighboursTest, NeighboursGiveTheBitsOfSeparateOperations) {
                          {{40, 72, 336}, {true, true, false, 0}}}) {
     const auto [tokens, out_features, in_features] = test.shape;
     const LinearFp8Call call(device(), dtype(), test.shape, test.options);
-    const LinearParams params = call.params();
-    const auto matrix = [&](DType type, int64_t cols, uint64_t seed) {
-      return TestTensor(device(), type, {tokens, cols},
-                        {cols + test.options.padding, 1},
-                        Normal(tokens * cols, seed));
-    };
     const TestTensor norm_weight(device(), dtype(), {in_features},
                                  Normal(in_features, 33, 1.0f));
+    RmsNormParams norm;
+    norm.weight = norm_weight.view();
+    norm.epsilon = 1e-6f;
+    norm.rounding = test.rounding;
     for (LinearMode mode : Modes()) {
       SCOPED_TRACE(StrCat(tokens, "x", out_features, "x", in_features, " ",
                           LinearModeName(mode)));
-      RmsNormParams norm;
-      const TestTensor normed = matrix(dtype(), in_features, 35);
-      norm.x = params.x;
-      norm.weight = norm_weight.view();
-      norm.out = normed.view();
-      norm.epsilon = 1e-6f;
-      norm.rounding = test.rounding;
-      ASSERT_TRUE(RmsNorm(norm, stream()).ok());
-      LinearParams p = params;
-      p.x = normed.view();
-      const DType out_dtype = p.out.dtype;
-      const TestTensor product = matrix(out_dtype, out_features, 36);
-      p.out = product.view();
-      Run(p, mode);
-      const TestTensor residual = matrix(out_dtype, out_features, 37);
-      std::vector<double> sum = residual.InitialValues();
-      const std::vector<double> terms = product.Values();
-      for (size_t i = 0; i < sum.size(); ++i) {
-        sum[i] = testing::RoundTo(out_dtype, static_cast<float>(sum[i]) +
-                                                 static_cast<float>(terms[i]));
-      }
-
-      const TestTensor fused_normed = matrix(dtype(), in_features, 38);
-      const TestTensor out = matrix(out_dtype, out_features, 39);
-      p.x = params.x;
-      p.norm.weight = norm.weight;
-      p.norm.out = fused_normed.view();
-      p.norm.epsilon = norm.epsilon;
-      p.norm.rounding = norm.rounding;
-      p.out = out.view();
-      p.weights_are_constant = true;
-      Run(p, mode);
-      EXPECT_EQ(fused_normed.Values(), normed.Values());
-      EXPECT_EQ(out.Values(), terms);
-      EXPECT_EQ(fused_normed.NumStrayWrites(), 0);
-
-      p.residual = residual.view();
-      Run(p, mode);
-      EXPECT_EQ(out.Values(), sum);
-      EXPECT_EQ(out.NumStrayWrites(), 0);
-      EXPECT_EQ(residual.Bytes(), residual.InitialBytes());
-      p.weights_are_constant = false;
-      p.out = residual.view();
-      Run(p, mode);
-      EXPECT_EQ(residual.Values(), sum);
-      EXPECT_EQ(residual.NumStrayWrites(), 0);
+      ExpectBitsOfSeparateOperations(call.params(), norm, mode);
+      call.ExpectOnlyOutChanged();
       if (HasFailure()) return;
     }
   }
@@ -131,19 +80,11 @@ TEST_P(LinearFp8NeighboursTest, FewTokensHaveTheBitsOfMany) {
       for (int64_t tokens : {1, 3, 4, 5, 16}) {
         SCOPED_TRACE(StrCat(tokens, "x", shape.out_features, "x",
                             shape.in_features, per_channel ? " channels" : ""));
-        const int64_t first = kMany - tokens;
-        const TestTensor out(device(), DType::kFloat32,
-                             {tokens, shape.out_features});
         LinearParams p = all.params();
-        p.x = Rows(p.x, first, tokens);
-        p.out = out.view();
         p.weights_are_constant = true;
-        Run(p, LinearMode::kDefault);
-        const std::vector<double> actual = out.Values();
-        ASSERT_EQ(
-            std::memcmp(actual.data(), &expected[first * shape.out_features],
-                        actual.size() * sizeof(double)),
-            0);
+        ExpectTokensAlone(p, kMany - tokens, tokens, LinearMode::kDefault,
+                          expected);
+        if (HasFatalFailure()) return;
       }
     }
   }

@@ -1,8 +1,6 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <cstring>
-#include <memory>
 
 #include "ops/core/build_config.h"
 #include "ops/linear/cublas_lt.h"
@@ -27,7 +25,7 @@ using Mode = testing::LinearMode;
 using Options = testing::LinearFp8Options;
 using Shape = testing::LinearShape;
 
-class LinearFp8Test : public testing::LinearFp8TestBase {
+class LinearFp8Test : public testing::LinearTestBase {
  protected:
   void CheckShape(Shape shape, Options options) {
     SCOPED_TRACE(StrCat(
@@ -160,29 +158,11 @@ TEST_P(LinearFp8Test, SameCallGivesTheSameBits) {
 }
 
 TEST_P(LinearFp8Test, RowDoesNotDependOnTheContentOfOthers) {
-  constexpr int64_t kIn = 272;
-  constexpr int64_t kOut = 80;
   for (int64_t tokens : {2, 8, 16, 32, 64, 132}) {
+    const Call call(device(), dtype(), {tokens, 80, 272}, {});
     for (Mode mode : Modes()) {
       SCOPED_TRACE(StrCat(tokens, " tokens, ", LinearModeName(mode)));
-      const Call call(device(), dtype(), {tokens, kOut, kIn}, {});
-      std::vector<double> rows[2];
-      for (int i = 0; i < 2; ++i) {
-        // The last row is the same, the others huge in the second call.
-        std::vector<float> x =
-            Normal(tokens * kIn, 21 + i, 0.0f, 1.0f + 99 * i);
-        const std::vector<float> last = Normal(kIn, 23);
-        std::copy(last.begin(), last.end(), x.end() - kIn);
-        const TestTensor x_tensor(device(), dtype(), {tokens, kIn}, x);
-        const TestTensor out(device(), DType::kFloat32, {tokens, kOut});
-        LinearParams p = call.params();
-        p.x = x_tensor.view();
-        p.out = out.view();
-        Run(p, mode);
-        rows[i] = out.Values();
-        rows[i].erase(rows[i].begin(), rows[i].end() - kOut);
-      }
-      EXPECT_EQ(rows[0], rows[1]);
+      ExpectTokenIgnoresOthers(call.params(), mode);
     }
   }
 }
@@ -192,8 +172,7 @@ TEST_P(LinearFp8Test, RowDoesNotDependOnTheContentOfOthers) {
 TEST_P(LinearFp8Test, RowDoesNotDependOnTheNumberOfOthers) {
   for (int64_t in_features : {272, 2048, 131}) {
     for (bool per_channel : {false, true}) {
-      constexpr int64_t kOut = 200;
-      const Call all(device(), dtype(), {200, kOut, in_features},
+      const Call all(device(), dtype(), {200, 200, in_features},
                      {per_channel, true, true, 0});
       for (Mode mode : Modes()) {
         if (mode == Mode::kCublasLt) continue;
@@ -201,15 +180,8 @@ TEST_P(LinearFp8Test, RowDoesNotDependOnTheNumberOfOthers) {
         for (int64_t tokens : {1, 2, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 111}) {
           for (int64_t first : {0, 89}) {
             SCOPED_TRACE(StrCat(tokens, " tokens from ", first));
-            const TestTensor out(device(), DType::kFloat32, {tokens, kOut});
-            LinearParams p = all.params();
-            p.x = Rows(p.x, first, tokens);
-            p.out = out.view();
-            Run(p, mode);
-            const std::vector<double> actual = out.Values();
-            ASSERT_EQ(std::memcmp(actual.data(), &expected[first * kOut],
-                                  actual.size() * sizeof(double)),
-                      0);
+            ExpectTokensAlone(all.params(), first, tokens, mode, expected);
+            if (HasFatalFailure()) return;
           }
         }
       }
@@ -264,8 +236,7 @@ TEST_P(LinearFp8Test, CallsInAGraphWaitForEachOther) {
 
         std::vector<Buffer> workspaces;
         for (LinearParams& call : p) {
-          call.batch_invariant = mode == Mode::kBatchInvariant;
-          call.cublas_lt = mode == Mode::kCublasLt ? cublas_lt_.get() : nullptr;
+          call = WithMode(call, mode);
           call.workspace_size = LinearWorkspaceBytes(call);
           StatusOr<Buffer> workspace =
               Buffer::Allocate(device(), call.workspace_size);
@@ -291,16 +262,7 @@ TEST_P(LinearFp8Test, CpuResultDoesNotDependOnThreads) {
   for (int64_t tokens : {1, 5, 70}) {
     const Call call(device(), dtype(), {tokens, 777, 300},
                     {false, true, false, 0});
-    Run(call.params(), Mode::kDefault, Stream());
-    const std::vector<double> alone = call.Values();
-    for (int threads : {2, 3, 5}) {
-      StatusOr<OwnedStream> stream = OwnedStream::Create(device(), threads);
-      ASSERT_TRUE(stream.ok());
-      const Call again(device(), dtype(), {tokens, 777, 300},
-                       {false, true, false, 0});
-      Run(again.params(), Mode::kDefault, stream->get());
-      EXPECT_EQ(again.Values(), alone) << threads << " threads";
-    }
+    ExpectThreadsDoNotMatter(call.params());
   }
 }
 

@@ -1,14 +1,10 @@
 // Linear with few tokens, and with the norm and the residual beside it.
 
+#include "tests/ops/linear_neighbours.h"
+
 #include <gtest/gtest.h>
 
-#include <cstring>
 #include <vector>
-
-#include "ops/linear/linear.h"
-#include "ops/rms_norm/rms_norm.h"
-#include "tests/ops/linear_fixture.h"
-#include "tests/testing/compare.h"
 
 namespace tenon {
 namespace {
@@ -20,10 +16,8 @@ using testing::LinearShape;
 using testing::Normal;
 using testing::TestTensor;
 
-class LinearNeighboursTest : public testing::LinearTestBase {};
+class LinearNeighboursTest : public testing::LinearNeighboursTestBase {};
 
-// norm and residual change launches, but no bit: for every kernel, with
-// residual apart from out and being out.
 TEST_P(LinearNeighboursTest, NeighboursGiveTheBitsOfSeparateOperations) {
   struct Case {
     LinearShape shape;
@@ -44,73 +38,22 @@ TEST_P(LinearNeighboursTest, NeighboursGiveTheBitsOfSeparateOperations) {
                                             {{5, 24, 111}},
                                             {{40, 72, 328}}}) {
     const auto [tokens, out_features, in_features] = test.shape;
-    const DType out_dtype = test.float_out ? DType::kFloat32 : dtype();
-    const auto matrix = [&](DType type, int64_t cols, uint64_t seed) {
-      return TestTensor(device(), type, {tokens, cols},
-                        {cols + test.padding, 1}, Normal(tokens * cols, seed));
-    };
-    const TestTensor x = matrix(dtype(), in_features, 31);
-    const TestTensor weight(device(), dtype(), {out_features, in_features},
-                            Normal(out_features * in_features, 32));
+    const LinearCall call(device(), dtype(), test.shape,
+                          {true, test.float_out, test.padding, 0});
     const TestTensor norm_weight(
         device(), test.float_norm_weight ? DType::kFloat32 : dtype(),
         {in_features}, Normal(in_features, 33, 1.0f));
-    const TestTensor bias(device(), dtype(), {out_features},
-                          Normal(out_features, 34));
+    RmsNormParams norm;
+    norm.weight = norm_weight.view();
+    norm.epsilon = 1e-6f;
     for (NormRounding rounding :
          {NormRounding::kFloat32Multiply, NormRounding::kCastThenMultiply}) {
+      norm.rounding = rounding;
       for (LinearMode mode : Modes()) {
         SCOPED_TRACE(StrCat(tokens, "x", out_features, "x", in_features, " ",
                             LinearModeName(mode)));
-        RmsNormParams norm;
-        const TestTensor normed = matrix(dtype(), in_features, 35);
-        norm.x = x.view();
-        norm.weight = norm_weight.view();
-        norm.out = normed.view();
-        norm.epsilon = 1e-6f;
-        norm.rounding = rounding;
-        ASSERT_TRUE(RmsNorm(norm, stream()).ok());
-        LinearParams p;
-        p.x = normed.view();
-        p.weight = weight.view();
-        p.bias = bias.view();
-        const TestTensor product = matrix(out_dtype, out_features, 36);
-        p.out = product.view();
-        Run(p, mode);
-        const TestTensor residual = matrix(out_dtype, out_features, 37);
-        std::vector<double> sum = residual.InitialValues();
-        const std::vector<double> terms = product.Values();
-        for (size_t i = 0; i < sum.size(); ++i) {
-          sum[i] =
-              testing::RoundTo(out_dtype, static_cast<float>(sum[i]) +
-                                              static_cast<float>(terms[i]));
-        }
-
-        const TestTensor fused_normed = matrix(dtype(), in_features, 38);
-        const TestTensor out = matrix(out_dtype, out_features, 39);
-        p.x = x.view();
-        p.norm.weight = norm.weight;
-        p.norm.out = fused_normed.view();
-        p.norm.epsilon = norm.epsilon;
-        p.norm.rounding = rounding;
-        p.out = out.view();
-        p.weights_are_constant = true;
-        Run(p, mode);
-        EXPECT_EQ(fused_normed.Values(), normed.Values());
-        EXPECT_EQ(out.Values(), terms);
-        EXPECT_EQ(fused_normed.NumStrayWrites(), 0);
-        EXPECT_EQ(x.Bytes(), x.InitialBytes());
-
-        p.residual = residual.view();
-        Run(p, mode);
-        EXPECT_EQ(out.Values(), sum);
-        EXPECT_EQ(out.NumStrayWrites(), 0);
-        EXPECT_EQ(residual.Bytes(), residual.InitialBytes());
-        p.weights_are_constant = false;
-        p.out = residual.view();
-        Run(p, mode);
-        EXPECT_EQ(residual.Values(), sum);
-        EXPECT_EQ(residual.NumStrayWrites(), 0);
+        ExpectBitsOfSeparateOperations(call.params(), norm, mode);
+        call.ExpectOnlyOutChanged();
         if (HasFailure()) return;
       }
     }
@@ -130,16 +73,7 @@ TEST_P(LinearNeighboursTest, FewTokensMatchTheirRowsAlone) {
     const LinearCall all(device(), dtype(), shape, {true, true, 0, 0});
     const std::vector<double> expected = OutOf(all, LinearMode::kDefault);
     for (int64_t first : {int64_t{0}, shape.tokens - 1}) {
-      const TestTensor out(device(), DType::kFloat32, {1, shape.out_features});
-      LinearParams p = all.params();
-      p.x = Rows(p.x, first, 1);
-      p.out = out.view();
-      Run(p, LinearMode::kDefault);
-      const std::vector<double> actual = out.Values();
-      EXPECT_EQ(
-          std::memcmp(actual.data(), &expected[first * shape.out_features],
-                      actual.size() * sizeof(double)),
-          0);
+      ExpectTokensAlone(all.params(), first, 1, LinearMode::kDefault, expected);
     }
     Run(all.params(), LinearMode::kBatchInvariant);
     EXPECT_LT(testing::RelativeFrobeniusError(all.Values(), expected), 1e-5);

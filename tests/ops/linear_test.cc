@@ -3,8 +3,6 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <cstring>
-#include <memory>
 
 #include "ops/linear/linear_kernel.h"
 #include "tests/ops/linear_fixture.h"
@@ -160,31 +158,11 @@ TEST_P(LinearTest, SameCallGivesTheSameBits) {
 }
 
 TEST_P(LinearTest, RowDoesNotDependOnTheContentOfOthers) {
-  constexpr int64_t kIn = 264;
-  constexpr int64_t kOut = 72;
-  const std::vector<float> weight = Normal(kOut * kIn, 20);
   for (int64_t tokens : {2, 8, 16, 64, 130}) {
+    const LinearCall call(device(), dtype(), {tokens, 72, 264}, {});
     for (LinearMode mode : Modes()) {
       SCOPED_TRACE(StrCat(tokens, " tokens, ", LinearModeName(mode)));
-      std::vector<double> rows[2];
-      for (int i = 0; i < 2; ++i) {
-        // The last row is the same, the others huge in the second call.
-        std::vector<float> x =
-            Normal(tokens * kIn, 21 + i, 0.0f, 1.0f + 99 * i);
-        const std::vector<float> last = Normal(kIn, 23);
-        std::copy(last.begin(), last.end(), x.end() - kIn);
-        const TestTensor x_tensor(device(), dtype(), {tokens, kIn}, x);
-        const TestTensor weight_tensor(device(), dtype(), {kOut, kIn}, weight);
-        const TestTensor out(device(), DType::kFloat32, {tokens, kOut});
-        LinearParams p;
-        p.x = x_tensor.view();
-        p.weight = weight_tensor.view();
-        p.out = out.view();
-        Run(p, mode);
-        rows[i] = out.Values();
-        rows[i].erase(rows[i].begin(), rows[i].end() - kOut);
-      }
-      EXPECT_EQ(rows[0], rows[1]);
+      ExpectTokenIgnoresOthers(call.params(), mode);
     }
   }
 }
@@ -194,22 +172,13 @@ TEST_P(LinearTest, BatchInvariantRowDoesNotDependOnTheNumberOfOthers) {
                               ? LinearMode::kDefault
                               : LinearMode::kBatchInvariant;
   for (int64_t in_features : {264, 2048, 131}) {
-    constexpr int64_t kOut = 200;
-    const LinearCall all(device(), dtype(), {200, kOut, in_features},
+    const LinearCall all(device(), dtype(), {200, 200, in_features},
                          {true, true, 0, 0});
     const std::vector<double> expected = OutOf(all, mode);
     for (int64_t tokens : {1, 2, 8, 9, 16, 17, 64, 65, 111}) {
       for (int64_t first : {0, 89}) {
         SCOPED_TRACE(StrCat(tokens, " tokens from ", first));
-        const TestTensor out(device(), DType::kFloat32, {tokens, kOut});
-        LinearParams p = all.params();
-        p.x = Rows(p.x, first, tokens);
-        p.out = out.view();
-        Run(p, mode);
-        const std::vector<double> actual = out.Values();
-        EXPECT_EQ(std::memcmp(actual.data(), &expected[first * kOut],
-                              actual.size() * sizeof(double)),
-                  0);
+        ExpectTokensAlone(all.params(), first, tokens, mode, expected);
       }
     }
   }
@@ -220,16 +189,7 @@ TEST_P(LinearTest, CpuResultDoesNotDependOnThreads) {
   for (int64_t tokens : {1, 5, 70}) {
     const LinearCall call(device(), dtype(), {tokens, 777, 300},
                           {true, false, 0, 0});
-    Run(call.params(), LinearMode::kDefault, Stream());
-    const std::vector<double> alone = call.Values();
-    for (int threads : {1, 2, 3, 5}) {
-      StatusOr<OwnedStream> stream = OwnedStream::Create(device(), threads);
-      ASSERT_TRUE(stream.ok());
-      const LinearCall again(device(), dtype(), {tokens, 777, 300},
-                             {true, false, 0, 0});
-      Run(again.params(), LinearMode::kDefault, stream->get());
-      EXPECT_EQ(again.Values(), alone) << threads << " threads";
-    }
+    ExpectThreadsDoNotMatter(call.params());
   }
 }
 

@@ -6,8 +6,10 @@
 #include <algorithm>
 #include <cmath>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "ops/core/graph.h"
 #include "ops/moe/moe.h"
 #include "tests/ops/expert_weights.h"
 #include "tests/reference/moe_reference.h"
@@ -33,8 +35,8 @@ struct Problem {
   int64_t intermediate = 1;
   int64_t num_experts = 1;
   int64_t top_k = 1;
-  std::vector<int64_t> ids;  // [tokens, top_k]; empty: random
-  int64_t padding = 0;       // of the rows of all tensors
+  std::vector<int64_t> ids = {};  // [tokens, top_k]; empty: random
+  int64_t padding = 0;            // of the rows of all tensors
   // Rows of x and ids repeat after this many tokens.
   int64_t period = int64_t{1} << 40;
   Experts experts = Experts::kAsX;
@@ -217,6 +219,95 @@ class Fixture : public testing::OpTest {
     EXPECT_EQ(call.out().NumStrayWrites(), 0);
     EXPECT_EQ(call.workspace().NumStrayWrites(), 0);
     EXPECT_EQ(call.x().Bytes(), call.x().InitialBytes());
+  }
+
+  // That the call gives the same bits again, whatever its workspace holds, and
+  // with one thread.
+  void ExpectSameBitsAgain(const Problem& problem) {
+    SCOPED_TRACE(problem.Text());
+    Call call(device(), dtype(), problem);
+    Run(call);
+    const std::vector<uint8_t> bytes = call.out().Bytes();
+    for (int i = 0; i < 8; ++i) {
+      if (i == 4) call.AddWorkspace();
+      Run(call);
+      ASSERT_EQ(call.out().Bytes(), bytes) << "run " << i;
+    }
+    Stream alone = stream();
+    alone.cpu = nullptr;
+    ASSERT_TRUE(Moe(call.params(), alone).ok());
+    Finish();
+    EXPECT_EQ(call.out().Bytes(), bytes) << "one thread";
+  }
+
+  // That the same comes of it where out is x.
+  void ExpectInPlaceIsOutOfPlace(const Problem& problem) {
+    SCOPED_TRACE(problem.Text());
+    Call call(device(), dtype(), problem);
+    Run(call);
+    call.params().out = call.params().x;
+    Run(call);
+    EXPECT_EQ(call.x().Values(), call.out().Values());
+    EXPECT_EQ(call.x().NumStrayWrites(), 0);
+  }
+
+  // That equal tokens, which come again after problem.period, have equal bits
+  // in every chunk of the call: those of the reference.
+  void ExpectEqualBitsForEqualTokens(const Problem& problem) {
+    SCOPED_TRACE(problem.Text());
+    Call call(device(), dtype(), problem);
+    Run(call);
+    const std::vector<double> values = call.out().Values();
+    const std::vector<double> first(
+        values.begin(), values.begin() + problem.period * problem.hidden);
+    EXPECT_LT(RelativeFrobeniusError(
+                  first, call.Expected(FirstTokens(problem.period))),
+              MaxError(problem.experts));
+    int64_t different = 0;
+    for (size_t i = 0; i < values.size(); ++i) {
+      different += values[i] != first[i % first.size()];
+    }
+    EXPECT_EQ(different, 0);
+    EXPECT_EQ(call.workspace().NumStrayWrites(), 0);
+  }
+
+  // That with batch_invariant tokens have the same bits alone, and among so
+  // many that other kernels are chosen. `problem` has 900.
+  void ExpectTokensIgnoreTheirNumber(const Problem& problem) {
+    Call all(device(), dtype(), problem);
+    all.params().batch_invariant = true;
+    Run(all);
+    const std::vector<double> expected = all.out().Values();
+    for (const auto& [first, count] : std::vector<std::pair<int64_t, int64_t>>{
+             {41, 1}, {41, 5}, {10, 112}, {800, 100}}) {
+      SCOPED_TRACE(StrCat(count, " tokens from ", first));
+      const TestTensor out(device(), dtype(), {count, problem.hidden});
+      MoeParams p = all.params();
+      p.x = Rows(p.x, first, count);
+      p.topk_ids = Rows(p.topk_ids, first, count);
+      p.topk_weights = Rows(p.topk_weights, first, count);
+      p.out = out.view();
+      ASSERT_TRUE(Moe(p, stream()).ok());
+      Finish();
+      EXPECT_EQ(out.Values(),
+                std::vector<double>(
+                    expected.begin() + first * problem.hidden,
+                    expected.begin() + (first + count) * problem.hidden));
+    }
+  }
+
+  // That a captured call gives the same bits.
+  void ExpectSameBitsInAGraph(const Problem& problem) {
+    SCOPED_TRACE(problem.Text());
+    Call call(device(), dtype(), problem);
+    Call captured(device(), dtype(), problem);
+    Run(call);
+    const StatusOr<Graph> graph = Graph::Capture(
+        device(), stream(), [&] { return Moe(captured.params(), stream()); });
+    ASSERT_TRUE(graph.ok()) << graph.status().message();
+    for (int i = 0; i < 3; ++i) ASSERT_TRUE(graph->Launch(stream()).ok());
+    Finish();
+    EXPECT_EQ(captured.out().Bytes(), call.out().Bytes());
   }
 
   // Row `row` of a [tokens, hidden] result.

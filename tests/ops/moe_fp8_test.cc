@@ -3,9 +3,7 @@
 #include <cmath>
 #include <limits>
 
-#include "ops/core/build_config.h"
 #include "tests/ops/moe_fixture.h"
-#include "tests/testing/cuda_graph.h"
 
 // Moe with experts of float8_e4m3.
 
@@ -31,8 +29,8 @@ class MoeFp8Test : public Fixture {
 
 TEST_P(MoeFp8Test, MatchesReference) {
   for (Experts experts : kScalings) {
-    for (const auto& [tokens, hidden, intermediate, num_experts, top_k] :
-         std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>>{
+    // Tokens, hidden, intermediate, experts, top_k.
+    for (Problem problem : std::vector<Problem>{
              {1, 1, 1, 1, 1},
              {2, 64, 48, 16, 8},
              {3, 13, 7, 5, 2},     // elements must be read one by one
@@ -41,12 +39,6 @@ TEST_P(MoeFp8Test, MatchesReference) {
              {13, 128, 192, 24, 8},
              {111, 144, 64, 8, 4},
              {300, 32, 96, 2, 2}}) {
-      Problem problem;
-      problem.tokens = tokens;
-      problem.hidden = hidden;
-      problem.intermediate = intermediate;
-      problem.num_experts = num_experts;
-      problem.top_k = top_k;
       problem.experts = experts;
       for (int64_t padding : {0, 5, 16}) {
         problem.padding = padding;
@@ -107,67 +99,28 @@ TEST_P(MoeFp8Test, InPlaceIsOutOfPlace) {
     for (int64_t tokens : {1, 60, 700}) {
       Problem problem = Usual(experts, tokens);
       problem.padding = 16;
-      Call call(device(), dtype(), problem);
-      Run(call);
-      call.params().out = call.params().x;
-      Run(call);
-      EXPECT_EQ(call.x().Values(), call.out().Values()) << tokens;
-      EXPECT_EQ(call.x().NumStrayWrites(), 0);
+      ExpectInPlaceIsOutOfPlace(problem);
     }
   }
 }
 
-// Equal tokens give equal bits wherever they are, in every chunk of a call.
 TEST_P(MoeFp8Test, ChunkEdge) {
   for (Experts experts : kScalings) {
-    for (int64_t tokens : {on_cuda() ? kMoeChunkTokens + 1 : 600}) {
-      Problem problem;
-      problem.tokens = tokens;
-      problem.hidden = 32;
-      problem.intermediate = 16;
-      problem.num_experts = 5;
-      problem.top_k = 2;
-      problem.period = 97;
-      problem.experts = experts;
-      Call call(device(), dtype(), problem);
-      Run(call);
-      const std::vector<double> values = call.out().Values();
-      const std::vector<double> first(values.begin(), values.begin() + 97 * 32);
-      EXPECT_LT(RelativeFrobeniusError(first, call.Expected(FirstTokens(97))),
-                MaxError(experts));
-      int64_t different = 0;
-      for (size_t i = 0; i < values.size(); ++i) {
-        different += values[i] != first[i % first.size()];
-      }
-      EXPECT_EQ(different, 0);
-      EXPECT_EQ(call.workspace().NumStrayWrites(), 0);
-    }
+    Problem problem;
+    problem.tokens = on_cuda() ? kMoeChunkTokens + 1 : 600;
+    problem.hidden = 32;
+    problem.intermediate = 16;
+    problem.num_experts = 5;
+    problem.top_k = 2;
+    problem.period = 97;
+    problem.experts = experts;
+    ExpectEqualBitsForEqualTokens(problem);
   }
 }
 
 TEST_P(MoeFp8Test, RowDoesNotDependOnTheirNumber) {
   for (Experts experts : kScalings) {
-    const Problem problem = Usual(experts, 900);
-    Call all(device(), dtype(), problem);
-    all.params().batch_invariant = true;
-    Run(all);
-    const std::vector<double> expected = all.out().Values();
-    for (const auto& [first, count] : std::vector<std::pair<int64_t, int64_t>>{
-             {41, 1}, {41, 5}, {10, 112}, {800, 100}}) {
-      SCOPED_TRACE(StrCat(count, " tokens from ", first));
-      const TestTensor out(device(), dtype(), {count, problem.hidden});
-      MoeParams p = all.params();
-      p.x = Rows(p.x, first, count);
-      p.topk_ids = Rows(p.topk_ids, first, count);
-      p.topk_weights = Rows(p.topk_weights, first, count);
-      p.out = out.view();
-      ASSERT_TRUE(Moe(p, stream()).ok());
-      Finish();
-      EXPECT_EQ(out.Values(),
-                std::vector<double>(
-                    expected.begin() + first * problem.hidden,
-                    expected.begin() + (first + count) * problem.hidden));
-    }
+    ExpectTokensIgnoreTheirNumber(Usual(experts, 900));
   }
 }
 
@@ -213,19 +166,7 @@ TEST_P(MoeFp8Test, RowsOfZeros) {
 TEST_P(MoeFp8Test, SameCallSameBits) {
   for (Experts experts : kScalings) {
     for (int64_t tokens : {8, 129}) {
-      Call call(device(), dtype(), Usual(experts, tokens));
-      Run(call);
-      const std::vector<uint8_t> bytes = call.out().Bytes();
-      for (int i = 0; i < 5; ++i) {
-        if (i == 3) call.AddWorkspace();
-        Run(call);
-        ASSERT_EQ(call.out().Bytes(), bytes) << tokens << " tokens, run " << i;
-      }
-      Stream alone = stream();
-      alone.cpu = nullptr;
-      ASSERT_TRUE(Moe(call.params(), alone).ok());
-      Finish();
-      EXPECT_EQ(call.out().Bytes(), bytes) << "one thread";
+      ExpectSameBitsAgain(Usual(experts, tokens));
     }
   }
 }
@@ -252,21 +193,9 @@ TEST_P(MoeFp8Test, TablesOfMatrices) {
 }
 
 TEST_P(MoeFp8Test, GraphReplay) {
-  if constexpr (kCudaBuilt) {
-    if (!on_cuda()) GTEST_SKIP() << "graphs are of CUDA";
-    for (int64_t tokens : {1, 8, 100, 3000}) {
-      SCOPED_TRACE(tokens);
-      const Problem problem = Usual(Experts::kFp8Blocks, tokens);
-      Call call(device(), dtype(), problem);
-      Call captured(device(), dtype(), problem);
-      Run(call);
-      const Status status = testing::RunAsCudaGraph(
-          stream(), 3, [&] { return Moe(captured.params(), stream()); });
-      ASSERT_TRUE(status.ok()) << status.message();
-      EXPECT_EQ(captured.out().Bytes(), call.out().Bytes());
-    }
-  } else {
-    GTEST_SKIP() << "built without CUDA";
+  if (!on_cuda()) GTEST_SKIP() << "graphs are of CUDA";
+  for (int64_t tokens : {1, 8, 100, 3000}) {
+    ExpectSameBitsInAGraph(Usual(Experts::kFp8Blocks, tokens));
   }
 }
 

@@ -221,6 +221,16 @@ class Fixture : public testing::OpTest {
     Finish();
   }
 
+  void ExpectSameBitsAgain(const Problem& problem) {
+    Call call(device(), dtype(), problem);
+    Run(call);
+    const std::vector<uint8_t> bytes = call.out().Bytes();
+    for (int i = 0; i < 8; ++i) {
+      Run(call);
+      ASSERT_EQ(call.out().Bytes(), bytes) << "run " << i;
+    }
+  }
+
   // Runs the problem and compares all of it with the reference.
   void ExpectMatches(const Problem& problem) {
     SCOPED_TRACE(StrCat(problem.num_slots(), " slots, ", problem.num_experts,

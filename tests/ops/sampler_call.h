@@ -58,6 +58,147 @@ struct SamplerResult {
   }
 };
 
+// The device's copies of what a call is given.
+class SamplerInputs {
+ public:
+  SamplerInputs(const SamplerCall& call, Device device, Stream stream)
+      : device_(device),
+        stream_(stream),
+        rows_(call.logits.shape[0]),
+        mu_(device, DType::kFloat32,
+            {static_cast<int64_t>(call.mirostat_mu.size())}, call.mirostat_mu) {
+    p_.logits = call.logits;
+    p_.valid_vocab = call.valid_vocab;
+    p_.params = Upload(call.params);
+    p_.stream = call.stream;
+    AddEdits(call.edits);
+    if (!call.bitmask.empty()) {
+      p_.bitmask = MakeTensor(Upload(call.bitmask), DType::kInt32, device,
+                              {rows_, call.bitmask_words});
+    }
+    if (!call.random_bits.empty()) {
+      p_.random_bits =
+          MakeTensor(Upload(call.random_bits), DType::kInt64, device, {rows_});
+    }
+    if (!call.mirostat_mu.empty()) p_.mirostat_mu = mu_.view();
+    if (!call.mirostat_places.empty()) {
+      p_.mirostat_places = MakeTensor(Upload(call.mirostat_places),
+                                      DType::kInt32, device, {rows_, 2});
+    }
+  }
+
+  const SamplerParams& params() const { return p_; }
+  const TestTensor& mirostat_mu() const { return mu_; }
+
+  // Adds a workspace of NaN bytes to a call.
+  void AddWorkspace(SamplerParams* p) {
+    p->workspace_size = SamplerWorkspaceBytes(*p);
+    p->workspace = Upload(std::vector<uint8_t>(p->workspace_size, 0xff));
+  }
+
+ private:
+  template <class T>
+  T* Upload(const std::vector<T>& values) {
+    const size_t bytes = values.size() * sizeof(T);
+    StatusOr<Buffer> buffer = Buffer::Allocate(device_, bytes + 1);
+    EXPECT_TRUE(buffer.ok());
+    EXPECT_TRUE(CopyMemory(buffer->data(), device_, values.data(), Device(),
+                           bytes, stream_)
+                    .ok());
+    EXPECT_TRUE(Synchronize(device_, stream_).ok());
+    buffers_.push_back(*std::move(buffer));
+    return static_cast<T*>(buffers_.back().data());
+  }
+
+  void AddEdits(const std::vector<std::vector<LogitEdit>>& of_rows) {
+    if (of_rows.empty()) return;
+    std::vector<LogitEdit> edits;
+    std::vector<int32_t> offsets = {0};
+    for (const auto& of_row : of_rows) {
+      edits.insert(edits.end(), of_row.begin(), of_row.end());
+      offsets.push_back(static_cast<int32_t>(edits.size()));
+    }
+    p_.edits = Upload(edits);
+    p_.num_edits = static_cast<int64_t>(edits.size());
+    p_.edit_offsets =
+        MakeTensor(Upload(offsets), DType::kInt32, device_, {rows_ + 1});
+  }
+
+  Device device_;
+  Stream stream_;
+  int64_t rows_;
+  TestTensor mu_;
+  std::vector<Buffer> buffers_;
+  SamplerParams p_;
+};
+
+// What a call writes.
+class SamplerOutputs {
+ public:
+  SamplerOutputs(const SamplerCall& call, Device device) : call_(call) {
+    const int64_t rows = call.logits.shape[0];
+    const int64_t vocab =
+        call.valid_vocab != 0 ? call.valid_vocab : call.logits.shape[1];
+    tokens_ = TestTensor(device, DType::kInt32, {rows});
+    statuses_ = TestTensor(device, DType::kInt32, {rows});
+    for (TestTensor* logprobs : {&logprobs_, &raw_, &processed_}) {
+      *logprobs = TestTensor(device, DType::kFloat32, {rows});
+    }
+    if (call.num_top > 0) {
+      top_tokens_ = TestTensor(device, DType::kInt32, {rows, call.num_top});
+      top_logprobs_ = TestTensor(device, DType::kFloat32, {rows, call.num_top});
+    }
+    if (call.with_probabilities) {
+      probabilities_ = TestTensor(device, DType::kFloat32, {rows, vocab},
+                                  {vocab + 3, 1}, {});
+    }
+  }
+
+  void AddTo(SamplerParams* p) const {
+    p->tokens = tokens_.view();
+    p->statuses = statuses_.view();
+    p->logprobs = logprobs_.view();
+    p->raw_logprobs = raw_.view();
+    p->processed_logprobs = processed_.view();
+    p->top_tokens = top_tokens_.view();
+    p->top_logprobs = top_logprobs_.view();
+    if (call_.num_top > 0) p->top_logprobs_kind = call_.top_kind;
+    p->probabilities = probabilities_.view();
+  }
+
+  SamplerResult Read() const {
+    SamplerResult result;
+    result.tokens = tokens_.Integers();
+    result.statuses = statuses_.Integers();
+    result.logprobs = logprobs_.Values();
+    result.raw_logprobs = raw_.Values();
+    result.processed_logprobs = processed_.Values();
+    if (call_.num_top > 0) {
+      result.top_tokens = top_tokens_.Integers();
+      result.top_logprobs = top_logprobs_.Values();
+    }
+    if (call_.with_probabilities) {
+      result.probabilities = probabilities_.Values();
+    }
+    return result;
+  }
+
+  int64_t NumStrayWrites() const {
+    int64_t stray = 0;
+    for (const TestTensor* tensor :
+         {&tokens_, &statuses_, &logprobs_, &raw_, &processed_, &top_tokens_,
+          &top_logprobs_, &probabilities_}) {
+      if (tensor->view().present()) stray += tensor->NumStrayWrites();
+    }
+    return stray;
+  }
+
+ private:
+  const SamplerCall& call_;
+  TestTensor tokens_, statuses_, logprobs_, raw_, processed_;
+  TestTensor top_tokens_, top_logprobs_, probabilities_;
+};
+
 class SamplerCallTest : public SamplerTestBase {
  protected:
   SamplerResult Run(const SamplerCall& call) { return RunOn(call, device()); }
@@ -67,120 +208,19 @@ class SamplerCallTest : public SamplerTestBase {
     StatusOr<OwnedStream> own = OwnedStream::Create(target, 2);
     EXPECT_TRUE(own.ok());
     const Stream stream = own->get();
-    const int64_t rows = call.logits.shape[0];
-    const int64_t vocab =
-        call.valid_vocab != 0 ? call.valid_vocab : call.logits.shape[1];
-    const auto upload = [&](const void* data, size_t bytes) {
-      StatusOr<Buffer> buffer = Buffer::Allocate(target, bytes + 1);
-      EXPECT_TRUE(buffer.ok());
-      EXPECT_TRUE(
-          CopyMemory(buffer->data(), target, data, Device(), bytes, stream)
-              .ok());
-      EXPECT_TRUE(Synchronize(target, stream).ok());
-      return *std::move(buffer);
-    };
-    const auto floats = [&](std::vector<int64_t> shape) {
-      return TestTensor(target, DType::kFloat32, std::move(shape));
-    };
-    TestTensor tokens(target, DType::kInt32, {rows});
-    TestTensor statuses(target, DType::kInt32, {rows});
-    TestTensor logprobs = floats({rows});
-    TestTensor raw = floats({rows});
-    TestTensor processed = floats({rows});
-    TestTensor top_tokens(target, DType::kInt32,
-                          {rows, std::max<int64_t>(call.num_top, 1)});
-    TestTensor top_logprobs =
-        floats({rows, std::max<int64_t>(call.num_top, 1)});
-    TestTensor probabilities =
-        call.with_probabilities ? TestTensor(target, DType::kFloat32,
-                                             {rows, vocab}, {vocab + 3, 1}, {})
-                                : floats({1});
-    const TestTensor mu(target, DType::kFloat32,
-                        {static_cast<int64_t>(call.mirostat_mu.size())},
-                        call.mirostat_mu);
-
-    SamplerParams p;
-    p.logits = call.logits;
-    p.valid_vocab = call.valid_vocab;
-    const Buffer params =
-        upload(call.params.data(), call.params.size() * sizeof(SamplingParams));
-    p.params = static_cast<const SamplingParams*>(params.data());
-    std::vector<LogitEdit> edits;
-    std::vector<int32_t> offsets = {0};
-    for (const auto& of_row : call.edits) {
-      edits.insert(edits.end(), of_row.begin(), of_row.end());
-      offsets.push_back(static_cast<int32_t>(edits.size()));
-    }
-    const Buffer edits_buffer =
-        upload(edits.data(), edits.size() * sizeof(LogitEdit));
-    const Buffer offsets_buffer =
-        upload(offsets.data(), offsets.size() * sizeof(int32_t));
-    if (!call.edits.empty()) {
-      p.edits = static_cast<const LogitEdit*>(edits_buffer.data());
-      p.num_edits = static_cast<int64_t>(edits.size());
-      p.edit_offsets =
-          MakeTensor(offsets_buffer.data(), DType::kInt32, target, {rows + 1});
-    }
-    const Buffer bitmask =
-        upload(call.bitmask.data(), call.bitmask.size() * sizeof(uint32_t));
-    if (!call.bitmask.empty()) {
-      p.bitmask = MakeTensor(bitmask.data(), DType::kInt32, target,
-                             {rows, call.bitmask_words});
-    }
-    const Buffer bits = upload(call.random_bits.data(),
-                               call.random_bits.size() * sizeof(uint64_t));
-    if (!call.random_bits.empty()) {
-      p.random_bits = MakeTensor(bits.data(), DType::kInt64, target, {rows});
-    }
-    p.stream = call.stream;
-    if (!call.mirostat_mu.empty()) p.mirostat_mu = mu.view();
-    const Buffer places = upload(call.mirostat_places.data(),
-                                 call.mirostat_places.size() * sizeof(int32_t));
-    if (!call.mirostat_places.empty()) {
-      p.mirostat_places =
-          MakeTensor(places.data(), DType::kInt32, target, {rows, 2});
-    }
-    p.tokens = tokens.view();
-    p.statuses = statuses.view();
-    p.logprobs = logprobs.view();
-    p.raw_logprobs = raw.view();
-    p.processed_logprobs = processed.view();
-    if (call.num_top > 0) {
-      p.top_tokens = top_tokens.view();
-      p.top_logprobs = top_logprobs.view();
-      p.top_logprobs_kind = call.top_kind;
-    }
-    if (call.with_probabilities) p.probabilities = probabilities.view();
-    const std::vector<char> scratch(SamplerWorkspaceBytes(p), '\xff');
-    const Buffer workspace = upload(scratch.data(), scratch.size());
-    p.workspace = workspace.data();
-    p.workspace_size = scratch.size();
+    SamplerInputs inputs(call, target, stream);
+    const SamplerOutputs outputs(call, target);
+    SamplerParams p = inputs.params();
+    outputs.AddTo(&p);
+    inputs.AddWorkspace(&p);
     const Status status = Sampler(p, stream);
     EXPECT_TRUE(status.ok()) << status.message();
     EXPECT_TRUE(Synchronize(target, stream).ok());
-    int64_t stray = 0;
-    for (const TestTensor* t : {&tokens, &statuses, &logprobs, &raw, &processed,
-                                &top_tokens, &top_logprobs, &probabilities}) {
-      stray += t->NumStrayWrites();
+    EXPECT_EQ(outputs.NumStrayWrites(), 0);
+    SamplerResult result = outputs.Read();
+    if (!call.mirostat_mu.empty()) {
+      result.mirostat_mu = inputs.mirostat_mu().Values();
     }
-    EXPECT_EQ(stray, 0);
-    SamplerResult result = {tokens.Integers(),
-                            statuses.Integers(),
-                            logprobs.Values(),
-                            raw.Values(),
-                            processed.Values(),
-                            {},
-                            {},
-                            {},
-                            {}};
-    if (call.num_top > 0) {
-      result.top_tokens = top_tokens.Integers();
-      result.top_logprobs = top_logprobs.Values();
-    }
-    if (call.with_probabilities) {
-      result.probabilities = probabilities.Values();
-    }
-    if (!call.mirostat_mu.empty()) result.mirostat_mu = mu.Values();
     return result;
   }
 

@@ -1,13 +1,15 @@
 // Ten times more steps than the server can run.
 
 #include <algorithm>
-#include <fstream>
 #include <mutex>
 
 #include "tests/service/grpc_fixture.h"
+#include "tests/testing/memory_use.h"
 
 namespace tenon::service {
 namespace {
+
+using tenon::testing::ResidentBytes;
 
 using std::chrono::microseconds;
 using std::chrono::milliseconds;
@@ -19,18 +21,6 @@ double P99(std::vector<double> values) {
   if (values.empty()) return 0.0;
   std::sort(values.begin(), values.end());
   return values[values.size() * 99 / 100];
-}
-
-int64_t ResidentKb() {
-  std::ifstream file("/proc/self/status");
-  std::string word;
-  while (file >> word) {
-    if (word != "VmRSS:") continue;
-    int64_t kb = 0;
-    file >> kb;
-    return kb;
-  }
-  return 0;
 }
 
 // Of steps in milliseconds, by one client after the other.
@@ -106,7 +96,7 @@ TEST(OverloadTest, AcceptedStepsStayFastAndTheRestIsRefusedAtOnce) {
         const grpc::Status status = timed.Step(&ms, &timing);
         std::lock_guard<std::mutex> lock(mutex);
         if (memory_before == 0 && Clock::now() - begin > milliseconds(1000)) {
-          memory_before = ResidentKb();
+          memory_before = ResidentBytes() / 1024;
         }
         if (status.ok()) {
           accepted.push_back(ms);
@@ -125,7 +115,7 @@ TEST(OverloadTest, AcceptedStepsStayFastAndTheRestIsRefusedAtOnce) {
   }
   for (std::thread& thread : threads) thread.join();
   clients.clear();
-  const int64_t memory_after = ResidentKb();
+  const int64_t memory_after = ResidentBytes() / 1024;
   std::printf(
       "unloaded p99 %.2f ms; %zu accepted, p99 %.2f ms (%.2f in the queue, "
       "%.2f in the engine); %zu rejected, p99 %.2f ms; resident %lld -> %lld "

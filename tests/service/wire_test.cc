@@ -10,14 +10,16 @@
 #include <sys/un.h>
 
 #include <cstring>
-#include <fstream>
 #include <functional>
 #include <random>
 
 #include "tests/service/grpc_fixture.h"
+#include "tests/testing/memory_use.h"
 
 namespace tenon::service {
 namespace {
+
+using tenon::testing::ResidentBytes;
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 constexpr bool kIsSanitized = true;  // what is freed stays for a while
@@ -182,18 +184,6 @@ std::string RandomFrame(Random& random) {
   }
 }
 
-int64_t ResidentKb() {
-  std::ifstream file("/proc/self/status");
-  std::string word;
-  while (file >> word) {
-    if (word != "VmRSS:") continue;
-    int64_t kb = 0;
-    file >> kb;
-    return kb;
-  }
-  return 0;
-}
-
 class WireTest : public ::testing::Test {
  protected:
   void Start(const std::function<void(Limits*, ServerOptions*)>& change) {
@@ -228,7 +218,7 @@ class WireTest : public ::testing::Test {
   }
   void ExpectMemoryBelow(int64_t kb) {
     if (kIsSanitized) return;
-    EXPECT_LE(ResidentKb(), kb);
+    EXPECT_LE(ResidentBytes() / 1024, kb);
   }
   void ExpectAllFree() {
     ASSERT_TRUE(client_->End().ok());
@@ -301,7 +291,7 @@ TEST_F(WireTest, WhoeverSaysNothingIsDisconnected) {
 TEST_F(WireTest, AnyFramesLeaveTheServerAsItWas) {
   Start();
   Random random(7);
-  const int64_t memory = ResidentKb() + (64 << 10);
+  const int64_t memory = ResidentBytes() / 1024 + (64 << 10);
   for (uint32_t i = 0; i < 600; ++i) {
     Raw raw(Address(i));
     ASSERT_TRUE(raw.is_connected());
@@ -319,7 +309,7 @@ TEST_F(WireTest, AnyFramesLeaveTheServerAsItWas) {
 
 TEST_F(WireTest, FloodsOfCallsThatAreResetAtOnce) {
   Start();
-  const int64_t memory = ResidentKb() + kFloodKb;
+  const int64_t memory = ResidentBytes() / 1024 + kFloodKb;
   for (uint32_t i = 0; i < 4; ++i) {
     Raw raw(Address(i));
     std::string bytes = Hello();
@@ -341,7 +331,7 @@ TEST_F(WireTest, FloodsOfCallsThatAreResetAtOnce) {
 // Each asks for an answer that nobody reads.
 TEST_F(WireTest, FloodsOfPingsAndSettings) {
   Start();
-  const int64_t memory = ResidentKb() + kFloodKb;
+  const int64_t memory = ResidentBytes() / 1024 + kFloodKb;
   const std::string ping = Frame(kPing, 0, 0, "12345678");
   const std::string settings = Frame(kSettings, 0, 0, "");
   const std::string empty = Frame(kData, 0, 1, "");
@@ -362,7 +352,7 @@ TEST_F(WireTest, FloodsOfPingsAndSettings) {
 // Header blocks without an end: CONTINUATION after CONTINUATION.
 TEST_F(WireTest, HeadersWithoutEnd) {
   Start();
-  const int64_t memory = ResidentKb() + kFloodKb;
+  const int64_t memory = ResidentBytes() / 1024 + kFloodKb;
   Raw raw(server_->unix_address());
   std::string bytes = Hello() + Frame(kHeaders, 0, 1, "\x83\x86");
   const std::string header =
