@@ -4,35 +4,19 @@
 
 #include <algorithm>
 #include <cstring>
-#include <map>
-#include <random>
 #include <set>
 #include <string>
 #include <vector>
 
+#include "tests/engine/kv_cache_fixture.h"
 #include "tests/testing/op_test.h"
 
 namespace tenon {
 namespace {
 
-KvCacheOptions SmallOptions() {
-  KvCacheOptions o;
-  o.num_layers = 2;
-  o.num_kv_heads = 1;
-  o.head_dim = 1;
-  o.dtype = DType::kFloat32;
-  o.page_size = 4;
-  o.num_pages = 24;
-  o.max_sequences = 6;
-  o.max_context = 40;
-  return o;
-}
-
-KvCache MakeCache(const KvCacheOptions& options) {
-  StatusOr<KvCache> cache = KvCache::Create(options);
-  EXPECT_TRUE(cache.ok()) << cache.status().message();
-  return *std::move(cache);
-}
+using kv_cache_test::Append;
+using kv_cache_test::MakeCache;
+using kv_cache_test::SmallOptions;
 
 void ExpectError(const Status& status, StatusCode code,
                  const std::vector<std::string>& parts) {
@@ -41,30 +25,6 @@ void ExpectError(const Status& status, StatusCode code,
     EXPECT_NE(std::string(status.message()).find(part), std::string::npos)
         << "\"" << status.message() << "\" does not name \"" << part << "\"";
   }
-}
-
-// Appends and writes `tokens` to K of every layer, and their negatives to V, as
-// a step would.
-Status Append(KvCache* cache, const std::vector<AppendRow>& rows,
-              const std::vector<std::vector<float>>& tokens) {
-  TENON_RETURN_IF_ERROR(cache->PlanAppend(rows));
-  cache->CommitAppend();
-  TENON_RETURN_IF_ERROR(cache->CopyPages(Stream()));
-  int64_t total = 0;
-  for (const AppendRow& row : rows) total += row.num_tokens;
-  std::vector<int64_t> slots(static_cast<size_t>(total));
-  cache->FillSlotMapping(slots.data());
-  const int64_t* slot = slots.data();
-  for (const std::vector<float>& row : tokens) {
-    for (const float token : row) {
-      for (int32_t layer = 0; layer < cache->options().num_layers; ++layer) {
-        cache->k(layer).As<float>()[*slot] = token + 0.25f * layer;
-        cache->v(layer).As<float>()[*slot] = -token - 0.25f * layer;
-      }
-      ++slot;
-    }
-  }
-  return Status();
 }
 
 Status AppendOne(KvCache* cache, SequenceId id,
@@ -385,137 +345,6 @@ TEST(KvCacheTest, RejectsBadOptions) {
     o.num_layers = o.num_kv_heads = o.head_dim = o.page_size = 1 << 16;
     o.num_pages = 1 << 30;
   });
-}
-
-// Against a model that keeps every sequence's tokens in a vector of its own.
-class ModelBasedTest : public ::testing::Test {
- protected:
-  struct Known {
-    SequenceId id;
-    std::vector<float> tokens;
-    std::vector<int32_t> pages;
-  };
-
-  void SetUp() override { cache_ = MakeCache(SmallOptions()); }
-
-  size_t Below(size_t n) { return static_cast<size_t>(rng_() % n); }
-
-  static size_t NumPages(size_t tokens) { return (tokens + 3) / 4; }
-
-  void Create() {
-    const StatusOr<SequenceId> id = cache_.CreateSequence();
-    ASSERT_EQ(id.ok(), known_.size() < 6);
-    if (id.ok()) known_.push_back({*id, {}, {}});
-  }
-  void Fork() {
-    const Known parent = known_[Below(known_.size())];
-    const StatusOr<SequenceId> id = cache_.Fork(parent.id);
-    ASSERT_EQ(id.ok(), known_.size() < 6);
-    if (id.ok()) known_.push_back({*id, parent.tokens, parent.pages});
-  }
-  void Truncate() {
-    Known& k = known_[Below(known_.size())];
-    const size_t length = Below(k.tokens.size() + 1);
-    ASSERT_TRUE(cache_.Truncate(k.id, static_cast<int32_t>(length)).ok());
-    k.tokens.resize(length);
-    k.pages.resize(NumPages(length));
-  }
-  void Release() {
-    const size_t i = Below(known_.size());
-    ASSERT_TRUE(cache_.Release(known_[i].id).ok());
-    stale_.push_back(known_[i].id);
-    known_.erase(known_.begin() + static_cast<long>(i));
-  }
-  void Append() {
-    std::shuffle(known_.begin(), known_.end(), rng_);
-    const size_t rows = 1 + Below(known_.size());
-    std::vector<AppendRow> append;
-    std::vector<std::vector<float>> tokens(rows);
-    for (size_t i = 0; i < rows; ++i) {
-      const size_t count = 1 + Below(Below(4) == 0 ? 12 : 2);
-      for (size_t j = 0; j < count; ++j) tokens[i].push_back(++next_token_);
-      append.push_back({known_[i].id, static_cast<int32_t>(count)});
-    }
-    const int64_t free_before = cache_.num_free_pages();
-    const Status status = tenon::Append(&cache_, append, tokens);
-    if (!status.ok()) {
-      ASSERT_EQ(status.code(), StatusCode::kResourceExhausted);
-      ASSERT_EQ(cache_.num_free_pages(), free_before);
-      ++rejected_;
-      return;
-    }
-    copies_ += static_cast<int64_t>(cache_.page_copies().size());
-    if (Below(3) == 0) {
-      cache_.RollbackAppend();
-      ASSERT_EQ(cache_.num_free_pages(), free_before);
-      return;
-    }
-    const int64_t width = cache_.max_pages_per_sequence();
-    std::vector<int32_t> table(rows * static_cast<size_t>(width), -1);
-    cache_.FillBlockTable(table.data(), width);
-    cache_.FinishAppend();
-    for (size_t i = 0; i < rows; ++i) {
-      Known& k = known_[i];
-      k.tokens.insert(k.tokens.end(), tokens[i].begin(), tokens[i].end());
-      const auto row = table.begin() + static_cast<long>(i) * width;
-      k.pages.assign(row, row + static_cast<long>(NumPages(k.tokens.size())));
-    }
-  }
-
-  // Lengths, contents and page counts of everything.
-  void CheckAll() {
-    std::set<int32_t> pages_in_use;
-    for (const Known& k : known_) {
-      ASSERT_EQ(*cache_.Length(k.id), static_cast<int32_t>(k.tokens.size()));
-      pages_in_use.insert(k.pages.begin(), k.pages.end());
-      for (size_t i = 0; i < k.tokens.size(); ++i) {
-        const int64_t slot = int64_t{k.pages[i / 4]} * 4 + i % 4;
-        ASSERT_EQ(cache_.k(0).As<float>()[slot], k.tokens[i]);
-        ASSERT_EQ(cache_.k(1).As<float>()[slot], k.tokens[i] + 0.25f);
-        ASSERT_EQ(cache_.v(1).As<float>()[slot], -k.tokens[i] - 0.25f);
-      }
-    }
-    ASSERT_EQ(cache_.num_free_pages(),
-              24 - static_cast<int64_t>(pages_in_use.size()));
-    for (const SequenceId id : stale_) {
-      ASSERT_EQ(cache_.Length(id).status().code(), StatusCode::kNotFound);
-    }
-    stale_.clear();
-  }
-
-  KvCache cache_;
-  std::mt19937_64 rng_{7};
-  std::vector<Known> known_;
-  std::vector<SequenceId> stale_;
-  float next_token_ = 0;
-  int64_t rejected_ = 0;
-  int64_t copies_ = 0;
-};
-
-TEST_F(ModelBasedTest, HundredThousandRandomOperations) {
-  for (int i = 0; i < 100000; ++i) {
-    const size_t what = Below(16);
-    if (known_.empty() || what == 0) {
-      Create();
-    } else if (what == 1) {
-      Fork();
-    } else if (what == 2) {
-      Truncate();
-    } else if (what == 3) {
-      Release();
-    } else {
-      Append();
-    }
-    if (HasFatalFailure()) FAIL() << "operation " << i;
-    if (next_token_ > 1e6f) next_token_ = 0;  // floats count exactly
-    if (i % 16 == 0) CheckAll();
-    if (HasFatalFailure()) FAIL() << "after operation " << i;
-  }
-  EXPECT_GT(rejected_, 1000);
-  EXPECT_GT(copies_, 1000);
-  while (!known_.empty()) Release();
-  EXPECT_EQ(cache_.num_free_pages(), 24);
-  EXPECT_EQ(cache_.num_sequences(), 0);
 }
 
 // The copies of pages and the zeros, on every device.

@@ -28,11 +28,6 @@ std::vector<float> LogitsOf(const std::vector<double>& probabilities) {
   return logits;
 }
 
-class SamplerTest : public testing::SamplerTestBase {
- protected:
-  bool OnGpu() const { return device().type == DeviceType::kCuda; }
-};
-
 std::vector<SamplingParams> ManyFilters() {
   std::vector<SamplingParams> all = {
       Filters(0, 1.0f, 0.0f),    Filters(1, 1.0f, 0.0f),
@@ -51,6 +46,24 @@ std::vector<SamplingParams> ManyFilters() {
   }
   return all;
 }
+
+class SamplerTest : public testing::SamplerTestBase {
+ protected:
+  bool OnGpu() const { return device().type == DeviceType::kCuda; }
+
+  // Whatever the filters and the temperature.
+  void ExpectNoToken(const TestTensor& logits, SampleStatus status) {
+    for (SamplingParams sampling : ManyFilters()) {
+      for (float temperature : {0.0f, 1.0f}) {
+        sampling.temperature = temperature;
+        const Drawn drawn = Draw(logits.view(), {sampling});
+        EXPECT_EQ(drawn.tokens[0], -1);
+        EXPECT_EQ(drawn.statuses[0], static_cast<int>(status));
+        EXPECT_TRUE(std::isnan(drawn.logprobs[0]));
+      }
+    }
+  }
+};
 
 TEST_P(SamplerTest, Acceptance27_DrawsTheReferencesTokens) {
   for (int64_t vocab : {1, 2, 17, 256, 257, 512, 3001}) {
@@ -289,16 +302,7 @@ TEST_P(SamplerTest, ARowWithoutSupportHasNoToken) {
   for (int64_t vocab : {1, 300, 5000}) {
     const TestTensor logits =
         Logits(std::vector<float>(static_cast<size_t>(vocab), -kInf));
-    for (SamplingParams sampling : ManyFilters()) {
-      for (float temperature : {0.0f, 1.0f}) {
-        sampling.temperature = temperature;
-        const Drawn drawn = Draw(logits.view(), {sampling});
-        EXPECT_EQ(drawn.tokens[0], -1);
-        EXPECT_EQ(drawn.statuses[0],
-                  static_cast<int>(SampleStatus::kNoSupport));
-        EXPECT_TRUE(std::isnan(drawn.logprobs[0]));
-      }
-    }
+    ExpectNoToken(logits, SampleStatus::kNoSupport);
   }
 }
 
@@ -309,16 +313,7 @@ TEST_P(SamplerTest, ANanAnywhereGivesNoToken) {
     row[(at + 1) % 3000] = kInf;  // NaN counts before infinity
     row[(at + 2) % 3000] = -kInf;
     const TestTensor logits = Logits(row);
-    for (SamplingParams sampling : ManyFilters()) {
-      for (float temperature : {0.0f, 1.0f}) {
-        sampling.temperature = temperature;
-        const Drawn drawn = Draw(logits.view(), {sampling});
-        EXPECT_EQ(drawn.tokens[0], -1);
-        EXPECT_EQ(drawn.statuses[0],
-                  static_cast<int>(SampleStatus::kNonFinite));
-        EXPECT_TRUE(std::isnan(drawn.logprobs[0]));
-      }
-    }
+    ExpectNoToken(logits, SampleStatus::kNonFinite);
   }
 }
 

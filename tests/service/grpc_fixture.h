@@ -6,8 +6,11 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <cstdlib>
+#include <filesystem>
 #include <memory>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -21,14 +24,32 @@
 
 namespace tenon::service {
 
+// For sockets and small files; goes with the process.
+class TemporaryFolder {
+ public:
+  TemporaryFolder() {
+    // A path that a sockaddr_un has room for; Bazel's may be too long.
+    char path[] = "/tmp/tenon-test-XXXXXX";
+    if (mkdtemp(path) != nullptr) path_ = path;
+  }
+  ~TemporaryFolder() {
+    std::error_code ignored;
+    if (!path_.empty()) std::filesystem::remove_all(path_, ignored);
+  }
+  TemporaryFolder(const TemporaryFolder&) = delete;
+  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
+
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+};
+
+// A path that nothing has yet.
 inline std::string SocketPath() {
-  const char* folder = std::getenv("TEST_TMPDIR");
-  // A path that a sockaddr_un has room for; Bazel's may be too long.
-  std::string path = folder == nullptr ? "/tmp" : folder;
-  if (path.size() > 60) path = "/tmp";
+  static const TemporaryFolder folder;
   static int number = 0;
-  return path + "/tenon-test-" + std::to_string(getpid()) + "-" +
-         std::to_string(number++) + ".sock";
+  return folder.path() + "/" + std::to_string(number++) + ".sock";
 }
 
 // A server in this process, on a Unix socket and on TCP.
