@@ -255,6 +255,14 @@ Status RunMlpBlock(const StepContext& c, int32_t layer, const Neighbours& n) {
   return Experts(c, layer, w, n);
 }
 
+// Whether norms and sums are part of the ops next to them.
+bool Fuses(const StepContext& c) {
+  if (!c.fuse || c.config.num_layers == 0) return false;
+  const bool fp8 = c.weights.layers[0].qkv.dtype == DType::kFloat8E4M3 &&
+                   c.cublas_lt != nullptr && !c.batch_invariant;
+  return c.tokens() <= (fp8 ? kFusedFp8StepTokens : kFusedStepTokens);
+}
+
 // The layers of DecodeStep for few tokens, and the norm behind them.
 Status FusedLayers(const StepContext& c) {
   for (int32_t layer = 0; layer < c.config.num_layers; ++layer) {
@@ -311,7 +319,7 @@ Status ComputeLogits(const StepContext& c) {
 
 Status DecodeStep(const StepContext& c) {
   TENON_RETURN_IF_ERROR(EmbedTokens(c));
-  if (c.fuse && c.tokens() <= kFusedStepTokens) {
+  if (Fuses(c)) {
     TENON_RETURN_IF_ERROR(FusedLayers(c));
     return ComputeLogits(c);
   }

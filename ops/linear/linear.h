@@ -13,7 +13,8 @@ namespace tenon {
 class CublasLt;
 
 // Up to this many tokens a call's time is that of reading weight, and `norm`
-// and `residual` below save time (fp8 weights: `norm` up to 4).
+// and `residual` below save time (fp8 weights: `norm` up to 4; with cublas_lt
+// both up to 64).
 inline constexpr int64_t kLinearFewTokens = 16;
 
 // What Linear does to x first: RmsNorm(x) with these, without a residual.
@@ -54,8 +55,8 @@ struct LinearNorm {
 // QuantizeFp8 in groups of 128 columns. For every group products and sum are in
 // float32 (or in the accumulators of tensor cores), times (scale of the group
 // of x * scale of the block of weight), and the groups are added in float32 in
-// ascending order; the scale of a row of weight is multiplied at the end,
-// before the bias is added.
+// ascending order (with cublas_lt and more than 8 tokens: in parts); the scale
+// of a row of weight is multiplied at the end, before the bias is added.
 //
 // Speed on CUDA: rows that start at multiples of 16 bytes and in_features that
 // fill whole 16 bytes. Others work, slowly. For cuBLASLt to take an fp8 call,
@@ -78,7 +79,8 @@ struct LinearParams {
   // ahead of this call run.
   bool weights_are_constant = false;
   // CUDA: the matrix library to use (see cublas_lt.h), of out's device. Null,
-  // or batch_invariant: the kernels built in here.
+  // or batch_invariant: the kernels built in here whose order of the sum does
+  // not depend on the number of tokens.
   CublasLt* cublas_lt = nullptr;
   bool batch_invariant = false;
   void* workspace = nullptr;

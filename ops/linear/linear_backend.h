@@ -37,6 +37,10 @@ Status LinearCublasLt(const LinearParams& params, const float* x_scales,
 // take what those do not.
 bool LinearFp8Streams(const LinearParams& params);
 Status LinearFp8Stream(const LinearParams& params, Stream stream);
+// For some tens of tokens: takes norm and residual, with sums in another order
+// than the others'.
+bool LinearFp8Clusters(const LinearParams& params);
+Status LinearFp8Cluster(const LinearParams& params, Stream stream);
 Status LinearFp8Cuda(const LinearParams& params, Stream stream);
 Status LinearFp8Gemv(const linear_fp8::Args& args, Stream stream);
 // Quantises x itself.

@@ -23,15 +23,18 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 bool CanStream(const LinearParams& p) {
-  if (p.weight.dtype == DType::kFloat8E4M3) return LinearFp8Streams(p);
+  if (p.weight.dtype == DType::kFloat8E4M3) {
+    return LinearFp8Streams(p) || LinearFp8Clusters(p);
+  }
   LinearProblem problem = MakeLinearProblem(p);
   problem.can_stream = LinearStreams(p);
   return SelectLinearKernel(problem) == LinearKernel::kStream;
 }
 
 Status MultiplyStreaming(const LinearParams& p, Stream stream) {
-  return p.weight.dtype == DType::kFloat8E4M3 ? LinearFp8Stream(p, stream)
-                                              : LinearStream(p, stream);
+  if (p.weight.dtype != DType::kFloat8E4M3) return LinearStream(p, stream);
+  return LinearFp8Streams(p) ? LinearFp8Stream(p, stream)
+                             : LinearFp8Cluster(p, stream);
 }
 
 // Whether the kernel that takes the call adds a residual itself.

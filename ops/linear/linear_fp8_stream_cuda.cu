@@ -348,7 +348,7 @@ constexpr int Slots(int64_t tokens) { return tokens == 1 ? 4 : 8; }
 
 template <class T>
 Status Launch(const Args& args, const Plan& plan, int grid, Stream stream) {
-  return linear_stream::Launch(args, plan.bytes, grid, stream,
+  return linear_stream::Launch(args, plan.bytes, grid, 1, stream,
                                args.tokens == 1
                                    ? Fp8StreamKernel<T, Slots(1)>
                                    : Fp8StreamKernel<T, Slots(kTokens)>);
@@ -373,7 +373,8 @@ bool LinearFp8Streams(const LinearParams& p) {
 
 Status LinearFp8Stream(const LinearParams& p, Stream stream) {
   int grid = 0;
-  TENON_RETURN_IF_ERROR(linear_stream::GridSize(p, &grid));
+  int processors = 0;
+  TENON_RETURN_IF_ERROR(linear_stream::GridSize(p, &grid, &processors));
   Args a = linear_stream::MakeArgs(p, grid);
   const auto* const scales = p.weight_scales.As<const float>();
   if (p.weight_scales.rank == 1) {

@@ -133,23 +133,23 @@ inline Args MakeArgs(const LinearParams& p, int grid) {
 }
 
 // A block to a multiprocessor.
-inline Status GridSize(const LinearParams& p, int* grid) {
-  int processors = 0;
+inline Status GridSize(const LinearParams& p, int* grid, int* processors) {
   TENON_RETURN_IF_ERROR(cuda::ToStatus(
-      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount,
+      cudaDeviceGetAttribute(processors, cudaDevAttrMultiProcessorCount,
                              p.x.device.index),
       "Linear"));
-  *grid = static_cast<int>(std::min<int64_t>(NumTiles(p), processors));
+  *grid = static_cast<int>(std::min<int64_t>(NumTiles(p), *processors));
   return Status();
 }
 
-// `grid` as from GridSize.
-inline Status Launch(const Args& args, int shared_bytes, int grid,
+// `grid` as from GridSize, times `groups` of tokens.
+inline Status Launch(const Args& args, int shared_bytes, int grid, int groups,
                      Stream stream, void (*kernel)(Args)) {
   if (grid < args.tiles) shared_bytes = std::max(shared_bytes, kMinSharedBytes);
   return cuda::LaunchDependent(
-      "Linear", stream, dim3(static_cast<unsigned>(grid)), dim3(kThreads),
-      static_cast<size_t>(shared_bytes), kernel, args);
+      "Linear", stream,
+      dim3(static_cast<unsigned>(grid), static_cast<unsigned>(groups)),
+      dim3(kThreads), static_cast<size_t>(shared_bytes), kernel, args);
 }
 
 #if TENON_SM90A

@@ -46,7 +46,12 @@ TEST_P(LinearFp8NeighboursTest, NeighboursGiveTheBitsOfSeparateOperations) {
                           {false, false, false, 0},
                           NormRounding::kCastThenMultiply},
                          {{5, 24, 111}, {false, true, false, 0}},
-                         {{40, 72, 336}, {true, true, false, 0}}}) {
+                         {{40, 72, 336}, {true, true, false, 0}},
+                         {{9, 72, 640}, {true, true, true, 16}},
+                         {{33, 24, 2048}, {false, false, false, 0}},
+                         {{64, 200, 512},
+                          {false, true, false, 16},
+                          NormRounding::kCastThenMultiply}}) {
     const auto [tokens, out_features, in_features] = test.shape;
     const LinearFp8Call call(device(), dtype(), test.shape, test.options);
     const LinearParams params = call.params();

@@ -433,7 +433,7 @@ TEST(LinearKernelTest, IsChosenByTokensAlignmentAndMode) {
   p.can_stream = true;
   EXPECT_EQ(select(1), LinearKernel::kStream);
   EXPECT_EQ(select(kLinearFewTokens), LinearKernel::kStream);
-  EXPECT_EQ(select(kLinearFewTokens + 1), LinearKernel::kMediumTile);
+  EXPECT_EQ(select(64), LinearKernel::kStream);
   p.batch_invariant = true;
   EXPECT_EQ(select(1), LinearKernel::kSmallTile);
   p.can_stream = p.batch_invariant = false;
