@@ -185,7 +185,8 @@ class Multiplier {
                   Row()),
         weight_scales_(
             reinterpret_cast<const float*>(memory + layout.weight_scales)),
-        slot_(Team()),
+        next_{Team()},
+        last_{Team()},
         to_refill_((work.passes * work.blocks * kTeams - a.stages) / kTeams) {}
 
   __device__ __forceinline__ static int Team() {
@@ -196,48 +197,59 @@ class Multiplier {
     return threadIdx.x % kTeamThreads / 32 * 16 + threadIdx.x % 32 / 4;
   }
 
+  // Products of a block of 128 columns are made while those of the one before
+  // are scaled and added.
   __device__ __forceinline__ void Run(int pass, float (&sums)[kCols / 2]) {
 #pragma unroll
     for (float& sum : sums) sum = 0.0f;
-    const int groups = work_.passes * kTeams * kCols / 8;
-    const float* scales =
-        weight_scales_ + (pass * kTeams + Team()) * (kCols / 8);
+    const int last = work_.blocks - 1;
+    float even[kCols / 2];
+    float odd[kCols / 2];
+    Begin(pass, 0, even);
+    int block = 0;
 #pragma unroll 1
-    for (int block = 0; block < work_.blocks; ++block, scales += groups) {
-      if (pass == 0) cuda::Wait(At(barriers_.x[block]), 0);
-      cuda::Wait(At(barriers_.full[slot_]), parity_);
-      float products[kCols / 2];
-      Multiply(block, products);
-      if (to_refill_-- > 0) cuda::Arrive(At(barriers_.empty[slot_]));
-      if ((slot_ += kTeams) >= a_.stages) {
-        slot_ -= a_.stages;
-        parity_ ^= 1;
-      }
-      if (Row() >= a_.x.rows) continue;
-      const float* const of_rows = x_scales_ + block * a_.x.rows;
-      const float low = of_rows[0];
-      const float high = of_rows[Row() + 8 < a_.x.rows ? 8 : 0];
-#pragma unroll
-      for (int j = 0; j < kCols / 8; ++j) {
-        const float of_low = low * scales[j];
-        const float of_high = high * scales[j];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          sums[4 * j + i] = fmaf(products[4 * j + i], of_low, sums[4 * j + i]);
-          sums[4 * j + 2 + i] =
-              fmaf(products[4 * j + 2 + i], of_high, sums[4 * j + 2 + i]);
-        }
-      }
+    for (; block + 2 <= last; block += 2) {
+      Begin(pass, block + 1, odd);
+      cuda::WaitForWgmma<1>();
+      Add(pass, block, even, sums);
+      Begin(pass, block + 2, even);
+      cuda::WaitForWgmma<1>();
+      Add(pass, block + 1, odd, sums);
+    }
+    if (block < last) {
+      Begin(pass, last, odd);
+      cuda::WaitForWgmma<1>();
+      Add(pass, block, even, sums);
+      cuda::WaitForWgmma<0>();
+      Add(pass, last, odd, sums);
+    } else {
+      cuda::WaitForWgmma<0>();
+      Add(pass, block, even, sums);
     }
   }
 
  private:
-  __device__ __forceinline__ void Multiply(int block,
-                                           float (&products)[kCols / 2]) {
+  struct TeamSlot {
+    int index;
+    uint32_t parity = 0;
+
+    __device__ __forceinline__ void Next(int stages) {
+      if ((index += kTeams) < stages) return;
+      index -= stages;
+      parity ^= 1;
+    }
+  };
+
+  // Starts to multiply.
+  __device__ __forceinline__ void Begin(int pass, int block,
+                                        float (&products)[kCols / 2]) {
+    if (pass == 0) cuda::Wait(At(barriers_.x[block]), 0);
+    cuda::Wait(At(barriers_.full[next_.index]), next_.parity);
     const uint64_t x =
         cuda::MatrixDescriptor(x_ + block * a_.x.rows * kBlockBytes);
     const uint64_t weight =
-        cuda::MatrixDescriptor(ring_ + slot_ * kCols * kBlockBytes);
+        cuda::MatrixDescriptor(ring_ + next_.index * kCols * kBlockBytes);
+    next_.Next(a_.stages);
     cuda::FenceWgmma();
 #pragma unroll
     for (int i = 0; i < kBlockBytes / 32; ++i) {
@@ -245,7 +257,32 @@ class Multiplier {
                                         i > 0);
     }
     cuda::CommitWgmma();
-    cuda::WaitForWgmma<0>();
+  }
+
+  // Gives the stage of a block back, and adds what its products are worth.
+  __device__ __forceinline__ void Add(int pass, int block,
+                                      const float (&products)[kCols / 2],
+                                      float (&sums)[kCols / 2]) {
+    if (to_refill_-- > 0) cuda::Arrive(At(barriers_.empty[last_.index]));
+    last_.Next(a_.stages);
+    if (Row() >= a_.x.rows) return;
+    const float* const of_rows = x_scales_ + block * a_.x.rows;
+    const float low = of_rows[0];
+    const float high = of_rows[Row() + 8 < a_.x.rows ? 8 : 0];
+    const float* const scales =
+        weight_scales_ +
+        ((block * work_.passes + pass) * kTeams + Team()) * (kCols / 8);
+#pragma unroll
+    for (int j = 0; j < kCols / 8; ++j) {
+      const float of_low = low * scales[j];
+      const float of_high = high * scales[j];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        sums[4 * j + i] = fmaf(products[4 * j + i], of_low, sums[4 * j + i]);
+        sums[4 * j + 2 + i] =
+            fmaf(products[4 * j + 2 + i], of_high, sums[4 * j + 2 + i]);
+      }
+    }
   }
 
   const Args& a_;
@@ -255,8 +292,7 @@ class Multiplier {
   const uint32_t ring_;
   const float* const x_scales_;
   const float* const weight_scales_;
-  int slot_;
-  uint32_t parity_ = 0;
+  TeamSlot next_, last_;  // to begin, to end
   int to_refill_;
 };
 
@@ -403,12 +439,11 @@ struct Plan {
   int bytes = 0;
 };
 
-constexpr int kCols[] = {16, 32, 40, 80};
+constexpr int kCols[] = {16, 24, 40, 48, 88};
 
 // As few passes of a cluster as possible, and no wider than needed.
-Plan MakePlan(Args* a, int processors) {
+Plan MakePlan(Args* a, int most_clusters) {
   Plan plan;
-  const int most_clusters = std::max(1, processors / kSlices - 1);
   const auto of_cluster = [&](int cols) {
     return cuda::CeilDiv(cuda::CeilDiv(a->linear.out_features, kTeams * cols),
                          most_clusters);
@@ -444,25 +479,36 @@ Plan MakePlan(Args* a, int processors) {
   return plan;
 }
 
+// A launch in clusters.
+struct ClusterLaunch {
+  ClusterLaunch(Stream stream, int clusters, int shared_bytes)
+      : config(cuda::LaunchConfig(
+            stream, dim3(static_cast<unsigned>(clusters * kSlices)),
+            dim3(kThreads), static_cast<size_t>(shared_bytes))) {
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim.x = kSlices;
+    attributes[0].val.clusterDim.y = 1;
+    attributes[0].val.clusterDim.z = 1;
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = attributes;
+    config.numAttrs = 2;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;
+  ClusterLaunch& operator=(const ClusterLaunch&) = delete;
+
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t config;
+};
+
 template <class T, int kCols>
 Status Launch(const Args& a, const Plan& plan, const CUtensorMap& weight,
               Stream stream) {
-  cudaLaunchConfig_t config = cuda::LaunchConfig(
-      stream, dim3(static_cast<unsigned>(plan.clusters * kSlices)),
-      dim3(kThreads),
-      static_cast<size_t>(
-          std::max(plan.bytes, linear_stream::kMinSharedBytes)));
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = kSlices;
-  attributes[1].val.clusterDim.y = 1;
-  attributes[1].val.clusterDim.z = 1;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  return cuda::LaunchWithConfig("Linear", config, Fp8ClusterKernel<T, kCols>, a,
-                                weight);
+  const ClusterLaunch launch(
+      stream, plan.clusters,
+      std::max(plan.bytes, linear_stream::kMinSharedBytes));
+  return cuda::LaunchWithConfig("Linear", launch.config,
+                                Fp8ClusterKernel<T, kCols>, a, weight);
 }
 
 template <class T>
@@ -471,26 +517,40 @@ Status Launch(const Args& a, const Plan& plan, const CUtensorMap& weight,
   switch (plan.cols) {
     case 16:
       return Launch<T, 16>(a, plan, weight, stream);
-    case 32:
-      return Launch<T, 32>(a, plan, weight, stream);
+    case 24:
+      return Launch<T, 24>(a, plan, weight, stream);
     case 40:
       return Launch<T, 40>(a, plan, weight, stream);
+    case 48:
+      return Launch<T, 48>(a, plan, weight, stream);
     default:
-      return Launch<T, 80>(a, plan, weight, stream);
+      return Launch<T, 88>(a, plan, weight, stream);
   }
 }
 
-Status Prepare(const LinearParams& p, Args* a, Plan* plan) {
-  int processors = 0;
+// How many clusters run side by side: multiprocessors come in parts of a GPU
+// that are not multiples of a cluster, and differ from one to the next.
+Status MostClusters(int* clusters) {
+  auto* const kernel = Fp8ClusterKernel<__nv_bfloat16, 40>;
+  ClusterLaunch launch(Stream(), 1, linear_stream::kMaxSharedBytes);
+  launch.config.numAttrs = 1;
   TENON_RETURN_IF_ERROR(cuda::ToStatus(
-      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount,
-                             p.x.device.index),
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           linear_stream::kMaxSharedBytes),
       "Linear"));
+  return cuda::ToStatus(
+      cudaOccupancyMaxActiveClusters(clusters, kernel, &launch.config),
+      "Linear");
+}
+
+Status Prepare(const LinearParams& p, Args* a, Plan* plan) {
+  int most_clusters = 0;
+  TENON_RETURN_IF_ERROR(MostClusters(&most_clusters));
   a->linear = linear_stream::MakeArgs(p, 1);
   a->blocks = static_cast<int>(p.x.shape[1] / kFp8GroupSize);
   a->x.rows = static_cast<int>((p.x.shape[0] + 7) / 8 * 8);
   a->finished = a->x.rows > 8 * kSlices ? 16 : 8;
-  *plan = MakePlan(a, processors);
+  *plan = MakePlan(a, std::max(1, most_clusters));
   return Status();
 }
 
