@@ -13,9 +13,10 @@ namespace tenon {
 class CublasLt;
 
 // Up to this many tokens a call's time is that of reading weight, and `norm`
-// and `residual` below save time (fp8 weights: `norm` up to 4; with cublas_lt
-// both up to 64).
+// and `residual` below save time. The second is for fp8 weights with cublas_lt;
+// without, `norm` saves time up to 4 tokens.
 inline constexpr int64_t kLinearFewTokens = 16;
+inline constexpr int64_t kLinearFewFp8Tokens = 64;
 
 // What Linear does to x first: RmsNorm(x) with these, without a residual.
 struct LinearNorm {
@@ -25,6 +26,17 @@ struct LinearNorm {
   NormRounding rounding = NormRounding::kFloat32Multiply;
 
   constexpr bool present() const { return weight.present(); }
+};
+
+// What Linear adds to x before that: rows of each token, as experts leave them
+// (MoeParams::rows).
+struct LinearTerms {
+  TensorView rows;      // [tokens, terms, in_features], like x, without gaps
+  TensorView ids;       // [tokens, terms] int32
+  int32_t num_ids = 0;  // rows with an id outside of [0, num_ids) do not count
+  TensorView sum;       // [tokens, in_features], like x: x with the rows added
+
+  constexpr bool present() const { return rows.present(); }
 };
 
 // out = x * weight^T + bias
@@ -38,8 +50,10 @@ struct LinearNorm {
 // Neighbours: with `norm`, the normalised x is what is multiplied, and is left
 // in norm.out, which overlaps nothing. With `residual` [tokens, out_features],
 // of out's dtype, out = residual + what would have been in out: the sum in
-// float32 of two rounded numbers, rounded. Either gives the bits of the
-// separate operations; for few tokens it saves their launches.
+// float32 of two rounded numbers, rounded. With `terms` as well as `norm`, x +
+// the sum of its rows (in float32, in order, rounded) is x, and is left in
+// terms.sum, which overlaps nothing. All give the bits of the separate
+// operations; for few tokens they save their launches (terms: for one).
 //
 // Numerics: products and sums in float32 (float32 inputs: no TF32), bias added
 // in float32, one rounding to out's dtype. The order of the sum over
@@ -73,6 +87,7 @@ struct LinearParams {
   TensorView out;
   TensorView weight_scales;  // float32, of a float8_e4m3 weight
   LinearNorm norm;           // optional
+  LinearTerms terms;         // optional, with norm
   TensorView residual;       // optional
   // CUDA: says that nothing enqueued on the stream still writes weight, bias,
   // weight_scales or norm.weight, so that they can be read while the kernels

@@ -14,6 +14,9 @@ struct Args;
 // Normalises p->x into p->norm.out, if that is asked for, and makes that x.
 Status NormalizeLinearInput(LinearParams* p, Stream stream);
 
+// The same of p->terms, ahead of it.
+void AddLinearTermsCpu(LinearParams* p, Stream stream);
+
 // Backends trust `params`: Linear() has validated them.
 size_t LinearCpuWorkspaceBytes(const LinearParams& params);
 size_t LinearCudaWorkspaceBytes(const LinearParams& params);

@@ -562,8 +562,8 @@ bool LinearFp8Clusters(const LinearParams& p) {
   Plan plan;
   return p.weight.dtype == DType::kFloat8E4M3 && p.cublas_lt != nullptr &&
          !p.batch_invariant && tokens > kLinearFp8QuantizingTokens &&
-         tokens <= kLinearFp8ClusterTokens && p.x.dtype != DType::kFloat32 &&
-         p.x.shape[1] % kFp8GroupSize == 0 &&
+         tokens <= kLinearFewFp8Tokens && !p.terms.present() &&
+         p.x.dtype != DType::kFloat32 && p.x.shape[1] % kFp8GroupSize == 0 &&
          p.x.shape[1] >= kSlices * kFp8GroupSize &&
          cuda::RowsAreWholeChunks(p.x) && cuda::RowsAreWholeChunks(p.weight) &&
          (!p.norm.present() || linear_fp8::PackTakesNorm(p)) &&

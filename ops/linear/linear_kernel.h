@@ -46,9 +46,6 @@ LinearKernel SelectLinearKernel(const LinearProblem& problem);
 // quantises all of them.
 inline constexpr int64_t kLinearFp8StreamTokens = 4;
 
-// The kernel of clusters, faster than kGemv and cuBLASLt up to this many.
-inline constexpr int64_t kLinearFp8ClusterTokens = 64;
-
 // The same for fp8 weights that LinearFp8Streams does not take, measured on an
 // H100 (docs/kernels/linear_fp8.md): kGemv up to kLinearFp8GemvTokens tokens,
 // quantising x itself up to kLinearFp8QuantizingTokens; beyond, cuBLASLt where

@@ -104,13 +104,18 @@ __device__ __forceinline__ void Normalize(const Args& a, const Tokens& tokens,
 
 // Brings x to shared memory, and normalises it there if that is asked for,
 // kTokens rows at a time.
-template <class T, int kTokens>
+template <class T, int kTokens, bool kTerms>
 __device__ __forceinline__ void PrepareX(
     const Args& a, const Tokens& tokens,
     float (&squares)[kLinearFewTokens][kWarps], char* xs,
     const Vec<T, 8>& norm_weights) {
   const uint32_t to = cuda::SharedAddress(xs);
-  for (int token = 0; token < tokens.count; ++token) {
+  if constexpr (kTerms) {
+    ForEachVec(a, [&](int at) {
+      reinterpret_cast<uint4*>(xs)[at] = linear_stream::WithTerms<T>(a, at);
+    });
+  }
+  for (int token = 0; !kTerms && token < tokens.count; ++token) {
     const T* const row =
         static_cast<const T*>(a.x) + (tokens.first + token) * a.x_stride;
     ForEachVec(a, [&](int at) {
@@ -249,8 +254,8 @@ __device__ __forceinline__ void Multiply(const Args& a, const Tokens& tokens,
 
 // Grid: blocks that share the weight, times groups of 8 * kHalves tokens, which
 // are normalised kTokens at a time.
-template <class T, int kTokens, int kHalves>
-__global__ void __launch_bounds__(linear_stream::kThreads, 2)
+template <class T, int kTokens, int kHalves, bool kTerms>
+__global__ void __launch_bounds__(linear_stream::kThreads, kTerms ? 1 : 2)
     StreamKernel(const __grid_constant__ Args a) {
 #if TENON_SM90A
   static_assert(kGroup * kHalves * 64 <= kMultiplyThreads,
@@ -274,7 +279,7 @@ __global__ void __launch_bounds__(linear_stream::kThreads, 2)
   }
   linear_stream::AwaitBarriers();
   cuda::WaitForPreviousKernels();
-  PrepareX<T, kTokens>(a, tokens, shared.squares, xs, norm_weights);
+  PrepareX<T, kTokens, kTerms>(a, tokens, shared.squares, xs, norm_weights);
   Multiply<T, kHalves>(a, tokens, range, shared, xs, ring);
 #endif
 }
@@ -315,11 +320,12 @@ int TokenGroups(int64_t tokens) {
 
 template <class T>
 Status Launch(const Args& args, const Plan& plan, int grid, Stream stream) {
-  return linear_stream::Launch(args, plan.bytes, grid, TokenGroups(args.tokens),
-                               stream,
-                               args.tokens == 1   ? StreamKernel<T, 1, 1>
-                               : plan.halves == 1 ? StreamKernel<T, 8, 1>
-                                                  : StreamKernel<T, 8, 2>);
+  return linear_stream::Launch(
+      args, plan.bytes, grid, TokenGroups(args.tokens), stream,
+      args.num_terms > 0 ? StreamKernel<T, 1, 1, true>
+      : args.tokens == 1 ? StreamKernel<T, 1, 1, false>
+      : plan.halves == 1 ? StreamKernel<T, 8, 1, false>
+                         : StreamKernel<T, 8, 2, false>);
 }
 
 // Several groups of tokens read the weight as often: only where it is small,
@@ -343,6 +349,7 @@ bool LinearStreams(const LinearParams& p) {
          cuda::RowsAreWholeChunks(p.x) && cuda::RowsAreWholeChunks(p.weight) &&
          in_features <= linear_stream::kMaxSharedBytes &&
          (!p.norm.present() || linear_stream::NormIsAligned(p)) &&
+         linear_stream::TermsAreTaken(p) &&
          MakePlan(tokens, in_features, kMaxStages).stages > 0 &&
          cuda::IsHopper(p.x.device) && TakesTokens(p);
 }
