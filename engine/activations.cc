@@ -63,7 +63,7 @@ size_t LinearBytes(const Shapes& s, int64_t tokens, const TensorView& weight,
   p.batch_invariant = s.batch_invariant;
   const size_t bytes = LinearWorkspaceBytes(p);
   // For few tokens DecodeStep lets a product add the residual.
-  p.x.shape[0] = p.out.shape[0] = std::min(tokens, kLinearFewTokens);
+  p.x.shape[0] = p.out.shape[0] = std::min(tokens, kLinearFewFp8Tokens);
   p.residual = p.out;
   return std::max(bytes, LinearWorkspaceBytes(p));
 }
@@ -156,6 +156,7 @@ void Carve(const Shapes& s, int64_t id_layers, size_t workspace_size,
     a->topk_weights = Cut(cutter, DType::kFloat32, s.device(), {tokens, top_k});
     a->topk_ids =
         Cut(cutter, DType::kInt32, s.device(), {id_layers, tokens, top_k});
+    a->expert_rows = Cut(cutter, s.dtype(), s.device(), {1, top_k, hidden});
   }
   if (s.config.HasDenseLayers()) {
     const int64_t intermediate = s.intermediate();

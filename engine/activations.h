@@ -38,6 +38,8 @@ struct Activations {
   TensorView router_logits;   // [max_tokens, num_experts] float32
   TensorView topk_weights;    // [max_tokens, top_k] float32
   TensorView topk_ids;        // [layers or 1, max_tokens, top_k] int32
+  TensorView expert_rows;     // [1, top_k, hidden]: what a token's experts
+                              // made, where the next layer sums it up
   TensorView mlp_gate_up;     // [max_tokens, 2 * intermediate], dense layers
   TensorView mlp_hidden;      // [max_tokens, intermediate], dense layers
   TensorView logit_hidden;    // [max_logit_rows, hidden]

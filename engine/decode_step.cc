@@ -40,6 +40,11 @@ struct Neighbours {
   TensorView norm;
   // Its output is added to the residual rather than left in block_out.
   bool adds_residual = false;
+  // Its first product adds what the experts of the layer before left in
+  // expert_rows; the sum, in block_out, is the residual until the block ends.
+  bool adds_expert_rows = false;
+  // Its experts leave their rows there, unsummed.
+  bool leaves_expert_rows = false;
 };
 
 // `scales` of a float8_e4m3 weight; otherwise not present.
@@ -66,7 +71,7 @@ Status RunLinear(const StepContext& c, const TensorView& x,
 }
 
 // The first product of a block.
-Status RunFirstLinear(const StepContext& c, const Neighbours& n,
+Status RunFirstLinear(const StepContext& c, int32_t layer, const Neighbours& n,
                       const TensorView& weight, const TensorView& scales,
                       const TensorView& out) {
   LinearParams p = MakeLinear(c, Normed(c), weight, scales, out);
@@ -77,6 +82,12 @@ Status RunFirstLinear(const StepContext& c, const Neighbours& n,
     p.norm.epsilon = c.config.rms_norm_eps;
     p.norm.rounding = kNormRounding;
   }
+  if (n.adds_expert_rows) {
+    p.terms.rows = c.activations.expert_rows;
+    p.terms.ids = c.activations.TopkIds(layer - 1, c.tokens());
+    p.terms.num_ids = c.config.num_experts;
+    p.terms.sum = BlockOut(c);
+  }
   return Linear(p, c.stream);
 }
 
@@ -85,7 +96,10 @@ Status RunLastLinear(const StepContext& c, const Neighbours& n,
                      const TensorView& x, const TensorView& weight,
                      const TensorView& scales) {
   LinearParams p = MakeLinear(c, x, weight, scales, BlockOut(c));
-  if (n.adds_residual) p.residual = p.out = Residual(c);
+  if (n.adds_residual) {
+    p.out = Residual(c);
+    p.residual = n.adds_expert_rows ? BlockOut(c) : Residual(c);
+  }
   return Linear(p, c.stream);
 }
 
@@ -103,15 +117,16 @@ Status RunNorm(const StepContext& c, const TensorView& x,
 }
 
 // qkv = normed * [q; k; v]^T, in one product where the weights lie together.
-Status QkvProjection(const StepContext& c, const LayerWeights& w,
+Status QkvProjection(const StepContext& c, int32_t layer, const LayerWeights& w,
                      const Neighbours& n) {
   if (!c.Runs(StepOp::kQkv)) return Status();
   const TensorView qkv = Used(c, c.activations.qkv);
-  if (w.qkv.present()) return RunFirstLinear(c, n, w.qkv, w.qkv_scales, qkv);
+  if (w.qkv.present())
+    return RunFirstLinear(c, layer, n, w.qkv, w.qkv_scales, qkv);
   const int64_t k = w.q.shape[0];
   const int64_t v = k + w.k.shape[0];
-  TENON_RETURN_IF_ERROR(
-      RunFirstLinear(c, n, w.q, w.q_scales, Columns(qkv, 0, w.q.shape[0])));
+  TENON_RETURN_IF_ERROR(RunFirstLinear(c, layer, n, w.q, w.q_scales,
+                                       Columns(qkv, 0, w.q.shape[0])));
   TENON_RETURN_IF_ERROR(
       RunLinear(c, Normed(c), w.k, w.k_scales, Columns(qkv, k, w.k.shape[0])));
   return RunLinear(c, Normed(c), w.v, w.v_scales,
@@ -185,10 +200,10 @@ Status OutputProjection(const StepContext& c, const LayerWeights& w,
 }
 
 // float32 logits: rounding them would reorder close experts.
-Status RouterProjection(const StepContext& c, const LayerWeights& w,
-                        const Neighbours& n) {
+Status RouterProjection(const StepContext& c, int32_t layer,
+                        const LayerWeights& w, const Neighbours& n) {
   if (!c.Runs(StepOp::kRouter)) return Status();
-  return RunFirstLinear(c, n, w.router, TensorView(),
+  return RunFirstLinear(c, layer, n, w.router, TensorView(),
                         Used(c, c.activations.router_logits));
 }
 
@@ -212,8 +227,13 @@ Status Experts(const StepContext& c, int32_t layer, const LayerWeights& w,
   p.gate = w.gate;
   p.up = w.up;
   p.down = w.down;
-  p.out = BlockOut(c);
-  if (n.adds_residual) p.residual = p.out = Residual(c);
+  if (n.leaves_expert_rows) {
+    p.rows = a.expert_rows;
+  } else if (n.adds_residual) {
+    p.residual = p.out = Residual(c);
+  } else {
+    p.out = BlockOut(c);
+  }
   p.batch_invariant = c.batch_invariant;
   p.kernels = c.moe_kernels;
   p.workspace = a.workspace;
@@ -221,13 +241,14 @@ Status Experts(const StepContext& c, int32_t layer, const LayerWeights& w,
   return Moe(p, c.stream);
 }
 
-Status DenseMlp(const StepContext& c, const LayerWeights& w,
+Status DenseMlp(const StepContext& c, int32_t layer, const LayerWeights& w,
                 const Neighbours& n) {
   if (!c.Runs(StepOp::kDenseMlp)) return Status();
   const Activations& a = c.activations;
   const int64_t intermediate = w.mlp_gate.shape[0];
   const TensorView gate_up = Used(c, a.mlp_gate_up);
-  TENON_RETURN_IF_ERROR(RunFirstLinear(c, n, w.mlp_gate, w.mlp_gate_scales,
+  TENON_RETURN_IF_ERROR(RunFirstLinear(c, layer, n, w.mlp_gate,
+                                       w.mlp_gate_scales,
                                        Columns(gate_up, 0, intermediate)));
   TENON_RETURN_IF_ERROR(
       RunLinear(c, Normed(c), w.mlp_up, w.mlp_up_scales,
@@ -242,7 +263,7 @@ Status DenseMlp(const StepContext& c, const LayerWeights& w,
 Status RunAttentionBlock(const StepContext& c, int32_t layer,
                          const Neighbours& n) {
   const LayerWeights& w = c.weights.layers[layer];
-  TENON_RETURN_IF_ERROR(QkvProjection(c, w, n));
+  TENON_RETURN_IF_ERROR(QkvProjection(c, layer, w, n));
   TENON_RETURN_IF_ERROR(PrepareAttention(c, layer, w));
   TENON_RETURN_IF_ERROR(RunAttention(c, layer, w));
   return OutputProjection(c, w, n);
@@ -250,17 +271,37 @@ Status RunAttentionBlock(const StepContext& c, int32_t layer,
 
 Status RunMlpBlock(const StepContext& c, int32_t layer, const Neighbours& n) {
   const LayerWeights& w = c.weights.layers[layer];
-  if (!c.config.IsMoeLayer(layer)) return DenseMlp(c, w, n);
-  TENON_RETURN_IF_ERROR(RouterProjection(c, w, n));
+  if (!c.config.IsMoeLayer(layer)) return DenseMlp(c, layer, w, n);
+  TENON_RETURN_IF_ERROR(RouterProjection(c, layer, w, n));
   return Experts(c, layer, w, n);
+}
+
+// Whether norms and sums are part of the ops next to them.
+bool Fuses(const StepContext& c) {
+  if (!c.fuse || c.config.num_layers == 0) return false;
+  if (c.tokens() <= kFusedStepTokens) return true;
+  return c.weights.layers[0].qkv.dtype == DType::kFloat8E4M3 &&
+         c.cublas_lt != nullptr && !c.batch_invariant && c.tokens() > 8 &&
+         c.tokens() <= kLinearFewFp8Tokens;
+}
+
+// Whether the next layer sums up what the experts of `layer` make: for one
+// token that is quicker than a launch of its own.
+bool LeavesExpertRows(const StepContext& c, int32_t layer) {
+  return c.tokens() == 1 && layer >= 0 && layer + 1 < c.config.num_layers &&
+         c.config.IsMoeLayer(layer);
 }
 
 // The layers of DecodeStep for few tokens, and the norm behind them.
 Status FusedLayers(const StepContext& c) {
   for (int32_t layer = 0; layer < c.config.num_layers; ++layer) {
     const LayerWeights& w = c.weights.layers[layer];
-    TENON_RETURN_IF_ERROR(RunAttentionBlock(c, layer, {w.input_norm, true}));
-    TENON_RETURN_IF_ERROR(RunMlpBlock(c, layer, {w.post_attention_norm, true}));
+    Neighbours attention = {w.input_norm, true};
+    attention.adds_expert_rows = LeavesExpertRows(c, layer - 1);
+    Neighbours mlp = {w.post_attention_norm, true};
+    mlp.leaves_expert_rows = LeavesExpertRows(c, layer);
+    TENON_RETURN_IF_ERROR(RunAttentionBlock(c, layer, attention));
+    TENON_RETURN_IF_ERROR(RunMlpBlock(c, layer, mlp));
   }
   return FirstNorm(c, c.weights.final_norm);
 }
@@ -311,7 +352,7 @@ Status ComputeLogits(const StepContext& c) {
 
 Status DecodeStep(const StepContext& c) {
   TENON_RETURN_IF_ERROR(EmbedTokens(c));
-  if (c.fuse && c.tokens() <= kFusedStepTokens) {
+  if (Fuses(c)) {
     TENON_RETURN_IF_ERROR(FusedLayers(c));
     return ComputeLogits(c);
   }

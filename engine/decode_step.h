@@ -51,7 +51,7 @@ enum class StepOp : uint32_t {
 constexpr uint32_t Bit(StepOp op) { return 1u << static_cast<uint32_t>(op); }
 
 // With more tokens norms are faster on their own (docs/kernels/linear.md).
-inline constexpr int64_t kFusedStepTokens = 8;
+inline constexpr int64_t kFusedStepTokens = 4;
 
 // Everything a step works with; nothing here is owned.
 struct StepContext {

@@ -12,6 +12,7 @@ namespace tenon {
 namespace {
 
 constexpr char kOp[] = "Linear";
+constexpr int64_t kMaxTerms = 32;
 
 // residual may be out, and nothing between that and being apart from it.
 Status ValidateResidualMemory(const LinearParams& p) {
@@ -31,13 +32,28 @@ Status ValidateMemory(const LinearParams& p) {
                                        {"weight", p.weight},
                                        {"bias", p.bias},
                                        {"weight_scales", p.weight_scales},
-                                       {"norm.weight", p.norm.weight}}));
+                                       {"norm.weight", p.norm.weight},
+                                       {"terms.rows", p.terms.rows},
+                                       {"terms.ids", p.terms.ids}}));
+  TENON_RETURN_IF_ERROR(CheckSeparate(kOp, {"terms.sum", p.terms.sum},
+                                      {{"x", p.x},
+                                       {"weight", p.weight},
+                                       {"bias", p.bias},
+                                       {"weight_scales", p.weight_scales},
+                                       {"norm.weight", p.norm.weight},
+                                       {"norm.out", p.norm.out},
+                                       {"terms.rows", p.terms.rows},
+                                       {"terms.ids", p.terms.ids},
+                                       {"residual", p.residual},
+                                       {"out", p.out}}));
   TENON_RETURN_IF_ERROR(CheckSeparate(kOp, {"norm.out", p.norm.out},
                                       {{"x", p.x},
                                        {"weight", p.weight},
                                        {"bias", p.bias},
                                        {"weight_scales", p.weight_scales},
                                        {"norm.weight", p.norm.weight},
+                                       {"terms.rows", p.terms.rows},
+                                       {"terms.ids", p.terms.ids},
                                        {"residual", p.residual},
                                        {"out", p.out}}));
   TENON_RETURN_IF_ERROR(ValidateResidualMemory(p));
@@ -54,6 +70,9 @@ Status ValidateMemory(const LinearParams& p) {
                          {"weight_scales", p.weight_scales},
                          {"norm.weight", p.norm.weight},
                          {"norm.out", p.norm.out},
+                         {"terms.rows", p.terms.rows},
+                         {"terms.ids", p.terms.ids},
+                         {"terms.sum", p.terms.sum},
                          {"residual", p.residual},
                          {"out", p.out}});
 }
@@ -74,6 +93,31 @@ Status ValidateNorm(const LinearParams& p) {
                                     std::numeric_limits<float>::min(), 1.0));
   return CheckRange(kOp, "norm.rounding", static_cast<int>(p.norm.rounding), 0,
                     1);
+}
+
+Status ValidateTerms(const LinearParams& p) {
+  const LinearTerms& t = p.terms;
+  if (!t.present()) return Status();
+  if (!p.norm.present()) {
+    return InvalidArgumentError(kOp, ": terms are given without norm");
+  }
+  const int64_t tokens = p.x.shape[0];
+  const int64_t in_features = p.x.shape[1];
+  const DTypeSet same = DTypes({p.x.dtype});
+  TENON_RETURN_IF_ERROR(CheckTensor(kOp, "terms.ids", t.ids, {tokens, kAnySize},
+                                    DTypes({DType::kInt32}), p.x.device));
+  const int64_t count = t.ids.shape[1];
+  TENON_RETURN_IF_ERROR(
+      CheckRange(kOp, "terms (columns of terms.ids)", count, 1, kMaxTerms));
+  TENON_RETURN_IF_ERROR(CheckTensor(kOp, "terms.rows", t.rows,
+                                    {tokens, count, in_features}, same,
+                                    p.x.device));
+  if (t.rows.stride[0] != count * in_features ||
+      t.rows.stride[1] != in_features) {
+    return InvalidArgumentError(kOp, ": terms.rows have gaps");
+  }
+  return CheckOutput(kOp, "terms.sum", t.sum, {tokens, in_features}, same,
+                     p.x.device);
 }
 
 Status ValidateWeightScales(const LinearParams& p) {
@@ -120,6 +164,7 @@ Status ValidateLinearShapes(const LinearParams& p) {
         CheckTensor(kOp, "bias", p.bias, {out_features}, same, device));
   }
   TENON_RETURN_IF_ERROR(ValidateNorm(p));
+  TENON_RETURN_IF_ERROR(ValidateTerms(p));
   TENON_RETURN_IF_ERROR(CheckOutput(kOp, "out", p.out, {tokens, out_features},
                                     same | DTypes({DType::kFloat32}), device));
   if (!p.residual.present()) return Status();
@@ -144,8 +189,9 @@ size_t LinearWorkspaceBytes(const LinearParams& params) {
   // Sizes are asked for before there is memory; any address will do here.
   alignas(16) char memory[16];
   LinearParams p = params;
-  for (TensorView* view : {&p.x, &p.weight, &p.bias, &p.out, &p.weight_scales,
-                           &p.norm.weight, &p.norm.out, &p.residual}) {
+  for (TensorView* view :
+       {&p.x, &p.weight, &p.bias, &p.out, &p.weight_scales, &p.norm.weight,
+        &p.norm.out, &p.residual, &p.terms.rows, &p.terms.ids, &p.terms.sum}) {
     view->data = memory;
   }
   if (!ValidateLinearShapes(p).ok() || p.x.shape[0] == 0) return 0;
@@ -160,6 +206,7 @@ Status Linear(const LinearParams& params, Stream stream) {
   switch (params.x.device.type) {
     case DeviceType::kCpu: {
       LinearParams p = params;
+      AddLinearTermsCpu(&p, stream);
       TENON_RETURN_IF_ERROR(NormalizeLinearInput(&p, stream));
       return LinearCpu(p, stream);
     }

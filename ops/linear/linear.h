@@ -13,8 +13,10 @@ namespace tenon {
 class CublasLt;
 
 // Up to this many tokens a call's time is that of reading weight, and `norm`
-// and `residual` below save time (fp8 weights: `norm` up to 4).
+// and `residual` below save time. The second is for fp8 weights with cublas_lt;
+// without, `norm` saves time up to 4 tokens.
 inline constexpr int64_t kLinearFewTokens = 16;
+inline constexpr int64_t kLinearFewFp8Tokens = 64;
 
 // What Linear does to x first: RmsNorm(x) with these, without a residual.
 struct LinearNorm {
@@ -24,6 +26,17 @@ struct LinearNorm {
   NormRounding rounding = NormRounding::kFloat32Multiply;
 
   constexpr bool present() const { return weight.present(); }
+};
+
+// What Linear adds to x before that: rows of each token, as experts leave them
+// (MoeParams::rows).
+struct LinearTerms {
+  TensorView rows;      // [tokens, terms, in_features], like x, without gaps
+  TensorView ids;       // [tokens, terms] int32
+  int32_t num_ids = 0;  // rows with an id outside of [0, num_ids) do not count
+  TensorView sum;       // [tokens, in_features], like x: x with the rows added
+
+  constexpr bool present() const { return rows.present(); }
 };
 
 // out = x * weight^T + bias
@@ -37,8 +50,10 @@ struct LinearNorm {
 // Neighbours: with `norm`, the normalised x is what is multiplied, and is left
 // in norm.out, which overlaps nothing. With `residual` [tokens, out_features],
 // of out's dtype, out = residual + what would have been in out: the sum in
-// float32 of two rounded numbers, rounded. Either gives the bits of the
-// separate operations; for few tokens it saves their launches.
+// float32 of two rounded numbers, rounded. With `terms` as well as `norm`, x +
+// the sum of its rows (in float32, in order, rounded) is x, and is left in
+// terms.sum, which overlaps nothing. All give the bits of the separate
+// operations; for few tokens they save their launches (terms: for one).
 //
 // Numerics: products and sums in float32 (float32 inputs: no TF32), bias added
 // in float32, one rounding to out's dtype. The order of the sum over
@@ -54,8 +69,8 @@ struct LinearNorm {
 // QuantizeFp8 in groups of 128 columns. For every group products and sum are in
 // float32 (or in the accumulators of tensor cores), times (scale of the group
 // of x * scale of the block of weight), and the groups are added in float32 in
-// ascending order; the scale of a row of weight is multiplied at the end,
-// before the bias is added.
+// ascending order (with cublas_lt and more than 8 tokens: in parts); the scale
+// of a row of weight is multiplied at the end, before the bias is added.
 //
 // Speed on CUDA: rows that start at multiples of 16 bytes and in_features that
 // fill whole 16 bytes. Others work, slowly. For cuBLASLt to take an fp8 call,
@@ -72,13 +87,15 @@ struct LinearParams {
   TensorView out;
   TensorView weight_scales;  // float32, of a float8_e4m3 weight
   LinearNorm norm;           // optional
+  LinearTerms terms;         // optional, with norm
   TensorView residual;       // optional
   // CUDA: says that nothing enqueued on the stream still writes weight, bias,
   // weight_scales or norm.weight, so that they can be read while the kernels
   // ahead of this call run.
   bool weights_are_constant = false;
   // CUDA: the matrix library to use (see cublas_lt.h), of out's device. Null,
-  // or batch_invariant: the kernels built in here.
+  // or batch_invariant: the kernels built in here whose order of the sum does
+  // not depend on the number of tokens.
   CublasLt* cublas_lt = nullptr;
   bool batch_invariant = false;
   void* workspace = nullptr;

@@ -14,6 +14,9 @@ struct Args;
 // Normalises p->x into p->norm.out, if that is asked for, and makes that x.
 Status NormalizeLinearInput(LinearParams* p, Stream stream);
 
+// The same of p->terms, ahead of it.
+void AddLinearTermsCpu(LinearParams* p, Stream stream);
+
 // Backends trust `params`: Linear() has validated them.
 size_t LinearCpuWorkspaceBytes(const LinearParams& params);
 size_t LinearCudaWorkspaceBytes(const LinearParams& params);
@@ -37,6 +40,10 @@ Status LinearCublasLt(const LinearParams& params, const float* x_scales,
 // take what those do not.
 bool LinearFp8Streams(const LinearParams& params);
 Status LinearFp8Stream(const LinearParams& params, Stream stream);
+// For some tens of tokens: takes norm and residual, with sums in another order
+// than the others'.
+bool LinearFp8Clusters(const LinearParams& params);
+Status LinearFp8Cluster(const LinearParams& params, Stream stream);
 Status LinearFp8Cuda(const LinearParams& params, Stream stream);
 Status LinearFp8Gemv(const linear_fp8::Args& args, Stream stream);
 // Quantises x itself.

@@ -163,6 +163,41 @@ size_t LinearCpuWorkspaceBytes(const LinearParams& p) {
   return static_cast<size_t>(count) * sizeof(float);
 }
 
+void AddLinearTermsCpu(LinearParams* p, Stream stream) {
+  const LinearTerms& t = p->terms;
+  if (!t.present()) return;
+  const int64_t count = t.ids.shape[1];
+  const int64_t cols = p->x.shape[1];
+  ParallelFor(stream, p->x.shape[0], 1, [&](int64_t begin, int64_t end) {
+    constexpr int64_t kCols = 256;
+    float sums[kCols], term[kCols];
+    uint32_t rounded[kCols];  // of any dtype
+    for (int64_t token = begin; token < end; ++token) {
+      const auto* ids = t.ids.As<const int32_t>() + token * t.ids.stride[0];
+      for (int64_t col = 0; col < cols; col += kCols) {
+        const int64_t n = std::min(kCols, cols - col);
+        std::fill_n(sums, n, 0.0f);
+        for (int64_t j = 0; j < count; ++j) {
+          if (ids[j] < 0 || ids[j] >= t.num_ids) continue;
+          CpuConvertToFloat(t.rows.dtype,
+                            ElementOf(t.rows, (token * count + j) * cols + col),
+                            n, term);
+          for (int64_t c = 0; c < n; ++c) sums[c] += term[c];
+        }
+        CpuConvertFromFloat(p->x.dtype, sums, n, rounded);
+        CpuConvertToFloat(p->x.dtype, rounded, n, sums);
+        CpuConvertToFloat(
+            p->x.dtype, ElementOf(p->x, token * p->x.stride[0] + col), n, term);
+        for (int64_t c = 0; c < n; ++c) sums[c] += term[c];
+        CpuConvertFromFloat(p->x.dtype, sums, n,
+                            ElementOf(t.sum, token * t.sum.stride[0] + col));
+      }
+    }
+  });
+  p->x = t.sum;
+  p->terms = LinearTerms();
+}
+
 Status LinearCpu(const LinearParams& p, Stream stream) {
   const FloatX x = MakeX(p, stream);
   // Pieces of some 64 columns at least, four for each thread where that allows.

@@ -22,16 +22,56 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// sum = x + the terms of a token.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    AddTermsKernel(TensorView x, LinearTerms terms) {
+  cuda::WaitForPreviousKernels();
+  const int64_t row = blockIdx.x * int64_t{blockDim.y} + threadIdx.y;
+  const int64_t cols = x.shape[1];
+  if (row >= x.shape[0]) return;
+  const int count = static_cast<int>(terms.ids.shape[1]);
+  const auto* const ids =
+      terms.ids.As<const int32_t>() + row * terms.ids.stride[0];
+  for (int64_t col = blockIdx.y * blockDim.x + threadIdx.x; col < cols;
+       col += int64_t{gridDim.y} * blockDim.x) {
+    float sum = 0.0f;
+    for (int j = 0; j < count; ++j) {
+      if (ids[j] < 0 || ids[j] >= terms.num_ids) continue;
+      sum += cuda::ToFloat(
+          terms.rows.As<const T>()[(row * count + j) * cols + col]);
+    }
+    terms.sum.As<T>()[row * terms.sum.stride[0] + col] = cuda::FromFloat<T>(
+        cuda::ToFloat(x.As<const T>()[row * x.stride[0] + col]) +
+        cuda::ToFloat(cuda::FromFloat<T>(sum)));
+  }
+}
+
+Status AddTerms(LinearParams* p, Stream stream) {
+  const LinearTerms terms = p->terms;
+  const TensorView x = p->x;
+  p->x = terms.sum;
+  p->terms = LinearTerms();
+  return cuda::WithFloatType(x.dtype, [&](auto zero) {
+    return cuda::LaunchOverRows("Linear", stream, x.shape[0], x.shape[1],
+                                kThreads, AddTermsKernel<decltype(zero)>, x,
+                                terms);
+  });
+}
+
 bool CanStream(const LinearParams& p) {
-  if (p.weight.dtype == DType::kFloat8E4M3) return LinearFp8Streams(p);
+  if (p.weight.dtype == DType::kFloat8E4M3) {
+    return LinearFp8Streams(p) || LinearFp8Clusters(p);
+  }
   LinearProblem problem = MakeLinearProblem(p);
   problem.can_stream = LinearStreams(p);
   return SelectLinearKernel(problem) == LinearKernel::kStream;
 }
 
 Status MultiplyStreaming(const LinearParams& p, Stream stream) {
-  return p.weight.dtype == DType::kFloat8E4M3 ? LinearFp8Stream(p, stream)
-                                              : LinearStream(p, stream);
+  if (p.weight.dtype != DType::kFloat8E4M3) return LinearStream(p, stream);
+  return LinearFp8Streams(p) ? LinearFp8Stream(p, stream)
+                             : LinearFp8Cluster(p, stream);
 }
 
 // Whether the kernel that takes the call adds a residual itself.
@@ -63,6 +103,10 @@ Status LinearCuda(const LinearParams& params, Stream stream) {
   TENON_RETURN_IF_ERROR(guard.status());
   if (CanStream(params)) return MultiplyStreaming(params, stream);
   LinearParams p = params;
+  if (p.terms.present()) {
+    TENON_RETURN_IF_ERROR(AddTerms(&p, stream));
+    if (CanStream(p)) return MultiplyStreaming(p, stream);
+  }
   if (p.norm.present()) {
     // Then as without a norm, with the same bits.
     TENON_RETURN_IF_ERROR(NormalizeLinearInput(&p, stream));

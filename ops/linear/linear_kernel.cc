@@ -62,9 +62,7 @@ LinearProblem MakeLinearProblem(const LinearParams& p) {
 
 LinearKernel SelectLinearKernel(const LinearProblem& p) {
   if (!p.batch_invariant) {
-    if (p.can_stream && p.tokens <= kLinearFewTokens) {
-      return LinearKernel::kStream;
-    }
+    if (p.can_stream) return LinearKernel::kStream;
     if (p.tokens <= kLinearGemvTokens && p.rows_aligned) {
       return LinearKernel::kGemv;
     }
@@ -119,8 +117,9 @@ LinearFp8Workspace CutLinearFp8Workspace(const LinearParams& p, size_t* size) {
   const int64_t in_features = p.x.shape[1];
   LinearFp8Workspace workspace;
   workspace.q_stride = (in_features + 15) / 16 * 16;
-  workspace.q = cutter.Take<uint8_t>(tokens * workspace.q_stride);
-  workspace.scales = cutter.Take<float>(tokens * NumFp8Groups(in_features));
+  const int64_t rows = (tokens + 7) / 8 * 8;  // see linear_fp8::PackedX
+  workspace.q = cutter.Take<uint8_t>(rows * workspace.q_stride);
+  workspace.scales = cutter.Take<float>(rows * NumFp8Groups(in_features));
   if (p.cublas_lt != nullptr && !p.batch_invariant) {
     workspace.cublas_lt = cutter.TakeBytes(kCublasLtWorkspaceBytes);
   }

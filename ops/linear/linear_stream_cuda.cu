@@ -23,6 +23,9 @@ constexpr int kPassBytes = kWarps * kWarpBytes;
 // See Args; measured.
 constexpr int kInFlight = 2;
 
+// See TakesTokens.
+constexpr int64_t kMostTokens = 64;
+
 // What is in shared memory first; then x and the ring.
 template <int kHalves>
 struct Shared {
@@ -51,10 +54,20 @@ __device__ __forceinline__ void ForEachVec(const Args& a, const F& f) {
   }
 }
 
+// The tokens of a block.
+struct Tokens {
+  __device__ __forceinline__ explicit Tokens(const Args& a)
+      : first(blockIdx.y * kLinearFewTokens),
+        count(min(a.tokens - first, static_cast<int>(kLinearFewTokens))) {}
+
+  const int first, count;
+};
+
 // Normalises kTokens rows in shared memory, each thread its own vectors, and
 // writes this block's share of them to a.normed.
 template <class T, bool kCastFirst, int kTokens>
-__device__ __forceinline__ void Normalize(const Args& a, int first, char* xs,
+__device__ __forceinline__ void Normalize(const Args& a, const Tokens& tokens,
+                                          int first, char* xs,
                                           const Vec<T, 8>& first_weights,
                                           const float (&inverse)[kTokens]) {
   const int share_begin = blockIdx.x * a.normed_share;
@@ -67,7 +80,7 @@ __device__ __forceinline__ void Normalize(const Args& a, int first, char* xs,
 #pragma unroll
     for (int m = 0; m < kTokens; ++m) {
       const int token = first + m;
-      if (token >= a.tokens) break;
+      if (token >= tokens.count) break;
       char* const in_shared = xs + token * a.x_pitch + at * 16;
       const auto v = *reinterpret_cast<const Vec<T, 8>*>(in_shared);
       float f[8];
@@ -81,8 +94,9 @@ __device__ __forceinline__ void Normalize(const Args& a, int first, char* xs,
           cuda::Pack<T>(f[4], f[5]), cuda::Pack<T>(f[6], f[7])};
       *reinterpret_cast<uint4*>(in_shared) = packed;
       if (mine) {
-        reinterpret_cast<uint4*>(static_cast<T*>(a.normed) +
-                                 token * a.normed_stride)[at] = packed;
+        T* const row = static_cast<T*>(a.normed) +
+                       (tokens.first + token) * a.normed_stride;
+        reinterpret_cast<uint4*>(row)[at] = packed;
       }
     }
   });
@@ -90,13 +104,20 @@ __device__ __forceinline__ void Normalize(const Args& a, int first, char* xs,
 
 // Brings x to shared memory, and normalises it there if that is asked for,
 // kTokens rows at a time.
-template <class T, int kTokens>
+template <class T, int kTokens, bool kTerms>
 __device__ __forceinline__ void PrepareX(
-    const Args& a, float (&squares)[kLinearFewTokens][kWarps], char* xs,
+    const Args& a, const Tokens& tokens,
+    float (&squares)[kLinearFewTokens][kWarps], char* xs,
     const Vec<T, 8>& norm_weights) {
   const uint32_t to = cuda::SharedAddress(xs);
-  for (int token = 0; token < a.tokens; ++token) {
-    const T* const row = static_cast<const T*>(a.x) + token * a.x_stride;
+  if constexpr (kTerms) {
+    ForEachVec(a, [&](int at) {
+      reinterpret_cast<uint4*>(xs)[at] = linear_stream::WithTerms<T>(a, at);
+    });
+  }
+  for (int token = 0; !kTerms && token < tokens.count; ++token) {
+    const T* const row =
+        static_cast<const T*>(a.x) + (tokens.first + token) * a.x_stride;
     ForEachVec(a, [&](int at) {
       cuda::CopyOrZero16(to + token * a.x_pitch + at * 16, row + at * 8, true);
     });
@@ -105,12 +126,12 @@ __device__ __forceinline__ void PrepareX(
   cuda::WaitForCopies<0>();
   if (a.norm_weight == nullptr) return SyncMultiplying();
 
-  for (int first = 0; first < a.tokens; first += kTokens) {
+  for (int first = 0; first < tokens.count; first += kTokens) {
     float sum[kTokens] = {};
     ForEachVec(a, [&](int at) {
 #pragma unroll
       for (int m = 0; m < kTokens; ++m) {
-        if (first + m >= a.tokens) break;
+        if (first + m >= tokens.count) break;
         const char* const v = xs + (first + m) * a.x_pitch + at * 16;
         sum[m] =
             cuda::AddSquares(*reinterpret_cast<const Vec<T, 8>*>(v), sum[m]);
@@ -123,7 +144,7 @@ __device__ __forceinline__ void PrepareX(
     }
   }
   SyncMultiplying();
-  for (int first = 0; first < a.tokens; first += kTokens) {
+  for (int first = 0; first < tokens.count; first += kTokens) {
     // A lane makes the factor of one token.
     float total = 0.0f;
 #pragma unroll
@@ -136,9 +157,9 @@ __device__ __forceinline__ void PrepareX(
 #pragma unroll
     for (int m = 0; m < kTokens; ++m) inverse[m] = __shfl_sync(~0u, mine, m);
     if (a.cast_first) {
-      Normalize<T, true>(a, first, xs, norm_weights, inverse);
+      Normalize<T, true>(a, tokens, first, xs, norm_weights, inverse);
     } else {
-      Normalize<T, false>(a, first, xs, norm_weights, inverse);
+      Normalize<T, false>(a, tokens, first, xs, norm_weights, inverse);
     }
   }
   SyncMultiplying();
@@ -157,7 +178,8 @@ __device__ __forceinline__ uint4 VecOrZero(const char* row, int i, int count) {
 // bytes from l % 4 * 16. Which place of an instruction's depth a product has
 // does not matter as long as x and weight agree.
 template <class T, int kHalves>
-__device__ __forceinline__ void Multiply(const Args& a, const Range& range,
+__device__ __forceinline__ void Multiply(const Args& a, const Tokens& tokens,
+                                         const Range& range,
                                          Shared<kHalves>& shared,
                                          const char* xs, const char* ring) {
   constexpr int kOutputs = kHalves * 64;  // of a tile
@@ -176,7 +198,7 @@ __device__ __forceinline__ void Multiply(const Args& a, const Range& range,
     linear_stream::Output<T, false> output;
     output.exists = false;
     if (my_tile < tiles) {
-      output.Begin(a, in_tile / kRows,
+      output.Begin(a, tokens.first + in_tile / kRows,
                    (range.first + group + my_tile) * kRows + in_tile % kRows);
     }
     float c[kGroup][2][4] = {};  // products take turns between two sums
@@ -195,7 +217,7 @@ __device__ __forceinline__ void Multiply(const Args& a, const Range& range,
           uint4 x[2] = {};
 #pragma unroll
           for (int h = 0; h < kHalves; ++h) {
-            const bool exists = h * 8 + lane / 4 < a.tokens;
+            const bool exists = h * 8 + lane / 4 < tokens.count;
             x[h] = VecOrZero(x_row + h * 8 * a.x_pitch + pass * kPassBytes, i,
                              exists ? count : 0);
           }
@@ -230,9 +252,10 @@ __device__ __forceinline__ void Multiply(const Args& a, const Range& range,
 
 #endif  // TENON_SM90A
 
-// Up to 8 * kHalves tokens, normalised kTokens at a time.
-template <class T, int kTokens, int kHalves>
-__global__ void __launch_bounds__(linear_stream::kThreads, 2)
+// Grid: blocks that share the weight, times groups of 8 * kHalves tokens, which
+// are normalised kTokens at a time.
+template <class T, int kTokens, int kHalves, bool kTerms>
+__global__ void __launch_bounds__(linear_stream::kThreads, kTerms ? 1 : 2)
     StreamKernel(const __grid_constant__ Args a) {
 #if TENON_SM90A
   static_assert(kGroup * kHalves * 64 <= kMultiplyThreads,
@@ -240,7 +263,8 @@ __global__ void __launch_bounds__(linear_stream::kThreads, 2)
   extern __shared__ __align__(128) char memory[];
   auto& shared = *reinterpret_cast<Shared<kHalves>*>(memory);
   char* const xs = memory + sizeof(Shared<kHalves>);
-  char* const ring = xs + a.tokens * a.x_pitch;
+  const Tokens tokens(a);
+  char* const ring = xs + tokens.count * a.x_pitch;
   const Range range = linear_stream::TilesOfBlock(a);
   if (!a.weights_are_constant) cuda::WaitForPreviousKernels();
 
@@ -255,8 +279,8 @@ __global__ void __launch_bounds__(linear_stream::kThreads, 2)
   }
   linear_stream::AwaitBarriers();
   cuda::WaitForPreviousKernels();
-  PrepareX<T, kTokens>(a, shared.squares, xs, norm_weights);
-  Multiply<T, kHalves>(a, range, shared, xs, ring);
+  PrepareX<T, kTokens, kTerms>(a, tokens, shared.squares, xs, norm_weights);
+  Multiply<T, kHalves>(a, tokens, range, shared, xs, ring);
 #endif
 }
 
@@ -272,6 +296,7 @@ struct Plan {
 // `most_stages`: as many as any block needs.
 Plan MakePlan(int64_t tokens, int64_t in_features, int64_t most_stages) {
   Plan plan;
+  tokens = std::min(tokens, kLinearFewTokens);  // of a block
   plan.halves = tokens <= 8 ? 1 : 2;
   plan.x_pitch = linear_stream::Pitch(in_features * 2);
   plan.pitch =
@@ -289,12 +314,30 @@ Plan MakePlan(int64_t tokens, int64_t in_features, int64_t most_stages) {
   return plan;
 }
 
+int TokenGroups(int64_t tokens) {
+  return static_cast<int>(cuda::CeilDiv(tokens, kLinearFewTokens));
+}
+
 template <class T>
 Status Launch(const Args& args, const Plan& plan, int grid, Stream stream) {
-  return linear_stream::Launch(args, plan.bytes, grid, stream,
-                               args.tokens == 1   ? StreamKernel<T, 1, 1>
-                               : plan.halves == 1 ? StreamKernel<T, 8, 1>
-                                                  : StreamKernel<T, 8, 2>);
+  return linear_stream::Launch(
+      args, plan.bytes, grid, TokenGroups(args.tokens), stream,
+      args.num_terms > 0 ? StreamKernel<T, 1, 1, true>
+      : args.tokens == 1 ? StreamKernel<T, 1, 1, false>
+      : plan.halves == 1 ? StreamKernel<T, 8, 1, false>
+                         : StreamKernel<T, 8, 2, false>);
+}
+
+// Several groups of tokens read the weight as often: only where it is small,
+// that of a router.
+bool TakesTokens(const LinearParams& p) {
+  const int64_t tokens = p.x.shape[0];
+  if (tokens <= kLinearFewTokens) return true;
+  int grid = 0;
+  int processors = 0;
+  return tokens <= kMostTokens && !p.norm.present() &&
+         linear_stream::GridSize(p, &grid, &processors).ok() &&
+         linear_stream::NumTiles(p) * TokenGroups(tokens) <= processors;
 }
 
 }  // namespace
@@ -302,18 +345,19 @@ Status Launch(const Args& args, const Plan& plan, int grid, Stream stream) {
 bool LinearStreams(const LinearParams& p) {
   const int64_t tokens = p.x.shape[0];
   const int64_t in_features = p.x.shape[1];
-  return tokens <= kLinearFewTokens && p.x.dtype != DType::kFloat32 &&
-         p.weight.dtype == p.x.dtype && cuda::RowsAreWholeChunks(p.x) &&
-         cuda::RowsAreWholeChunks(p.weight) &&
+  return p.x.dtype != DType::kFloat32 && p.weight.dtype == p.x.dtype &&
+         cuda::RowsAreWholeChunks(p.x) && cuda::RowsAreWholeChunks(p.weight) &&
          in_features <= linear_stream::kMaxSharedBytes &&
          (!p.norm.present() || linear_stream::NormIsAligned(p)) &&
+         linear_stream::TermsAreTaken(p) &&
          MakePlan(tokens, in_features, kMaxStages).stages > 0 &&
-         cuda::IsHopper(p.x.device);
+         cuda::IsHopper(p.x.device) && TakesTokens(p);
 }
 
 Status LinearStream(const LinearParams& p, Stream stream) {
   int grid = 0;
-  TENON_RETURN_IF_ERROR(linear_stream::GridSize(p, &grid));
+  int processors = 0;
+  TENON_RETURN_IF_ERROR(linear_stream::GridSize(p, &grid, &processors));
   Args a = linear_stream::MakeArgs(p, grid);
   const Plan plan = MakePlan(
       a.tokens, a.in_features,

@@ -42,6 +42,10 @@ struct Args {
   void* out;
   const void* norm_weight;
   void* normed;
+  // Of one token: may be null.
+  const void* term_rows;
+  const int32_t* term_ids;
+  void* terms_sum;
   // Of fp8: of blocks of the weight, or of its rows; else null.
   const float* block_scales;
   const float* row_scales;
@@ -54,6 +58,7 @@ struct Args {
   int tiles_left;    // the blocks before this one have one more
   int normed_share;  // vectors of 16 bytes of a row of normed that a block
                      // writes
+  int num_terms, num_term_ids;
   int x_vecs;  // vectors of 16 bytes of a row of x that a thread has, at most
   int x_vecs_at_once;  // of all rows; of fp8, see PrepareFp8X
   int x_pitch, pitch;  // bytes between rows in shared memory
@@ -100,6 +105,14 @@ inline bool NormIsAligned(const LinearParams& p) {
          cuda::RowsAreAligned(p.norm.out, 16);
 }
 
+// Whether terms are some that the kernels take: every block adds them up, so
+// those of one token.
+inline bool TermsAreTaken(const LinearParams& p) {
+  return !p.terms.present() ||
+         (p.x.shape[0] == 1 && cuda::RowsAreAligned(p.terms.rows, 16) &&
+          cuda::RowsAreAligned(p.terms.sum, 16));
+}
+
 // All but what is planned: sizes of shared memory. Divisions are made here
 // rather than by every thread.
 inline Args MakeArgs(const LinearParams& p, int grid) {
@@ -117,6 +130,11 @@ inline Args MakeArgs(const LinearParams& p, int grid) {
   a.norm_weight = p.norm.weight.data;
   a.normed = p.norm.out.data;
   a.normed_stride = p.norm.out.stride[0];
+  a.term_rows = p.terms.rows.data;
+  a.term_ids = p.terms.ids.As<const int32_t>();
+  a.terms_sum = p.terms.sum.data;
+  a.num_terms = p.terms.present() ? static_cast<int>(p.terms.ids.shape[1]) : 0;
+  a.num_term_ids = p.terms.num_ids;
   a.epsilon = p.norm.epsilon;
   a.cast_first = p.norm.rounding == NormRounding::kCastThenMultiply;
   a.weights_are_constant = p.weights_are_constant;
@@ -133,23 +151,23 @@ inline Args MakeArgs(const LinearParams& p, int grid) {
 }
 
 // A block to a multiprocessor.
-inline Status GridSize(const LinearParams& p, int* grid) {
-  int processors = 0;
+inline Status GridSize(const LinearParams& p, int* grid, int* processors) {
   TENON_RETURN_IF_ERROR(cuda::ToStatus(
-      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount,
+      cudaDeviceGetAttribute(processors, cudaDevAttrMultiProcessorCount,
                              p.x.device.index),
       "Linear"));
-  *grid = static_cast<int>(std::min<int64_t>(NumTiles(p), processors));
+  *grid = static_cast<int>(std::min<int64_t>(NumTiles(p), *processors));
   return Status();
 }
 
-// `grid` as from GridSize.
-inline Status Launch(const Args& args, int shared_bytes, int grid,
+// `grid` as from GridSize, times `groups` of tokens.
+inline Status Launch(const Args& args, int shared_bytes, int grid, int groups,
                      Stream stream, void (*kernel)(Args)) {
   if (grid < args.tiles) shared_bytes = std::max(shared_bytes, kMinSharedBytes);
   return cuda::LaunchDependent(
-      "Linear", stream, dim3(static_cast<unsigned>(grid)), dim3(kThreads),
-      static_cast<size_t>(shared_bytes), kernel, args);
+      "Linear", stream,
+      dim3(static_cast<unsigned>(grid), static_cast<unsigned>(groups)),
+      dim3(kThreads), static_cast<size_t>(shared_bytes), kernel, args);
 }
 
 #if TENON_SM90A
@@ -279,6 +297,49 @@ class Reader {
   int stages_;
   int to_refill_;
 };
+
+// Vector `at` of x with the terms added, which the block whose share it is
+// leaves in terms_sum as well. All loads of eight terms are under way at once,
+// those that will not count too.
+template <class T>
+__device__ __forceinline__ uint4 WithTerms(const Args& a, int at) {
+  using V = cuda::Vec<T, 8>;
+  constexpr int kAtOnce = 8;
+  const int vecs = a.in_features / 8;
+  const V x = static_cast<const V*>(a.x)[at];
+  const V* const rows = static_cast<const V*>(a.term_rows) + at;
+  float sums[8] = {};
+#pragma unroll 1
+  for (int first = 0; first < a.num_terms; first += kAtOnce) {
+    V terms[kAtOnce];
+    uint32_t ids[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      ids[j] = ~0u;
+      if (first + j >= a.num_terms) continue;
+      ids[j] = static_cast<uint32_t>(a.term_ids[first + j]);
+      terms[j] = rows[(first + j) * vecs];
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (ids[j] >= static_cast<uint32_t>(a.num_term_ids)) continue;
+#pragma unroll
+      for (int c = 0; c < 8; ++c) sums[c] += cuda::ToFloat(terms[j].v[c]);
+    }
+  }
+  float f[8];
+#pragma unroll
+  for (int c = 0; c < 8; ++c) {
+    f[c] = cuda::ToFloat(x.v[c]) + cuda::ToFloat(cuda::FromFloat<T>(sums[c]));
+  }
+  const uint4 sum = {cuda::Pack<T>(f[0], f[1]), cuda::Pack<T>(f[2], f[3]),
+                     cuda::Pack<T>(f[4], f[5]), cuda::Pack<T>(f[6], f[7])};
+  const int begin = blockIdx.x * a.normed_share;
+  if (at >= begin && at < begin + a.normed_share) {
+    static_cast<uint4*>(a.terms_sum)[at] = sum;
+  }
+  return sum;
+}
 
 // An element that a thread finishes. T: the dtype of bias, and of out and
 // residual where they are not float32. kScaled: rows of the weight may have

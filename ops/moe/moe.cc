@@ -28,6 +28,24 @@ Status CheckSameScaling(const char* field, const ExpertMatrices& m,
                               gate.scales.block_rows);
 }
 
+Status ValidateRows(const MoeParams& p) {
+  const int64_t top_k = p.topk_ids.shape[1];
+  const int64_t hidden = p.x.shape[1];
+  TENON_RETURN_IF_ERROR(CheckTensor(kOp, "rows", p.rows,
+                                    {p.x.shape[0], top_k, hidden},
+                                    DTypes({p.x.dtype}), p.x.device));
+  if (p.rows.stride[0] != top_k * hidden || p.rows.stride[1] != hidden) {
+    return InvalidArgumentError(kOp, ": rows have gaps");
+  }
+  if (reinterpret_cast<uintptr_t>(p.rows.data) % 16 != 0) {
+    return InvalidArgumentError(kOp, ": rows are not aligned to 16 bytes");
+  }
+  if (p.out.present() || p.residual.present()) {
+    return InvalidArgumentError(kOp, ": out or residual is given beside rows");
+  }
+  return Status();
+}
+
 }  // namespace
 
 Status ValidateMoeShapes(const MoeParams& p) {
@@ -63,6 +81,7 @@ Status ValidateMoeShapes(const MoeParams& p) {
                                     {tokens, top_k}, DTypes({DType::kFloat32}),
                                     device));
   const DTypeSet same = DTypes({p.x.dtype});
+  if (p.rows.present()) return ValidateRows(p);
   TENON_RETURN_IF_ERROR(
       CheckOutput(kOp, "out", p.out, {tokens, hidden}, same, device));
   if (!p.residual.present()) return Status();
@@ -156,6 +175,11 @@ Status Validate(const MoeParams& p) {
   }
   const Inputs in = InputsOf(p);
   if (p.router != nullptr) TENON_RETURN_IF_ERROR(ValidateRouter(p, in));
+  TENON_RETURN_IF_ERROR(CheckSeparate(kOp, {"rows", p.rows},
+                                      {{"x", p.x},
+                                       {"topk_weights", p.topk_weights},
+                                       {"topk_ids", p.topk_ids}}));
+  TENON_RETURN_IF_ERROR(CheckApartFromInputs({"rows", p.rows}, in));
   TENON_RETURN_IF_ERROR(CheckSameOrSeparate(p.out, {"x", p.x}));
   TENON_RETURN_IF_ERROR(CheckSameOrSeparate(p.out, {"residual", p.residual}));
   TENON_RETURN_IF_ERROR(CheckSeparate(
@@ -169,6 +193,7 @@ Status Validate(const MoeParams& p) {
                                         {"topk_weights", p.topk_weights},
                                         {"topk_ids", p.topk_ids},
                                         {"residual", p.residual},
+                                        {"rows", p.rows},
                                         {"out", p.out}}));
   const TensorView workspace = MakeTensor(
       p.workspace, DType::kUInt8, p.x.device, {static_cast<int64_t>(bytes)});
@@ -201,7 +226,8 @@ MoeParams Chunk(const MoeParams& p, int64_t first, int64_t count,
   chunk.x = Rows(p.x, first, count);
   chunk.topk_ids = Rows(p.topk_ids, first, count);
   chunk.topk_weights = Rows(p.topk_weights, first, count);
-  chunk.out = Rows(p.out, first, count);
+  if (p.out.present()) chunk.out = Rows(p.out, first, count);
+  if (p.rows.present()) chunk.rows = Rows(p.rows, first, count);
   if (p.residual.present()) chunk.residual = Rows(p.residual, first, count);
   if (p.router != nullptr) {
     *router = *p.router;
@@ -283,13 +309,14 @@ Status Moe(const MoeParams& params, Stream stream) {
   if (device.type == DeviceType::kCuda && !kCudaBuilt) {
     return NoBackendError(kOp, device);
   }
-  const MoeScratch scratch = LayOutScratch(params);
+  MoeScratch scratch = LayOutScratch(params);
   const int64_t tokens = params.x.shape[0];
   const int64_t step = ChunkTokens(device);
   for (int64_t first = 0; first < tokens; first += step) {
     MoeRouterParams router;
     const MoeParams chunk =
         Chunk(params, first, std::min(step, tokens - first), &router);
+    if (chunk.rows.present()) scratch.weighted = chunk.rows.data;
     if (device.type == DeviceType::kCpu) {
       TENON_RETURN_IF_ERROR(MoeCpu(chunk, scratch, stream));
     } else if constexpr (kCudaBuilt) {

@@ -54,6 +54,11 @@ struct MoeKernelTable;
 // what would have been in out: the sum in float32 of two rounded numbers,
 // rounded, as a separate addition would.
 //
+// Rows: with `rows` [tokens, top_k, hidden], of x's dtype, without gaps and
+// aligned to 16 bytes, the weighted rows are left there and nobody sums them
+// yet: out and residual are not given. The next product does
+// (LinearParams::terms). Rows of ids that contribute nothing are not written.
+//
 // Any number of tokens: more than kMoeChunkTokens are processed in chunks of
 // that size (smaller ones on the CPU), so the workspace is bounded.
 //
@@ -71,6 +76,7 @@ struct MoeParams {
   TensorView out;
   const MoeRouterParams* router = nullptr;  // optional
   TensorView residual;                      // optional
+  TensorView rows;                          // optional, in place of out
   bool batch_invariant = false;
   // CUDA, optional: measured sizes of the kernels, in place of those built in
   // (moe_kernel_choice.h). No bit of a result depends on them.

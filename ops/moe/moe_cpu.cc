@@ -136,6 +136,7 @@ Status MoeCpu(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
                      p.down.rows, kOutCols, [&](const MoeCpuBlock& block) {
                        ComputeWeighted(p, scratch, block);
                      });
+  if (p.rows.present()) return Status();
   ParallelFor(stream, p.x.shape[0], 16384 / p.x.shape[1] + 1,
               [&](int64_t begin, int64_t end) {
                 for (int64_t t = begin; t < end; ++t) SumRows(p, scratch, t);

@@ -327,7 +327,7 @@ Status Compute(const MoeParams& p, const MoeScratch& scratch, Stream stream) {
   TENON_RETURN_IF_ERROR(CanUseMoeHopper(p, gpu.compute_capability)
                             ? ComputeHopper(p, scratch, config, stream)
                             : ComputePortable<T>(p, scratch, config, stream));
-  return LaunchSum<T>(p, scratch, stream);
+  return p.rows.present() ? Status() : LaunchSum<T>(p, scratch, stream);
 }
 
 }  // namespace

@@ -69,6 +69,7 @@ class LinearFp8Call {
   }
 
   std::vector<double> Values() const { return out_.Values(); }
+  std::vector<double> X() const { return x_.InitialValues(); }
 
   // Of x and weight as quantised.
   reference::LinearResult Expected() const {

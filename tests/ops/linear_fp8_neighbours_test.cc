@@ -41,7 +41,12 @@ TEST_P(LinearFp8NeighboursTest, NeighboursGiveTheBitsOfSeparateOperations) {
                           {false, false, false, 0},
                           NormRounding::kCastThenMultiply},
                          {{5, 24, 111}, {false, true, false, 0}},
-                         {{40, 72, 336}, {true, true, false, 0}}}) {
+                         {{40, 72, 336}, {true, true, false, 0}},
+                         {{9, 72, 640}, {true, true, true, 16}},
+                         {{33, 24, 2048}, {false, false, false, 0}},
+                         {{64, 200, 512},
+                          {false, true, false, 16},
+                          NormRounding::kCastThenMultiply}}) {
     const auto [tokens, out_features, in_features] = test.shape;
     const LinearFp8Call call(device(), dtype(), test.shape, test.options);
     const TestTensor norm_weight(device(), dtype(), {in_features},
@@ -85,6 +90,25 @@ TEST_P(LinearFp8NeighboursTest, FewTokensHaveTheBitsOfMany) {
         ExpectTokensAlone(p, kMany - tokens, tokens, LinearMode::kDefault,
                           expected);
         if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+TEST_P(LinearFp8NeighboursTest, TermsGiveTheBitsOfASeparateSum) {
+  for (LinearShape shape : std::vector<LinearShape>{{1, 136, 2048},
+                                                    {1, 24, 4096},
+                                                    {1, 40, 336},
+                                                    {1, 13, 111},
+                                                    {3, 72, 2048}}) {
+    const LinearFp8Call call(device(), dtype(), shape, {false, true, false, 0});
+    for (int64_t count : {1, 8, 11}) {
+      for (LinearMode mode : Modes()) {
+        SCOPED_TRACE(StrCat(shape.tokens, "x", shape.out_features, "x",
+                            shape.in_features, ", ", count, " terms, ",
+                            LinearModeName(mode)));
+        ExpectBitsOfSeparateSum(call.params(), call.X(), count, mode);
+        if (HasFailure()) return;
       }
     }
   }

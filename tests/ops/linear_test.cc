@@ -332,6 +332,28 @@ TEST_P(LinearTest, RejectsBadArguments) {
   };
   expect({"norm.out", "without norm.weight"},
          [&](LinearParams& p) { p.norm.out = normed.view(); });
+  const TestTensor rows(device(), dtype(), {4, 2, 64});
+  const TestTensor ids(device(), DType::kInt32, {4, 2});
+  const TestTensor terms_sum(device(), dtype(), {4, 64});
+  const auto expect_terms = [&](std::vector<std::string> parts, auto&& change) {
+    expect_norm(parts, [&](LinearParams& p) {
+      p.terms = {rows.view(), ids.view(), 3, terms_sum.view()};
+      change(p);
+    });
+  };
+  expect({"terms", "without norm"}, [&](LinearParams& p) {
+    p.terms = {rows.view(), ids.view(), 3, terms_sum.view()};
+  });
+  expect_terms({"terms.rows", "[4, 2, 64]", "[4, 1, 64]"},
+               [](LinearParams& p) { p.terms.ids.shape[1] = 1; });
+  expect_terms({"terms.rows have gaps"},
+               [](LinearParams& p) { p.terms.rows.stride[0] = 64; });
+  expect_terms({"terms.ids"},
+               [](LinearParams& p) { p.terms.ids = TensorView(); });
+  expect_terms({"terms.sum is missing"},
+               [](LinearParams& p) { p.terms.sum = TensorView(); });
+  expect_terms({"terms.sum overlaps x"},
+               [](LinearParams& p) { p.terms.sum.data = p.x.data; });
   expect_norm({"norm.weight", "[63]", "[64]"},
               [](LinearParams& p) { p.norm.weight.shape[0] = 63; });
   expect_norm({"norm.out is missing"},
@@ -393,7 +415,7 @@ TEST(LinearKernelTest, IsChosenByTokensAlignmentAndMode) {
   p.can_stream = true;
   EXPECT_EQ(select(1), LinearKernel::kStream);
   EXPECT_EQ(select(kLinearFewTokens), LinearKernel::kStream);
-  EXPECT_EQ(select(kLinearFewTokens + 1), LinearKernel::kMediumTile);
+  EXPECT_EQ(select(64), LinearKernel::kStream);
   p.batch_invariant = true;
   EXPECT_EQ(select(1), LinearKernel::kSmallTile);
   p.can_stream = p.batch_invariant = false;

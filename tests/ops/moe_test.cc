@@ -150,6 +150,41 @@ TEST_P(MoeTest, ResidualGivesTheBitsOfASeparateAddition) {
   }
 }
 
+// Rows that nobody has summed up yet: summed here, they are out.
+TEST_P(MoeTest, RowsAreWhatIsSummed) {
+  for (int64_t tokens : {1, 7, 60}) {
+    SCOPED_TRACE(tokens);
+    Problem problem;
+    problem.tokens = tokens;
+    problem.hidden = 72;
+    problem.intermediate = 40;
+    problem.num_experts = 9;
+    problem.top_k = 4;
+    Call call(device(), dtype(), problem);
+    Run(call);
+    const std::vector<double> expected = call.out().Values();
+    const testing::TestTensor rows(device(), dtype(),
+                                   {tokens, problem.top_k, problem.hidden});
+    MoeParams& p = call.params();
+    p.rows = rows.view();
+    p.out = TensorView();
+    Run(call);
+    EXPECT_EQ(rows.NumStrayWrites(), 0);
+    const std::vector<double> values = rows.Values();
+    for (size_t i = 0; i < expected.size(); ++i) {
+      float sum = 0.0f;
+      for (int64_t j = 0; j < problem.top_k; ++j) {
+        const double term =
+            values[(i / problem.hidden * problem.top_k + j) * problem.hidden +
+                   i % problem.hidden];
+        // Not written where the id is none of an expert.
+        if (!std::isnan(term)) sum += static_cast<float>(term);
+      }
+      ASSERT_EQ(testing::RoundTo(dtype(), sum), expected[i]) << i;
+    }
+  }
+}
+
 // Against the first period of the same call, and that against the reference.
 TEST_P(MoeTest, Acceptance22_ChunkEdge) {
   for (int64_t tokens :

@@ -72,6 +72,19 @@ TEST_P(MoeValidationTest, RejectsBadArguments) {
     p.residual.data =
         p.out.As<char>() + static_cast<int64_t>(DTypeSize(p.out.dtype));
   });
+  expect({"rows has rank 2, expected 3"},
+         [](MoeParams& p) { p.rows = p.out; });
+  expect({"out or residual is given beside rows"}, [](MoeParams& p) {
+    p.rows = MakeTensor(p.workspace, p.x.dtype, p.x.device, {6, 2, 32});
+  });
+  expect({"rows have gaps"}, [](MoeParams& p) {
+    p.rows = MakeTensor(p.workspace, p.x.dtype, p.x.device, {6, 2, 32});
+    p.rows.stride[0] = 72;
+  });
+  expect({"workspace overlaps rows"}, [](MoeParams& p) {
+    p.rows = MakeTensor(p.workspace, p.x.dtype, p.x.device, {6, 2, 32});
+    p.out = TensorView();
+  });
   expect({"out overlaps topk_ids"},
          [](MoeParams& p) { p.out.data = p.topk_ids.data; });
   expect({"workspace is null"}, [](MoeParams& p) { p.workspace = nullptr; });
