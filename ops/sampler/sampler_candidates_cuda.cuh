@@ -23,8 +23,12 @@ inline constexpr int kTilesAheadBytes =
     kDecideWarps * static_cast<int>(sizeof(TileOnItsWay));
 
 struct CandidateScratch {
+  // Of what is sought, the sub-tiles' maxima in parts of a range of keys, the
+  // highest first.
+  alignas(16) uint32_t bins[kDecideThreads];
   int num_tiles;
   int count;
+  int added;  // by edits
   int tiles[kMaxCandidates];
   uint64_t keys[kMaxCandidates];         // in no order
   uint32_t edited[kMaxCandidates / 32];  // bits of keys that edits replace
@@ -34,8 +38,18 @@ struct CandidateScratch {
   uint64_t sorted[kMaxCandidates];
   uint64_t prefix[kMaxCandidates + 1];  // the masses before
   uint8_t by_place[kMaxCandidates];     // ranks in draw order
-  // Of the tiles on their way: whether masks let lanes' logits pass.
-  uint8_t allowed[kMaxTilesAhead * kDecideWarps][32];
+
+  // All threads call this; a barrier follows.
+  __device__ __forceinline__ void Clear() {
+    bins[threadIdx.x] = 0;
+    ranks[threadIdx.x] = 0;
+    if (threadIdx.x < kMaxCandidates / 32) edited[threadIdx.x] = 0;
+    if (threadIdx.x == 0) {
+      num_tiles = 0;
+      count = 0;
+      added = 0;
+    }
+  }
 
   __device__ float Logit(int rank) const {
     return LogitOfCandidate(sorted[rank]);
@@ -83,30 +97,38 @@ __device__ __forceinline__ uint64_t DroppedCandidate(int at) {
   return 0xffffffff00000000u | static_cast<uint32_t>(at);
 }
 
+// What is to be done while sub-tiles are on their way.
+struct Nothing {
+  __device__ __forceinline__ void operator()() const {}
+};
+
 class Candidates {
  public:
-  // `arrays` are the row's.
+  // `arrays` are the row's. `clear`: the scratch is, as far as anyone sees who
+  // has passed a barrier.
   __device__ Candidates(Block& block, CandidateScratch* scratch,
-                        const TileArrays& arrays, Room room)
+                        const TileArrays& arrays, Room room, bool clear)
       : block_(block),
         s_(*scratch),
         tile_key_(arrays.key),
         ahead_(static_cast<TileOnItsWay*>(room.memory)),
-        tiles_ahead_(min(room.bytes / kTilesAheadBytes, kMaxTilesAhead)) {}
+        tiles_ahead_(min(room.bytes / kTilesAheadBytes, kMaxTilesAhead)),
+        bins_clear_(clear),
+        lists_clear_(clear) {}
 
   // A key with at least `count` sub-tiles' maxima not below it, and few more
-  // unless they are equal; 0 where there are fewer. Each round has a warp for
-  // each of eight keys.
-  __device__ uint32_t LowerBoundOfKth(const DecideRow& row, int count,
-                                      uint32_t lowest);
+  // unless they are equal; 0 where there are fewer.
+  __device__ uint32_t LowerBoundOfKth(int num_tiles, const TileBounds& bounds,
+                                      int count);
   // Finds the tokens with keys of at least `floor`; -1 where they are too many.
   // kEdited: the row may have edits, the first being ReadEdits(row, 0), or a
-  // mask.
+  // mask. All threads call meanwhile() once, before the last barrier.
   // The first warp may read all of the scratch at once, others its prefix after
   // a barrier.
-  template <bool kEdited>
+  template <bool kEdited, class Meanwhile>
   __device__ int Collect(const DecideRow& row, uint32_t floor,
-                         const ThreadEdits& first_edits);
+                         const ThreadEdits& first_edits,
+                         const Meanwhile& meanwhile);
   // Finds the `count` best where too many tokens have the key `tied` or a
   // larger one, for there are as many; -1 where even those with a larger one
   // are too many, or the first ids have too few of them. Of rows without edits.
@@ -120,89 +142,115 @@ class Candidates {
 
  private:
   __device__ void ListTiles(const DecideRow& row, uint32_t floor);
-  template <class T, bool kEdited>
-  __device__ void CollectTiles(const DecideRow& row, uint32_t floor);
+  template <class T, bool kEdited, class Meanwhile>
+  __device__ void CollectTiles(const DecideRow& row, uint32_t floor,
+                               const Meanwhile& meanwhile);
   // False where there are too many sub-tiles.
-  template <bool kEdited>
-  __device__ bool CollectRaw(const DecideRow& row, uint32_t floor);
-  __device__ int DropEdited();
+  template <bool kEdited, class Meanwhile>
+  __device__ bool CollectRaw(const DecideRow& row, uint32_t floor,
+                             const Meanwhile& meanwhile);
+  __device__ void DropEdited();
   // Fills what the scratch has by rank.
   template <bool kEdited>
   __device__ void Rank(const DecideRow& row, int count);
   __device__ void SumMasses(int count);
+  // Makes what one of the flags is of clear.
+  __device__ void Renew(bool& clear);
 
   Block& block_;
   CandidateScratch& s_;
   const uint32_t* tile_key_;
   TileOnItsWay* ahead_;
   int tiles_ahead_;
+  bool bins_clear_;
+  bool lists_clear_;
   int found_ = 0;
 };
 
-__device__ __forceinline__ void AddCandidate(CandidateScratch& s, uint32_t key,
-                                             int id, int place) {
-  const int at = atomicAdd(&s.count, 1);
-  if (at >= kMaxCandidates) return;
-  s.keys[at] = CandidateKey(key, id);
-  s.places[at] = static_cast<uint32_t>(place);
+__device__ __forceinline__ void Candidates::Renew(bool& clear) {
+  if (!clear) {
+    __syncthreads();
+    s_.Clear();
+    __syncthreads();
+    bins_clear_ = true;
+    lists_clear_ = true;
+  }
+  clear = false;
 }
 
-__device__ __forceinline__ uint32_t
-Candidates::LowerBoundOfKth(const DecideRow& row, int count, uint32_t lowest) {
-  const int warp = static_cast<int>(threadIdx.x / 32);
+// A round looks at a range of keys in 256 parts or fewer, then, if that is too
+// coarse, at the part that has the k-th.
+__device__ __forceinline__ uint32_t Candidates::LowerBoundOfKth(
+    int num_tiles, const TileBounds& bounds, int count) {
+  constexpr int kBins = kDecideThreads;
+  constexpr int kEach = kBins / 32;
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const int num_tiles = row.num_tiles;
   const int enough = count + count / 2 + 8;
-  uint32_t low = lowest;
-  uint32_t range = OrderedKey(row.best) - lowest;  // the k-th is in it
+  uint32_t low = bounds.lowest;
+  uint32_t range = OrderedKey(bounds.best) - low;  // the k-th is in it
+  int above = 0;                                   // maxima above the range
   for (;;) {
-    // The first of the eight keys is the lowest.
-    const uint32_t step = range / kDecideWarps + 1;
-    const uint32_t key = low + min(range, step * static_cast<uint32_t>(warp));
-    int own = 0;
-#pragma unroll 4
-    for (int i = lane; i < num_tiles; i += 32) {
-      own += tile_key_[i] >= key ? 1 : 0;
-    }
-    const uint64_t* const counts =
-        block_.Exchange(static_cast<uint64_t>(__reduce_add_sync(~0u, own)));
-    int at = -1;
-    int reached = 0;
-#pragma unroll
-    for (int w = 0; w < kDecideWarps; ++w) {
-      if (static_cast<int>(counts[w]) >= count) {
-        at = w;
-        reached = static_cast<int>(counts[w]);
+    Renew(bins_clear_);
+    const int shift = max(24 - __clz(static_cast<int>(range)), 0);
+    for (int i = static_cast<int>(threadIdx.x); i < num_tiles;
+         i += kDecideThreads) {
+      const uint32_t offset = tile_key_[i] - low;
+      if (offset <= range) {
+        atomicAdd(&s_.bins[kBins - 1 - (offset >> shift)], 1u);
       }
     }
-    if (at < 0) return 0;
-    const uint32_t offset = min(range, step * static_cast<uint32_t>(at));
-    low += offset;
-    if (reached <= enough || range == offset || step == 1) return low;
-    range = min(range - offset, step - 1);
+    __syncthreads();
+    // Every warp for itself, which takes no barrier.
+    int own[kEach];
+    int sum = 0;
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      own[e] = static_cast<int>(s_.bins[lane * kEach + e]);
+      sum += own[e];
+    }
+    const int upto = above + WarpInclusiveSum(sum);
+    const unsigned reach = __ballot_sync(~0u, upto >= count);
+    if (reach == 0) return 0;
+    int at = lane * kEach;
+    int before = upto - sum;
+#pragma unroll
+    for (int e = 0; e + 1 < kEach; ++e) {
+      if (at == lane * kEach + e && before + own[e] < count) {
+        before += own[e];
+        ++at;
+      }
+    }
+    const int source = __ffs(static_cast<int>(reach)) - 1;
+    const uint32_t bin =
+        static_cast<uint32_t>(kBins - 1 - __shfl_sync(~0u, at, source));
+    above = __shfl_sync(~0u, before, source);
+    low += bin << shift;
+    if (shift == 0) return low;
+    const int reached = above + static_cast<int>(s_.bins[kBins - 1 - bin]);
+    if (reached <= enough) return low;
+    range = min(range - (bin << shift), (1u << shift) - 1);
   }
 }
 
 __device__ __forceinline__ void Candidates::ListTiles(const DecideRow& row,
                                                       uint32_t floor) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    s_.num_tiles = 0;
-    s_.count = 0;
+  static_assert(kMaxVocab <= int64_t{32} * kDecideThreads * kSubTile,
+                "a bit for each of a thread's sub-tiles");
+  const int thread = static_cast<int>(threadIdx.x);
+  Renew(lists_clear_);
+  uint32_t own = 0;
+  for (int i = 0; i * kDecideThreads < row.num_tiles; ++i) {
+    const int tile = i * kDecideThreads + thread;
+    if (tile < row.num_tiles && tile_key_[tile] >= floor) own |= 1u << i;
   }
-  if (threadIdx.x < kMaxCandidates / 32) s_.edited[threadIdx.x] = 0;
-  __syncthreads();
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const int num_tiles = row.num_tiles;
-#pragma unroll 1
-  for (int base = 0; base < num_tiles; base += kDecideThreads) {
-    const int tile = base + static_cast<int>(threadIdx.x);
-    const bool wanted = tile < num_tiles && tile_key_[tile] >= floor;
-    const unsigned all = __ballot_sync(~0u, wanted);
-    int at = 0;
-    if (lane == 0 && all != 0) at = atomicAdd(&s_.num_tiles, __popc(all));
-    at = __shfl_sync(~0u, at, 0) + __popc(all & ((1u << lane) - 1));
-    if (wanted && at < kMaxCandidates) s_.tiles[at] = tile;
+  const int count = __popc(own);
+  const int upto = WarpInclusiveSum(count);
+  int at = 0;
+  if (thread % 32 == 31 && upto > 0) at = atomicAdd(&s_.num_tiles, upto);
+  at = __shfl_sync(~0u, at, 31) + upto - count;
+  for (; own != 0 && at < kMaxCandidates; own &= own - 1, ++at) {
+    const int i = __ffs(static_cast<int>(own)) - 1;
+    s_.tiles[at] = i * kDecideThreads + thread;
   }
   __syncthreads();
 }
@@ -219,9 +267,9 @@ __device__ __forceinline__ void CopyPart(LanePart* to, const T* from) {
   }
 }
 
-template <class T, bool kEdited>
-__device__ __forceinline__ void Candidates::CollectTiles(const DecideRow& row,
-                                                         uint32_t floor) {
+template <class T, bool kEdited, class Meanwhile>
+__device__ __forceinline__ void Candidates::CollectTiles(
+    const DecideRow& row, uint32_t floor, const Meanwhile& meanwhile) {
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int num_tiles = s_.num_tiles;
@@ -232,8 +280,10 @@ __device__ __forceinline__ void Candidates::CollectTiles(const DecideRow& row,
   const int last = row.aligned ? vocab - kIdsPerLane : -1;
   const int first_of_tile0 = FirstIdOfLane(row, 0);
   const int at_once = tiles_ahead_ * kDecideWarps;
+  // At least once, for what is done meanwhile.
+  int base = 0;
 #pragma unroll 1
-  for (int base = 0; base < num_tiles; base += at_once) {
+  do {
     const int end = min(num_tiles - base, at_once);
 #pragma unroll 1
     for (int i = warp; i < end; i += kDecideWarps) {
@@ -244,23 +294,20 @@ __device__ __forceinline__ void Candidates::CollectTiles(const DecideRow& row,
         ahead_[i].lanes[lane] = LoadPartSlowly(row, first);
       }
     }
+    CommitCopies();
+    unsigned masks[kMaxTilesAhead];
     if constexpr (kEdited) {
-      unsigned allowed[kMaxTilesAhead];
 #pragma unroll
       for (int u = 0; u < kMaxTilesAhead; ++u) {
         const int i = warp + u * kDecideWarps;
+        masks[u] = 0;
         if (i < end) {
-          allowed[u] =
+          masks[u] =
               AllowedOf(row, first_of_tile0 + s_.tiles[base + i] * kChunk);
         }
       }
-#pragma unroll
-      for (int u = 0; u < kMaxTilesAhead; ++u) {
-        const int i = warp + u * kDecideWarps;
-        if (i < end) s_.allowed[i][lane] = static_cast<uint8_t>(allowed[u]);
-      }
     }
-    CommitCopies();
+    if (base == 0) meanwhile();
     WaitForCopies<0>();
     // Bits of the lane's logits, eight for each sub-tile.
     uint64_t found = 0;
@@ -274,7 +321,7 @@ __device__ __forceinline__ void Candidates::CollectTiles(const DecideRow& row,
         for (int e = 0; e < kIdsPerLane; ++e) {
           if (own.x[e] >= lowest) bits |= 1u << e;
         }
-        if constexpr (kEdited) bits &= s_.allowed[i][lane];
+        if constexpr (kEdited) bits &= masks[u];
         found |= uint64_t{bits} << (u * kIdsPerLane);
       }
     }
@@ -296,16 +343,23 @@ __device__ __forceinline__ void Candidates::CollectTiles(const DecideRow& row,
       s_.places[at] =
           static_cast<uint32_t>(tile * kSubTile + lane * kIdsPerLane + e);
     }
-  }
+    base += at_once;
+  } while (base < num_tiles);
 }
 
-// Adds what edits make of their logits and marks what they replace.
+__device__ __forceinline__ void AddCandidate(CandidateScratch& s, int at,
+                                             uint32_t key, int id, int place) {
+  if (at >= kMaxCandidates) return;
+  s.keys[at] = CandidateKey(key, id);
+  s.places[at] = static_cast<uint32_t>(place);
+}
+
+// Adds what edits make of their logits to the `count` candidates there are, and
+// marks what they replace.
 __device__ __noinline__ inline void CollectEdits(
-    CandidateScratch& s, const DecideRow& row, uint32_t floor,
+    CandidateScratch& s, const DecideRow& row, uint32_t floor, int count,
     const ThreadEdits& first_edits) {
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const int count = min(s.count, kMaxCandidates);
-  __syncthreads();
   ThreadEdits own = first_edits;
   for (int first = 0; first < row.edits.end;) {
 #pragma unroll
@@ -322,7 +376,7 @@ __device__ __noinline__ inline void CollectEdits(
       }
       const uint32_t key = OrderedKey(own.x[u]);
       if (own.id[u] >= 0 && key >= floor) {
-        AddCandidate(s, key, own.id[u],
+        AddCandidate(s, count + atomicAdd(&s.added, 1), key, own.id[u],
                      static_cast<int>(DrawOrder(own.id[u], row.vocab)));
       }
     }
@@ -331,52 +385,58 @@ __device__ __noinline__ inline void CollectEdits(
   }
 }
 
-// Returns how many there were.
-__device__ __forceinline__ int Candidates::DropEdited() {
+__device__ __forceinline__ void Candidates::DropEdited() {
   const int thread = static_cast<int>(threadIdx.x);
   if ((s_.edited[thread / 32] >> (thread % 32) & 1) != 0) {
     s_.keys[thread] = DroppedCandidate(thread);
     s_.places[thread] = 0x80000000u + static_cast<uint32_t>(thread);
   }
-  int dropped = 0;
-#pragma unroll
-  for (int i = 0; i < kMaxCandidates / 32; ++i) dropped += __popc(s_.edited[i]);
-  return dropped;
+  __syncthreads();
 }
 
-template <bool kEdited>
-__device__ __forceinline__ bool Candidates::CollectRaw(const DecideRow& row,
-                                                       uint32_t floor) {
+template <bool kEdited, class Meanwhile>
+__device__ __forceinline__ bool Candidates::CollectRaw(
+    const DecideRow& row, uint32_t floor, const Meanwhile& meanwhile) {
   ListTiles(row, floor);
   if (s_.num_tiles > kMaxCandidates) return false;
   switch (row.dtype) {
     case DType::kFloat32:
-      CollectTiles<float, kEdited>(row, floor);
+      CollectTiles<float, kEdited>(row, floor, meanwhile);
       break;
     case DType::kFloat16:
-      CollectTiles<__half, kEdited>(row, floor);
+      CollectTiles<__half, kEdited>(row, floor, meanwhile);
       break;
     default:
-      CollectTiles<__nv_bfloat16, kEdited>(row, floor);
+      CollectTiles<__nv_bfloat16, kEdited>(row, floor, meanwhile);
   }
   __syncthreads();
   return true;
 }
 
-template <bool kEdited>
+template <bool kEdited, class Meanwhile>
 __device__ __forceinline__ int Candidates::Collect(
-    const DecideRow& row, uint32_t floor, const ThreadEdits& first_edits) {
+    const DecideRow& row, uint32_t floor, const ThreadEdits& first_edits,
+    const Meanwhile& meanwhile) {
   floor = max(floor, kLowestKey);
-  if (!CollectRaw<kEdited>(row, floor)) return -1;
-  int dropped = 0;
-  if constexpr (kEdited) {
-    if (row.edits.end > 0 && s_.count <= kMaxCandidates) {
-      CollectEdits(s_, row, floor, first_edits);
-      __syncthreads();
-      dropped = DropEdited();
-    }
+  if (!CollectRaw<kEdited>(row, floor, meanwhile)) {
+    meanwhile();
+    __syncthreads();
+    return -1;
   }
   found_ = s_.count;
+  int dropped = 0;
+  if constexpr (kEdited) {
+    if (row.edits.end > 0 && found_ <= kMaxCandidates) {
+      CollectEdits(s_, row, floor, found_, first_edits);
+      __syncthreads();
+      found_ += s_.added;
+#pragma unroll
+      for (int i = 0; i < kMaxCandidates / 32; ++i) {
+        dropped += __popc(s_.edited[i]);
+      }
+      if (dropped > 0) DropEdited();
+    }
+  }
   if (found_ > kMaxCandidates) return -1;
   Rank<kEdited>(row, found_);
   return found_ - dropped;
@@ -388,7 +448,8 @@ __device__ __forceinline__ int Candidates::CollectTied(const DecideRow& row,
   constexpr int kEach = 8;
   constexpr int kIdsAtOnce = kEach * kDecideThreads;
   constexpr int kMaxIds = 8 * kIdsAtOnce;
-  if (count > kMaxCandidates || !CollectRaw<false>(row, tied + 1)) return -1;
+  if (count > kMaxCandidates || !CollectRaw<false>(row, tied + 1, Nothing()))
+    return -1;
   const int larger = s_.count;
   if (larger > kMaxCandidates) return -1;
   const int wanted = max(count - larger, 0);
@@ -430,7 +491,7 @@ __device__ __forceinline__ int Candidates::CollectBest(const DecideRow& row,
   for (int i = 0; i < kMaxTries; ++i) {
     const float middle = 0.5f * low + 0.5f * high;
     if (!(low < middle && middle < high)) return -1;
-    const bool fits = CollectRaw<false>(row, OrderedKey(middle));
+    const bool fits = CollectRaw<false>(row, OrderedKey(middle), Nothing());
     const int found = fits ? s_.count : kMaxCandidates + 1;
     if (found > kMaxCandidates) {
       low = middle;
@@ -451,8 +512,6 @@ template <bool kEdited>
 __device__ __forceinline__ void Candidates::Rank(const DecideRow& row,
                                                  int count) {
   const int thread = static_cast<int>(threadIdx.x);
-  s_.ranks[thread] = 0;
-  __syncthreads();
   if (count == 0) return;
   // thread / count, and the same of all threads.
   const unsigned inverse = 0x10000u / static_cast<unsigned>(count) + 1;

@@ -32,14 +32,21 @@ class NarrowFilters {
     return c_.prefix[high_] - c_.prefix[low_];
   }
 
-  // Applies the filters and draws; the scratch has `places` ranks.
-  __device__ __forceinline__ Drawn Run(const DrawInputs& inputs, int places) {
-    const bool llama = plan_.order == FilterOrder::kLlamaCpp;
+  // Applies the filters and draws; the scratch has `places` ranks. top-n-sigma
+  // keeps logits from sigma_floor on.
+  __device__ __forceinline__ Drawn Run(const DrawInputs& inputs,
+                                       float sigma_floor, int places) {
     const bool typical = plan_.typical_p < 1.0f;
+    const bool typical_first = plan_.typical_first();
+    if (plan_.top_n_sigma > 0.0f) {
+      high_ = low_ + CountRanks(low_, high_, [&](int r) {
+                return c_.Logit(r) >= sigma_floor;
+              });
+    }
     if (plan_.top_k != 0) high_ = min(high_, plan_.top_k);
-    if (llama && typical) CallKeepTypical();
-    KeepTopPAndMinP(llama && typical, inputs);
-    if (!llama && typical) CallKeepTypical();
+    if (typical_first) CallKeepTypical();
+    KeepTopPAndMinP(inputs);
+    if (typical && !typical_first) CallKeepTypical();
     if (inputs.xtc_acts) {
       const uint64_t least = XtcMass(plan_, mass());
       const int choices = CountRanks(low_, high_, [&](int r) {
@@ -76,28 +83,32 @@ class NarrowFilters {
     return WarpSum64(own);
   }
 
-  __device__ void KeepTopPAndMinP(bool after_typical,
-                                  const DrawInputs& inputs) {
-    int high = high_;
+  __device__ void KeepTopPAndMinP(const DrawInputs& inputs) {
+    const bool typical_first = plan_.typical_first();
+    uint64_t target = ~uint64_t{0};
     if (plan_.top_p < 1.0f) {
-      const bool narrowed =
-          plan_.top_k != 0 || plan_.top_n_sigma > 0.0f || after_typical;
-      const uint64_t of =
-          plan_.top_p_of_kept() && narrowed ? mass() : row_.total;
-      const uint64_t target = MassTarget(plan_.top_p, of);
-      const uint64_t before = c_.prefix[low_];
-      high = min(high, low_ + 1 + CountRanks(low_, high_, [&](int r) {
-                         return c_.prefix[r + 1] - before < target;
-                       }));
+      const bool of_kept =
+          plan_.top_p_of_kept() && (plan_.narrowed() || typical_first);
+      target = MassTarget(plan_.top_p, of_kept ? mass() : row_.total);
     }
+    float threshold = -INFINITY;
     if (plan_.min_p > 0.0f) {
-      const float best = after_typical ? c_.Logit(low_) : row_.best;
-      const float threshold = fminf(inputs.MinPThreshold(best), best);
-      high = min(high, low_ + CountRanks(low_, high_, [&](int r) {
-                         return c_.Logit(r) >= threshold;
-                       }));
+      const float best = typical_first ? c_.Logit(low_) : row_.best;
+      threshold = fminf(inputs.MinPThreshold(best), best);
     }
-    high_ = high;
+    const uint64_t before = c_.prefix[low_];
+    int by_mass = 1;  // and that which reaches the target
+    int by_logit = 0;
+#pragma unroll 1
+    for (int base = low_; base < high_; base += 32) {
+      const int rank = min(base + Lane(), high_ - 1);
+      const bool exists = base + Lane() < high_;
+      by_mass += __popc(
+          __ballot_sync(~0u, exists && c_.prefix[rank + 1] - before < target));
+      by_logit +=
+          __popc(__ballot_sync(~0u, exists && c_.Logit(rank) >= threshold));
+    }
+    high_ = min(high_, low_ + min(by_mass, by_logit));
   }
 
   __device__ __forceinline__ void KeepTypical();
