@@ -17,7 +17,7 @@ static_assert(kMaxCandidates == kDecideThreads, "a thread for each");
 // and what they take, for all warps.
 inline constexpr int kMaxTilesAhead = 8;
 struct TileOnItsWay {
-  LanePart lanes[32];
+  uint4 pieces[kSubTile / 4];  // as stored, in draw order
 };
 inline constexpr int kTilesAheadBytes =
     kDecideWarps * static_cast<int>(sizeof(TileOnItsWay));
@@ -30,10 +30,22 @@ struct CandidateScratch {
   int count;
   int added;  // by edits
   int tiles[kMaxCandidates];
-  uint64_t keys[kMaxCandidates];         // in no order
-  uint32_t edited[kMaxCandidates / 32];  // bits of keys that edits replace
-  uint32_t places[kMaxCandidates];       // in draw order
-  uint32_t ranks[kMaxCandidates];        // in draw order above those by key
+  // In no order.
+  struct alignas(16) Found {
+    uint64_t key;
+    uint32_t place;  // in draw order
+  };
+  Found found[kMaxCandidates];
+  uint64_t masses[kMaxCandidates];
+  uint32_t edited[kMaxCandidates / 32];  // bits of those that edits replace
+  // Of some others, how many are before one, by key and in draw order, and the
+  // mass of the former.
+  struct alignas(16) Before {
+    uint64_t mass;
+    uint32_t by_key;
+    uint32_t by_place;
+  };
+  Before before[kDecideThreads];
   // By rank.
   uint64_t sorted[kMaxCandidates];
   uint64_t prefix[kMaxCandidates + 1];  // the masses before
@@ -42,7 +54,6 @@ struct CandidateScratch {
   // All threads call this; a barrier follows.
   __device__ __forceinline__ void Clear() {
     bins[threadIdx.x] = 0;
-    ranks[threadIdx.x] = 0;
     if (threadIdx.x < kMaxCandidates / 32) edited[threadIdx.x] = 0;
     if (threadIdx.x == 0) {
       num_tiles = 0;
@@ -51,6 +62,12 @@ struct CandidateScratch {
     }
   }
 
+  __device__ __forceinline__ void Put(int at, uint32_t key, int id, int place,
+                                      uint64_t mass) {
+    found[at].key = CandidateKey(key, id);
+    found[at].place = static_cast<uint32_t>(place);
+    masses[at] = mass;
+  }
   __device__ float Logit(int rank) const {
     return LogitOfCandidate(sorted[rank]);
   }
@@ -123,8 +140,6 @@ class Candidates {
   // Finds the tokens with keys of at least `floor`; -1 where they are too many.
   // kEdited: the row may have edits, the first being ReadEdits(row, 0), or a
   // mask. All threads call meanwhile() once, before the last barrier.
-  // The first warp may read all of the scratch at once, others its prefix after
-  // a barrier.
   template <bool kEdited, class Meanwhile>
   __device__ int Collect(const DecideRow& row, uint32_t floor,
                          const ThreadEdits& first_edits,
@@ -141,6 +156,9 @@ class Candidates {
   __device__ int places() const { return found_; }
 
  private:
+  // Threads that count for one candidate, at most.
+  static constexpr int kMaxParts = 4;
+
   __device__ void ListTiles(const DecideRow& row, uint32_t floor);
   template <class T, bool kEdited, class Meanwhile>
   __device__ void CollectTiles(const DecideRow& row, uint32_t floor,
@@ -152,8 +170,7 @@ class Candidates {
   __device__ void DropEdited();
   // Fills what the scratch has by rank.
   template <bool kEdited>
-  __device__ void Rank(const DecideRow& row, int count);
-  __device__ void SumMasses(int count);
+  __device__ void Rank(int count);
   // Makes what one of the flags is of clear.
   __device__ void Renew(bool& clear);
 
@@ -255,103 +272,174 @@ __device__ __forceinline__ void Candidates::ListTiles(const DecideRow& row,
   __syncthreads();
 }
 
-// Copies the lane's logits of a sub-tile, if they can be, to shared memory.
 template <class T>
-__device__ __forceinline__ void CopyPart(LanePart* to, const T* from) {
+__device__ __forceinline__ void CopyPiece(uint4* to, const T* from) {
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(SharedAddress(to)),
+      "l"(from)
+      : "memory");
+}
+
+// What a lane has of each sub-tile on its way, and copies: a piece, or two 32
+// apart, so that the lanes of a warp copy neighbouring ones.
+template <class T>
+struct LanePieces {
+  static constexpr int kSize = Piece<T>::kSize;
+  static constexpr int kPieces = kSubTile / 32 / kSize;
+
+  // The place in the sub-tile of the lane's b-th logit, b < kIdsPerLane.
+  static __device__ __forceinline__ int Place(int b) {
+    return (b / kSize * 32 + static_cast<int>(threadIdx.x % 32)) * kSize +
+           b % kSize;
+  }
+  // The id there.
+  static __device__ __forceinline__ int Id(int b, int tile, int num_tiles) {
+    const int place = Place(b);
+    return (place / kChunk * num_tiles + tile) * kChunk + place % kChunk;
+  }
+  // Bits of 8 consecutive places a lane, of 8 sub-tiles, as this has them.
+  static __device__ __forceinline__ uint64_t BitsOf(uint64_t of_lanes) {
+    if constexpr (kPieces == 1) return of_lanes;
+    constexpr uint64_t kHalf = 0x0f0f0f0f0f0f0f0f;
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    uint64_t bits = 0;
 #pragma unroll
-  for (int i = 0; i < kIdsPerLane / Piece<T>::kSize; ++i) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(
-                     SharedAddress(&to->words[i])),
-                 "l"(from + i * Piece<T>::kSize)
-                 : "memory");
+    for (int r = 0; r < kPieces; ++r) {
+      const uint64_t of_source = __shfl_sync(~0u, of_lanes, r * 16 + lane / 2);
+      bits |= (of_source >> (lane % 2 * kSize) & kHalf) << (r * kSize);
+    }
+    return bits;
+  }
+};
+
+// Reads what LoadPiece can only slowly of a warp's sub-tiles on their way.
+template <class T>
+__device__ __noinline__ void LoadTilesSlowly(CandidateScratch& s,
+                                             const DecideRow& row, int base,
+                                             int end, TileOnItsWay* ahead) {
+  using Lane = LanePieces<T>;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  for (int i = static_cast<int>(threadIdx.x / 32); i < end; i += kDecideWarps) {
+    for (int r = 0; r < Lane::kPieces; ++r) {
+      const int first =
+          Lane::Id(r * Lane::kSize, s.tiles[base + i], row.num_tiles);
+      if (IsSlow<T>(first, row.vocab, row.aligned)) {
+        ahead[i].pieces[r * 32 + lane] =
+            LoadPieceSlowly(static_cast<const T*>(row.logits), first, row.vocab)
+                .words;
+      }
+    }
   }
 }
 
 template <class T, bool kEdited, class Meanwhile>
 __device__ __forceinline__ void Candidates::CollectTiles(
     const DecideRow& row, uint32_t floor, const Meanwhile& meanwhile) {
+  using Lane = LanePieces<T>;
+  constexpr int kSize = Lane::kSize;
+  constexpr int kPieces = Lane::kPieces;
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const int num_tiles = s_.num_tiles;
+  const int num_wanted = s_.num_tiles;
   const float lowest = FromOrderedKey(floor);
   // Shared memory is read again after every write to it.
   const T* const logits = static_cast<const T*>(row.logits);
+  const int num_tiles = row.num_tiles;
   const int vocab = row.vocab;
-  const int last = row.aligned ? vocab - kIdsPerLane : -1;
-  const int first_of_tile0 = FirstIdOfLane(row, 0);
+  const int last = row.aligned ? vocab - kSize : -1;
+  const float best = row.best;
+  const float scale = row.scale;
   const int at_once = tiles_ahead_ * kDecideWarps;
   // At least once, for what is done meanwhile.
   int base = 0;
 #pragma unroll 1
   do {
-    const int end = min(num_tiles - base, at_once);
-#pragma unroll 1
-    for (int i = warp; i < end; i += kDecideWarps) {
-      const int first = first_of_tile0 + s_.tiles[base + i] * kChunk;
-      if (first <= last) {
-        CopyPart(&ahead_[i].lanes[lane], logits + first);
-      } else {
-        ahead_[i].lanes[lane] = LoadPartSlowly(row, first);
+    const int end = min(num_wanted - base, at_once);
+    int tiles[kMaxTilesAhead];
+#pragma unroll
+    for (int u = 0; u < kMaxTilesAhead; ++u) {
+      const int i = warp + u * kDecideWarps;
+      tiles[u] = i < end ? s_.tiles[base + i] : -1;
+    }
+    bool slow = false;
+#pragma unroll
+    for (int u = 0; u < kMaxTilesAhead; ++u) {
+#pragma unroll
+      for (int r = 0; r < kPieces; ++r) {
+        const int first = Lane::Id(r * kSize, tiles[u], num_tiles);
+        if (tiles[u] >= 0 && first <= last) {
+          CopyPiece(&ahead_[warp + u * kDecideWarps].pieces[r * 32 + lane],
+                    logits + first);
+        }
+        slow |= tiles[u] >= 0 && first > last && first < vocab;
       }
     }
     CommitCopies();
-    unsigned masks[kMaxTilesAhead];
+    if (slow) LoadTilesSlowly<T>(s_, row, base, end, ahead_);
+    uint64_t allowed = ~uint64_t{0};
     if constexpr (kEdited) {
+      unsigned masks[kMaxTilesAhead];
 #pragma unroll
       for (int u = 0; u < kMaxTilesAhead; ++u) {
-        const int i = warp + u * kDecideWarps;
-        masks[u] = 0;
-        if (i < end) {
-          masks[u] =
-              AllowedOf(row, first_of_tile0 + s_.tiles[base + i] * kChunk);
-        }
+        masks[u] =
+            tiles[u] >= 0 ? AllowedOf(row, FirstIdOfLane(row, tiles[u])) : 0;
       }
+      if (base == 0) meanwhile();
+      allowed = 0;
+#pragma unroll
+      for (int u = 0; u < kMaxTilesAhead; ++u) {
+        allowed |= uint64_t{masks[u] & 0xffu} << (u * kIdsPerLane);
+      }
+      allowed = Lane::BitsOf(allowed);
+    } else {
+      if (base == 0) meanwhile();
     }
-    if (base == 0) meanwhile();
     WaitForCopies<0>();
     // Bits of the lane's logits, eight for each sub-tile.
     uint64_t found = 0;
 #pragma unroll
     for (int u = 0; u < kMaxTilesAhead; ++u) {
-      const int i = warp + u * kDecideWarps;
-      if (i < end) {
-        const LaneLogits own = FloatsOf<T>(ahead_[i].lanes[lane]);
-        unsigned bits = 0;
+      unsigned bits = 0;
 #pragma unroll
-        for (int e = 0; e < kIdsPerLane; ++e) {
-          if (own.x[e] >= lowest) bits |= 1u << e;
+      for (int r = 0; r < kPieces; ++r) {
+        const int slot = min(warp + u * kDecideWarps, at_once - 1);
+        const Piece<T> piece = {ahead_[slot].pieces[r * 32 + lane]};
+        const bool exists =
+            tiles[u] >= 0 && Lane::Id(r * kSize, tiles[u], num_tiles) < vocab;
+        const float least = exists ? lowest : NAN;
+#pragma unroll
+        for (int e = 0; e < kSize; ++e) {
+          if (piece.At(e) >= least) bits |= 1u << (r * kSize + e);
         }
-        if constexpr (kEdited) bits &= masks[u];
-        found |= uint64_t{bits} << (u * kIdsPerLane);
       }
+      found |= uint64_t{bits} << (u * kIdsPerLane);
     }
+    found &= allowed;
     const int count = __popcll(found);
     const int upto = WarpInclusiveSum(count);
     int at = 0;
     if (lane == 31 && upto > 0) at = atomicAdd(&s_.count, upto);
     at = __shfl_sync(~0u, at, 31) + upto - count;
     // Mostly one or two.
+#pragma unroll 1
     for (; found != 0 && at < kMaxCandidates; found &= found - 1, ++at) {
       const int bit = __ffsll(static_cast<long long>(found)) - 1;
       const int i = warp + bit / kIdsPerLane * kDecideWarps;
-      const int e = bit % kIdsPerLane;
+      const int b = bit % kIdsPerLane;
       const int tile = s_.tiles[base + i];
-      const Piece<T> piece = {ahead_[i].lanes[lane].words[e / Piece<T>::kSize]};
-      const float x = piece.At(e % Piece<T>::kSize);
-      s_.keys[at] =
-          CandidateKey(OrderedKey(x), first_of_tile0 + tile * kChunk + e);
-      s_.places[at] =
-          static_cast<uint32_t>(tile * kSubTile + lane * kIdsPerLane + e);
+      const int place = Lane::Place(b);
+      T stored;
+      memcpy(&stored,
+             reinterpret_cast<const char*>(ahead_[i].pieces) +
+                 place * static_cast<int>(sizeof(T)),
+             sizeof(T));
+      const float x = ToFloat(stored);
+      s_.Put(at, OrderedKey(x), Lane::Id(b, tile, num_tiles),
+             tile * kSubTile + place,
+             FixedMass(strict::Weight(x, best, scale)));
     }
     base += at_once;
-  } while (base < num_tiles);
-}
-
-__device__ __forceinline__ void AddCandidate(CandidateScratch& s, int at,
-                                             uint32_t key, int id, int place) {
-  if (at >= kMaxCandidates) return;
-  s.keys[at] = CandidateKey(key, id);
-  s.places[at] = static_cast<uint32_t>(place);
+  } while (base < num_wanted);
 }
 
 // Adds what edits make of their logits to the `count` candidates there are, and
@@ -371,13 +459,19 @@ __device__ __noinline__ inline void CollectEdits(
         const uint64_t key = CandidateKey(__shfl_sync(~0u, raw, source),
                                           __shfl_sync(~0u, own.id[u], source));
         for (int i = lane; i < count; i += 32) {
-          if (s.keys[i] == key) atomicOr(&s.edited[i / 32], 1u << (i % 32));
+          if (s.found[i].key == key) {
+            atomicOr(&s.edited[i / 32], 1u << (i % 32));
+          }
         }
       }
       const uint32_t key = OrderedKey(own.x[u]);
       if (own.id[u] >= 0 && key >= floor) {
-        AddCandidate(s, count + atomicAdd(&s.added, 1), key, own.id[u],
-                     static_cast<int>(DrawOrder(own.id[u], row.vocab)));
+        const int at = count + atomicAdd(&s.added, 1);
+        if (at < kMaxCandidates) {
+          s.Put(at, key, own.id[u],
+                static_cast<int>(DrawOrder(own.id[u], row.vocab)),
+                row.Mass(own.x[u]));
+        }
       }
     }
     first += kEditsAtOnce * kDecideThreads;
@@ -388,8 +482,9 @@ __device__ __noinline__ inline void CollectEdits(
 __device__ __forceinline__ void Candidates::DropEdited() {
   const int thread = static_cast<int>(threadIdx.x);
   if ((s_.edited[thread / 32] >> (thread % 32) & 1) != 0) {
-    s_.keys[thread] = DroppedCandidate(thread);
-    s_.places[thread] = 0x80000000u + static_cast<uint32_t>(thread);
+    s_.found[thread].key = DroppedCandidate(thread);
+    s_.found[thread].place = 0x80000000u + static_cast<uint32_t>(thread);
+    s_.masses[thread] = 0;
   }
   __syncthreads();
 }
@@ -438,7 +533,7 @@ __device__ __forceinline__ int Candidates::Collect(
     }
   }
   if (found_ > kMaxCandidates) return -1;
-  Rank<kEdited>(row, found_);
+  Rank<kEdited>(found_);
   return found_ - dropped;
 }
 
@@ -471,14 +566,14 @@ __device__ __forceinline__ int Candidates::CollectTied(const DecideRow& row,
     int at = found + static_cast<int>(block_.InclusiveSum(own, &total) - own);
     for (; ties != 0 && at < wanted; ties &= ties - 1, ++at) {
       const int id = first + __ffs(static_cast<int>(ties)) - 1;
-      s_.keys[larger + at] = CandidateKey(tied, id);
-      s_.places[larger + at] = static_cast<uint32_t>(DrawOrder(id, row.vocab));
+      s_.Put(larger + at, tied, id, static_cast<int>(DrawOrder(id, row.vocab)),
+             row.Mass(FromOrderedKey(tied)));
     }
     found += static_cast<int>(total);
   }
   __syncthreads();
   found_ = larger + wanted;
-  Rank<false>(row, found_);
+  Rank<false>(found_);
   return found_;
 }
 
@@ -499,7 +594,7 @@ __device__ __forceinline__ int Candidates::CollectBest(const DecideRow& row,
       high = middle;
     } else {
       found_ = found;
-      Rank<false>(row, found);
+      Rank<false>(found);
       return found;
     }
   }
@@ -509,68 +604,52 @@ __device__ __forceinline__ int Candidates::CollectBest(const DecideRow& row,
 // Each candidate's rank is the number of better ones: several threads count
 // for one of them, all lanes of a warp looking at the same others.
 template <bool kEdited>
-__device__ __forceinline__ void Candidates::Rank(const DecideRow& row,
-                                                 int count) {
-  const int thread = static_cast<int>(threadIdx.x);
+__device__ __forceinline__ void Candidates::Rank(int count) {
   if (count == 0) return;
+  const int thread = static_cast<int>(threadIdx.x);
   // thread / count, and the same of all threads.
   const unsigned inverse = 0x10000u / static_cast<unsigned>(count) + 1;
   const int part = static_cast<int>(threadIdx.x * inverse >> 16);
-  const int parts = static_cast<int>(kDecideThreads * inverse >> 16);
+  const int parts =
+      min(static_cast<int>(kDecideThreads * inverse >> 16), kMaxParts);
   const int i = thread - part * count;
   if (part < parts) {
-    const uint64_t key = s_.keys[i];
-    const uint32_t place = s_.places[i];
-    uint32_t better = 0;
-    uint32_t placed_before = 0;
+    const CandidateScratch::Found own = s_.found[i];
+    CandidateScratch::Before before = {0, 0, 0};
 #pragma unroll 4
     for (int j = part; j < count; j += parts) {
       // Keys are the same only where a row's edits are not what they should be.
-      const uint64_t other = s_.keys[j];
-      const uint32_t other_place = s_.places[j];
-      if (other < key || (kEdited && other == key && j < i)) ++better;
-      if (other_place < place || (kEdited && other_place == place && j < i)) {
-        ++placed_before;
+      const CandidateScratch::Found other = s_.found[j];
+      const uint64_t mass = s_.masses[j];
+      const bool earlier = kEdited && j < i;
+      if (other.key < own.key || (earlier && other.key == own.key)) {
+        ++before.by_key;
+        before.mass += mass;
+      }
+      if (other.place < own.place || (earlier && other.place == own.place)) {
+        ++before.by_place;
       }
     }
-    atomicAdd(&s_.ranks[i], better + (placed_before << 16));
+    s_.before[thread] = before;
   }
   __syncthreads();
   if (thread < count) {
-    const uint32_t ranks = s_.ranks[thread];
-    const int rank = static_cast<int>(ranks & 0xffff);
-    const uint64_t key = s_.keys[thread];
-    const bool dropped = kEdited && key >= DroppedCandidate(0);
-    s_.sorted[rank] = key;
-    s_.prefix[rank + 1] = dropped ? 0 : row.Mass(LogitOfCandidate(key));
-    s_.by_place[ranks >> 16] = static_cast<uint8_t>(rank);
+    CandidateScratch::Before before = {0, 0, 0};
+#pragma unroll
+    for (int p = 0; p < kMaxParts; ++p) {
+      if (p < parts) {
+        const CandidateScratch::Before some = s_.before[p * count + thread];
+        before.mass += some.mass;
+        before.by_key += some.by_key;
+        before.by_place += some.by_place;
+      }
+    }
+    s_.sorted[before.by_key] = s_.found[thread].key;
+    s_.prefix[before.by_key + 1] = before.mass + s_.masses[thread];
+    s_.by_place[before.by_place] = static_cast<uint8_t>(before.by_key);
+    if (thread == 0) s_.prefix[0] = 0;
   }
   __syncthreads();
-  if (thread < 32) SumMasses(count);
-}
-
-// Makes the prefix of the masses there. By one warp.
-__device__ __forceinline__ void Candidates::SumMasses(int count) {
-  constexpr int kMaxEach = kMaxCandidates / 32;
-  const int lane = static_cast<int>(threadIdx.x);
-  const int each = CeilDiv(count, 32);
-  const int begin = lane * each;
-  uint64_t masses[kMaxEach];
-  uint64_t own = 0;
-#pragma unroll
-  for (int u = 0; u < kMaxEach; ++u) {
-    const bool exists = u < each && begin + u < count;
-    masses[u] = exists ? s_.prefix[begin + u + 1] : 0;
-    own += masses[u];
-  }
-  uint64_t before = WarpInclusiveSum(own) - own;
-  if (lane == 0) s_.prefix[0] = 0;
-#pragma unroll
-  for (int u = 0; u < kMaxEach; ++u) {
-    before += masses[u];
-    if (u < each && begin + u < count) s_.prefix[begin + u + 1] = before;
-  }
-  __syncwarp();
 }
 
 }  // namespace tenon::cuda

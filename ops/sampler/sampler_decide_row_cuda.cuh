@@ -262,9 +262,12 @@ struct TileArrays {
     return ((tiles + 1) / 2 + tiles) * sizeof(double);
   }
   __device__ __forceinline__ uint64_t Mass(int tile, int bits) const {
+    return MassOf(weight[tile], bits);
+  }
+  static __device__ __forceinline__ uint64_t MassOf(double weight, int bits) {
     const uint64_t unit = static_cast<uint64_t>(1023 + bits) << 52;
     return static_cast<uint64_t>(
-        strict::Mul(weight[tile], __builtin_bit_cast(double, unit)));
+        strict::Mul(weight, __builtin_bit_cast(double, unit)));
   }
 };
 
@@ -354,17 +357,31 @@ __device__ __forceinline__ TileBounds ReadTiles(Block& block,
 __device__ __forceinline__ uint64_t OwnTotal(const RowPlan& plan, float best,
                                              int num_tiles,
                                              const TileArrays& arrays) {
+  constexpr int kAtOnce = 4;
+  const float scale = plan.scale;
   uint64_t own = 0;
-  ForEachOfThread<4>(
-      num_tiles, [&](int i) { return arrays.key[i]; },
-      [&](int i, uint32_t key) {
-        const float weight =
-            key == 0 ? 0.0f
-                     : strict::Weight(FromOrderedKey(key), best, plan.scale);
-        arrays.weight[i] =
-            strict::Mul(arrays.weight[i], static_cast<double>(weight));
-        own += arrays.Mass(i, kMassBits);
-      });
+  for (int base = static_cast<int>(threadIdx.x); base < num_tiles;
+       base += kAtOnce * kDecideThreads) {
+    // Without branches, so that none of them waits for another.
+    double weights[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int next = base + u * kDecideThreads;
+      const int i = next < num_tiles ? next : base;
+      weights[u] = strict::Mul(arrays.weight[i],
+                               static_cast<double>(strict::Weight(
+                                   MaxOfKey(arrays.key[i]), best, scale)));
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int i = base + u * kDecideThreads;
+      const uint64_t mass = TileArrays::MassOf(weights[u], kMassBits);
+      if (i < num_tiles) {
+        arrays.weight[i] = weights[u];
+        own += mass;
+      }
+    }
+  }
   return own;
 }
 // The same of the logits as they are, without arrays.

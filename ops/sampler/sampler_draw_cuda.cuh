@@ -251,7 +251,6 @@ __device__ __forceinline__ Found FindCandidates(
     found.places = found.count;
   }
   if (top_p_first && from != floor && found.count > 0) {
-    __syncthreads();
     if (shared.candidates.prefix[found.count] <
         MassTarget(plan.top_p, sums.total)) {
       return {-1, 0};

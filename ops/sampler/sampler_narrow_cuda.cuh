@@ -131,15 +131,15 @@ class NarrowFilters {
     high_ = range.high;
   }
 
-  // The mass of a kept token in the draw.
+  // Whether the draw is by the masses that filters see.
+  __device__ bool MassesAreOfDraw(float best) const {
+    return best == row_.best && plan_.scale == plan_.draw_scale;
+  }
   __device__ uint64_t DrawMass(float best, int rank) {
-    if (best == row_.best && plan_.scale == plan_.draw_scale) {
-      return c_.prefix[rank + 1] - c_.prefix[rank];
-    }
     return FixedMass(strict::Weight(c_.Logit(rank), best, plan_.draw_scale));
   }
   __device__ uint64_t DrawMass(float best) {
-    if (best == row_.best && plan_.scale == plan_.draw_scale) return mass();
+    if (MassesAreOfDraw(best)) return mass();
     return SumRanks([&](int r) { return DrawMass(best, r); });
   }
 
@@ -163,16 +163,27 @@ class NarrowFilters {
     const int begin = Lane() * each;
     int ranks[kMaxEach];
     uint64_t masses[kMaxEach];
-    uint64_t own = 0;
+    // Without branches, so that loads do not wait for each other.
 #pragma unroll
     for (int u = 0; u < kMaxEach; ++u) {
-      const bool exists = u < each && begin + u < places;
-      ranks[u] = exists ? c_.by_place[begin + u] : -1;
+      ranks[u] = c_.by_place[min(begin + u, places - 1)];
     }
 #pragma unroll
     for (int u = 0; u < kMaxEach; ++u) {
-      const bool kept = ranks[u] >= low_ && ranks[u] < high_;
-      masses[u] = kept ? DrawMass(drawn.best, ranks[u]) : 0;
+      masses[u] = c_.prefix[ranks[u] + 1] - c_.prefix[ranks[u]];
+    }
+    if (!MassesAreOfDraw(drawn.best)) {
+#pragma unroll
+      for (int u = 0; u < kMaxEach; ++u) {
+        masses[u] = DrawMass(drawn.best, ranks[u]);
+      }
+    }
+    uint64_t own = 0;
+#pragma unroll
+    for (int u = 0; u < kMaxEach; ++u) {
+      const bool kept = u < each && begin + u < places && ranks[u] >= low_ &&
+                        ranks[u] < high_;
+      if (!kept) masses[u] = 0;
       own += masses[u];
     }
     const uint64_t upto = WarpInclusiveSum(own);
