@@ -32,26 +32,26 @@ __device__ __forceinline__ void Prepare(const SamplerCall& call, int64_t index,
                                         DecideShared& shared) {
   shared.candidates.Clear();
   if (threadIdx.x == 0) {
-    const RowPlan plan = cuda::PlanOf(call, index);
-    shared.plan = plan;
-    shared.row =
-        RowOf(call, index, shared.plan, arrays,
-              kRich ? cuda::EditsOf(call, index, plan) : cuda::RowEdits());
+    const SamplingParams params = cuda::ParamsOf(call, index);
+    const cuda::RowEdits edits =
+        kRich ? cuda::EditsOf(call, index, params) : cuda::RowEdits();
+    shared.plan = cuda::PlanOf(call, params);
+    shared.row = RowOf(call, index, shared.plan, arrays, edits);
     shared.outcome = Outcome();
     shared.first_id = cuda::kNoId;
   } else if (threadIdx.x == 32) {
-    const SamplingParams& params = call.params[index];
+    const SamplingParams params = cuda::ParamsOf(call, index);
     const uint64_t bits =
         call.random_bits != nullptr
             ? static_cast<uint64_t>(call.random_bits[index])
             : RandomBitsAt(params.seed, params.position, call.stream);
     shared.inputs.numerator = UniformNumerator(bits);
   } else if (threadIdx.x == 64) {
-    const RowPlan plan = cuda::PlanOf(call, index);
-    shared.inputs.xtc_acts = XtcActs(plan, call.params[index]);
-    shared.inputs.mu = plan.mirostat_tau > 0.0f
-                           ? call.mirostat.MuOf(index, call.params[index])
-                           : 0.0f;
+    const SamplingParams params = cuda::ParamsOf(call, index);
+    const RowPlan plan = cuda::PlanOf(call, params);
+    shared.inputs.xtc_acts = XtcActs(plan, params);
+    shared.inputs.mu =
+        plan.mirostat_tau > 0.0f ? call.mirostat.MuOf(index, params) : 0.0f;
     if (plan.min_p > 0.0f) {
       shared.inputs.min_p_offset = strict::Mul(
           plan.temperature, strict::Log(static_cast<double>(plan.min_p)));

@@ -25,12 +25,11 @@ __device__ __forceinline__ void PrepareWide(const SamplerCall& call,
                                             const TileArrays& arrays,
                                             const TokenStore& store,
                                             WideShared& shared) {
-  const SamplingParams& params = call.params[index];
+  const SamplingParams params = call.params[index];
   if (threadIdx.x == 0) {
-    const RowPlan plan = PlanOf(call, index);
-    shared.plan = plan;
+    shared.plan = PlanOf(call, params);
     shared.row =
-        RowOf(call, index, shared.plan, arrays, EditsOf(call, index, plan));
+        RowOf(call, index, shared.plan, arrays, EditsOf(call, index, params));
   } else if (threadIdx.x == 32) {
     const uint64_t bits =
         call.random_bits != nullptr
@@ -38,7 +37,7 @@ __device__ __forceinline__ void PrepareWide(const SamplerCall& call,
             : RandomBitsAt(params.seed, params.position, call.stream);
     shared.inputs.numerator = UniformNumerator(bits);
   } else if (threadIdx.x == 64) {
-    const RowPlan plan = PlanOf(call, index);
+    const RowPlan plan = PlanOf(call, params);
     shared.inputs.xtc_acts = XtcActs(plan, params);
     shared.inputs.mu =
         plan.mirostat_tau > 0.0f ? call.mirostat.MuOf(index, params) : 0.0f;

@@ -20,6 +20,14 @@ using cuda::Values;
 
 constexpr int kWarps = cuda::kSummarizeWarps;
 
+// x / d is x * ceil(2^40 / d) >> 40 for x < 2^31 and d <= 2^9, the blocks of a
+// row: a block begins to load that much sooner.
+constexpr int kInverseBits = 40;
+static_assert(kMaxVocab / kSubTile <= kWarps * 2 << 9, "sub-tiles of a block");
+
+// The eight-byte words of SamplingParams that matter here, without edits.
+constexpr uint32_t kSummaryWords = 0x827;
+
 template <class T, class L>
 __device__ __forceinline__ void Load(const SamplerCall& call, const T* row,
                                      const L& at, Values<Piece<T>, L>* values) {
@@ -224,13 +232,15 @@ inline constexpr int kLeastBlocks = kRich            ? (sizeof(T) == 4 ? 9 : 7)
 template <class T, int kSplit, bool kRich, bool kFast>
 __global__ void __launch_bounds__(32 * kWarps, kLeastBlocks<T, kSplit, kRich>)
     SummarizeKernel(const __grid_constant__ SamplerCall call,
-                    int blocks_per_row) {
+                    int blocks_per_row, uint64_t inverse) {
   using L = Layout<T, kSplit>;
   cuda::WaitForPreviousKernels();
-  const int64_t row = blockIdx.x / blocks_per_row;
+  const int64_t row =
+      static_cast<int64_t>(blockIdx.x * inverse >> kInverseBits);
   const int warp_of_block = static_cast<int>(threadIdx.x / 32);
-  const int warp =
-      static_cast<int>(blockIdx.x % blocks_per_row) * kWarps + warp_of_block;
+  const int block_of_row =
+      static_cast<int>(blockIdx.x) - static_cast<int>(row) * blocks_per_row;
+  const int warp = block_of_row * kWarps + warp_of_block;
   const L at(warp, call.num_tiles);
   if (at.first_tile >= call.num_tiles) return;
   const T* logits = static_cast<const T*>(call.LogitsOf(row));
@@ -240,9 +250,11 @@ __global__ void __launch_bounds__(32 * kWarps, kLeastBlocks<T, kSplit, kRich>)
     __shared__ WarpStage<L> stage[kWarps];
     // While the logits are on their way.
     const LaneMask<L> mask(call, row, at);
-    const RowPlan plan = cuda::PlanOf(call, row);
-    const RowEdits edits = cuda::EditsOf(call, row, plan);
+    const SamplingParams params =
+        cuda::ParamsOf<kSummaryWords | 0x300>(call, row);
+    const RowEdits edits = cuda::EditsOf(call, row, params);
     const EditsAhead ahead = LoadEdits(edits, at);
+    const RowPlan plan = cuda::PlanOf(call, params);
     if (call.scratch.raw_tiles != nullptr) {
       SubTile raw = {cuda::MaxOfTile(values), 0.0f};
       raw.sum = cuda::WeightOfTile<kFast>(values, raw.max, kRawScale);
@@ -263,7 +275,8 @@ __global__ void __launch_bounds__(32 * kWarps, kLeastBlocks<T, kSplit, kRich>)
                &x);
     cuda::Summarize<kFast>(call, row, plan, at, x);
   } else {
-    const RowPlan plan = cuda::PlanOf(call, row);
+    const RowPlan plan =
+        cuda::PlanOf(call, cuda::ParamsOf<kSummaryWords>(call, row));
     if (plan.only_allowed) {  // and no edit allows any
       if (at.leads()) {
         call.scratch.tiles[row * call.num_tiles + at.tile] = {-INFINITY, 0.0f};
@@ -283,7 +296,9 @@ Status Launch(const SamplerCall& call, Stream stream) {
       "Sampler", stream,
       dim3(static_cast<unsigned>(int64_t{call.rows} * blocks_per_row)),
       dim3(32 * kWarps), 0, SummarizeKernel<T, kSplit, kRich, kFast>, call,
-      blocks_per_row);
+      blocks_per_row,
+      cuda::CeilDiv(uint64_t{1} << kInverseBits,
+                    static_cast<uint64_t>(blocks_per_row)));
 }
 
 template <class T, bool kFast>
