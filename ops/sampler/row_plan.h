@@ -340,7 +340,9 @@ TENON_HOST_DEVICE inline float LogprobOf(float x, float best,
                                          double temperature, double log_mass) {
   const double gap =
       strict::Sub(static_cast<double>(x), static_cast<double>(best));
-  const double logprob = strict::Sub(strict::Div(gap, temperature), log_mass);
+  // The best's needs no division, which CUDA takes long for with a 0.
+  const double scaled = gap == 0.0 ? 0.0 : strict::Div(gap, temperature);
+  const double logprob = strict::Sub(scaled, log_mass);
   // -0, which the sign of zeros among the logits can make, is 0.
   return strict::Add(static_cast<float>(logprob), 0.0f);
 }

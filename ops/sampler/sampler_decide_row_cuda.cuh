@@ -328,7 +328,7 @@ __device__ __forceinline__ TileBounds ReadTiles(Block& block,
         arrays.key[i] = key;
         arrays.weight[i] = static_cast<double>(tile.sum);
         bounds.a = max(bounds.a, key);
-        if (key != 0) bounds.b = max(bounds.b, ~key);
+        bounds.b = max(bounds.b, key != 0 ? ~key : 0);
       });
   block.Post(Block::WarpMax(bounds));
   if constexpr (kRaw) {

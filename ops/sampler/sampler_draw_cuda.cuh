@@ -74,7 +74,16 @@ __device__ __forceinline__ void DrawPlain(Block& block, const DecideRow& row,
   const int begin = min(static_cast<int>(threadIdx.x) * each, row.num_tiles);
   const int end = min(begin + each, row.num_tiles);
   uint64_t own = 0;
-  for (int i = begin; i < end; ++i) own += arrays.Mass(i, bits);
+  constexpr int kAtOnce = 4;
+  for (int base = begin; base < end; base += kAtOnce) {
+    uint64_t masses[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      masses[u] = arrays.Mass(min(base + u, end - 1), bits);
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) own += base + u < end ? masses[u] : 0;
+  }
   uint64_t total;
   const uint64_t upto = block.InclusiveSum(own, &total);
   const uint64_t target = DrawTarget(shared.inputs.numerator, total);
@@ -100,15 +109,16 @@ __device__ __forceinline__ void DrawPlain(Block& block, const DecideRow& row,
   const int lane = __ffs(static_cast<int>(owner)) - 1;
   tile = __shfl_sync(~0u, tile, lane);
   before = __shfl_sync(~0u, before, lane);
+  const LanePart part = LoadPart(row, tile);
   const float max = FromOrderedKey(arrays.key[tile]);
+  const double fraction =
+      FractionInTile(target - before, arrays.Mass(tile, bits));
   const TokenInTile token = PickInTile(
-      row, tile, LogitsOfTile<kRich>(row, tile),
+      row, tile, LogitsOf<kRich>(row, tile, part),
       [&](float x, int) {
         return FixedMass(strict::Weight(x, max, row.scale));
       },
-      [&](uint64_t weight) {
-        return TargetInTile(target - before, arrays.Mass(tile, bits), weight);
-      });
+      [&](uint64_t weight) { return TargetInTile(fraction, weight); });
   if (threadIdx.x % 32 == 0) {
     Drawn& drawn = shared.outcome.drawn;
     drawn = Drawn();
