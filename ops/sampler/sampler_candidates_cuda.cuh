@@ -1,8 +1,7 @@
 #ifndef TENON_OPS_SAMPLER_SAMPLER_CANDIDATES_CUDA_CUH_
 #define TENON_OPS_SAMPLER_SAMPLER_CANDIDATES_CUDA_CUH_
 
-#include "ops/core/mma_cuda.cuh"
-#include "ops/sampler/sampler_decide_row_cuda.cuh"
+#include "ops/sampler/sampler_warp_tiles_cuda.cuh"
 
 // The few tokens of a row that filters choose from: found, and ranked, by one
 // block.
@@ -12,15 +11,6 @@ namespace tenon::cuda {
 // Rows that need more are finished by all of their blocks.
 inline constexpr int kMaxCandidates = 256;
 static_assert(kMaxCandidates == kDecideThreads, "a thread for each");
-
-// Sub-tiles that a warp has on their way to shared memory at a time, at most,
-// and what they take, for all warps.
-inline constexpr int kMaxTilesAhead = 8;
-struct TileOnItsWay {
-  uint4 pieces[kSubTile / 4];  // as stored, in draw order
-};
-inline constexpr int kTilesAheadBytes =
-    kDecideWarps * static_cast<int>(sizeof(TileOnItsWay));
 
 struct CandidateScratch {
   // Of what is sought, the sub-tiles' maxima in parts of a range of keys, the
@@ -82,7 +72,21 @@ struct ThreadEdits {
   float x[kEditsAtOnce];
 };
 
-// Those from `first` on.
+// Without branches, so that no load waits for another.
+template <class T>
+__device__ __forceinline__ void ReadLogits(const DecideRow& row,
+                                           ThreadEdits* edits) {
+  const T* const logits = static_cast<const T*>(row.logits);
+  T stored[kEditsAtOnce];
+#pragma unroll
+  for (int u = 0; u < kEditsAtOnce; ++u) {
+    stored[u] = logits[max(edits->id[u], 0)];
+  }
+#pragma unroll
+  for (int u = 0; u < kEditsAtOnce; ++u) edits->raw[u] = ToFloat(stored[u]);
+}
+
+// Those from `first` on; there are any.
 __device__ __forceinline__ ThreadEdits ReadEdits(const DecideRow& row,
                                                  int first) {
   ThreadEdits own;
@@ -90,19 +94,32 @@ __device__ __forceinline__ ThreadEdits ReadEdits(const DecideRow& row,
 #pragma unroll
   for (int u = 0; u < kEditsAtOnce; ++u) {
     const int i = first + static_cast<int>(threadIdx.x) + u * kDecideThreads;
-    if (i < row.edits.end) edits[u] = row.edits.edits[i];
-    own.id[u] =
-        static_cast<uint32_t>(edits[u].id) < static_cast<uint32_t>(row.vocab)
-            ? edits[u].id
-            : -1;
+    edits[u] = row.edits.edits[min(i, row.edits.end - 1)];
+    const bool exists =
+        i < row.edits.end &&
+        static_cast<uint32_t>(edits[u].id) < static_cast<uint32_t>(row.vocab);
+    own.id[u] = exists ? edits[u].id : -1;
+  }
+  unsigned allowed[kEditsAtOnce];
+#pragma unroll
+  for (int u = 0; u < kEditsAtOnce; ++u) {
+    allowed[u] =
+        row.edits.mask != nullptr ? row.edits.mask[max(own.id[u], 0) / 8] : ~0u;
+  }
+  switch (row.dtype) {
+    case DType::kFloat32:
+      ReadLogits<float>(row, &own);
+      break;
+    case DType::kFloat16:
+      ReadLogits<__half>(row, &own);
+      break;
+    default:
+      ReadLogits<__nv_bfloat16>(row, &own);
   }
 #pragma unroll
   for (int u = 0; u < kEditsAtOnce; ++u) {
-    own.raw[u] = own.id[u] >= 0 ? LogitAt(row, own.id[u]) : -INFINITY;
-  }
-#pragma unroll
-  for (int u = 0; u < kEditsAtOnce; ++u) {
-    const bool masked = own.id[u] < 0 || row.edits.Masked(own.id[u]);
+    const bool masked =
+        own.id[u] < 0 || (allowed[u] >> (own.id[u] % 8) & 1) == 0;
     own.x[u] = masked ? -INFINITY : ApplyEdit(*row.plan, edits[u], own.raw[u]);
     if (masked || row.edits.only_allowed) own.raw[u] = -INFINITY;
   }
@@ -272,81 +289,13 @@ __device__ __forceinline__ void Candidates::ListTiles(const DecideRow& row,
   __syncthreads();
 }
 
-template <class T>
-__device__ __forceinline__ void CopyPiece(uint4* to, const T* from) {
-  asm volatile(
-      "cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(SharedAddress(to)),
-      "l"(from)
-      : "memory");
-}
-
-// What a lane has of each sub-tile on its way, and copies: a piece, or two 32
-// apart, so that the lanes of a warp copy neighbouring ones.
-template <class T>
-struct LanePieces {
-  static constexpr int kSize = Piece<T>::kSize;
-  static constexpr int kPieces = kSubTile / 32 / kSize;
-
-  // The place in the sub-tile of the lane's b-th logit, b < kIdsPerLane.
-  static __device__ __forceinline__ int Place(int b) {
-    return (b / kSize * 32 + static_cast<int>(threadIdx.x % 32)) * kSize +
-           b % kSize;
-  }
-  // The id there.
-  static __device__ __forceinline__ int Id(int b, int tile, int num_tiles) {
-    const int place = Place(b);
-    return (place / kChunk * num_tiles + tile) * kChunk + place % kChunk;
-  }
-  // Bits of 8 consecutive places a lane, of 8 sub-tiles, as this has them.
-  static __device__ __forceinline__ uint64_t BitsOf(uint64_t of_lanes) {
-    if constexpr (kPieces == 1) return of_lanes;
-    constexpr uint64_t kHalf = 0x0f0f0f0f0f0f0f0f;
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    uint64_t bits = 0;
-#pragma unroll
-    for (int r = 0; r < kPieces; ++r) {
-      const uint64_t of_source = __shfl_sync(~0u, of_lanes, r * 16 + lane / 2);
-      bits |= (of_source >> (lane % 2 * kSize) & kHalf) << (r * kSize);
-    }
-    return bits;
-  }
-};
-
-// Reads what LoadPiece can only slowly of a warp's sub-tiles on their way.
-template <class T>
-__device__ __noinline__ void LoadTilesSlowly(CandidateScratch& s,
-                                             const DecideRow& row, int base,
-                                             int end, TileOnItsWay* ahead) {
-  using Lane = LanePieces<T>;
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  for (int i = static_cast<int>(threadIdx.x / 32); i < end; i += kDecideWarps) {
-    for (int r = 0; r < Lane::kPieces; ++r) {
-      const int first =
-          Lane::Id(r * Lane::kSize, s.tiles[base + i], row.num_tiles);
-      if (IsSlow<T>(first, row.vocab, row.aligned)) {
-        ahead[i].pieces[r * 32 + lane] =
-            LoadPieceSlowly(static_cast<const T*>(row.logits), first, row.vocab)
-                .words;
-      }
-    }
-  }
-}
-
 template <class T, bool kEdited, class Meanwhile>
 __device__ __forceinline__ void Candidates::CollectTiles(
     const DecideRow& row, uint32_t floor, const Meanwhile& meanwhile) {
   using Lane = LanePieces<T>;
-  constexpr int kSize = Lane::kSize;
-  constexpr int kPieces = Lane::kPieces;
-  const int warp = static_cast<int>(threadIdx.x / 32);
-  const int lane = static_cast<int>(threadIdx.x % 32);
   const int num_wanted = s_.num_tiles;
-  const float lowest = FromOrderedKey(floor);
-  // Shared memory is read again after every write to it.
-  const T* const logits = static_cast<const T*>(row.logits);
   const int num_tiles = row.num_tiles;
-  const int vocab = row.vocab;
-  const int last = row.aligned ? vocab - kSize : -1;
+  const float lowest = FromOrderedKey(floor);
   const float best = row.best;
   const float scale = row.scale;
   const int at_once = tiles_ahead_ * kDecideWarps;
@@ -354,88 +303,29 @@ __device__ __forceinline__ void Candidates::CollectTiles(
   int base = 0;
 #pragma unroll 1
   do {
-    const int end = min(num_wanted - base, at_once);
-    int tiles[kMaxTilesAhead];
-#pragma unroll
-    for (int u = 0; u < kMaxTilesAhead; ++u) {
-      const int i = warp + u * kDecideWarps;
-      tiles[u] = i < end ? s_.tiles[base + i] : -1;
-    }
-    bool slow = false;
-#pragma unroll
-    for (int u = 0; u < kMaxTilesAhead; ++u) {
-#pragma unroll
-      for (int r = 0; r < kPieces; ++r) {
-        const int first = Lane::Id(r * kSize, tiles[u], num_tiles);
-        if (tiles[u] >= 0 && first <= last) {
-          CopyPiece(&ahead_[warp + u * kDecideWarps].pieces[r * 32 + lane],
-                    logits + first);
-        }
-        slow |= tiles[u] >= 0 && first > last && first < vocab;
-      }
-    }
-    CommitCopies();
-    if (slow) LoadTilesSlowly<T>(s_, row, base, end, ahead_);
-    uint64_t allowed = ~uint64_t{0};
-    if constexpr (kEdited) {
-      unsigned masks[kMaxTilesAhead];
-#pragma unroll
-      for (int u = 0; u < kMaxTilesAhead; ++u) {
-        masks[u] =
-            tiles[u] >= 0 ? AllowedOf(row, FirstIdOfLane(row, tiles[u])) : 0;
-      }
-      if (base == 0) meanwhile();
-      allowed = 0;
-#pragma unroll
-      for (int u = 0; u < kMaxTilesAhead; ++u) {
-        allowed |= uint64_t{masks[u] & 0xffu} << (u * kIdsPerLane);
-      }
-      allowed = Lane::BitsOf(allowed);
-    } else {
-      if (base == 0) meanwhile();
-    }
+    const int* const list = s_.tiles + base;
+    const int count = min(num_wanted - base, at_once);
+    WarpTiles<T> tiles(row, list, count, ahead_, at_once);
+    if (!tiles.Copy(row)) LoadTilesSlowly<T>(row, list, count, ahead_);
+    if constexpr (kEdited) tiles.LoadMasks(row);
+    if (base == 0) meanwhile();
+    const uint64_t allowed = kEdited ? tiles.Allowed() : ~uint64_t{0};
     WaitForCopies<0>();
-    // Bits of the lane's logits, eight for each sub-tile.
-    uint64_t found = 0;
-#pragma unroll
-    for (int u = 0; u < kMaxTilesAhead; ++u) {
-      unsigned bits = 0;
-#pragma unroll
-      for (int r = 0; r < kPieces; ++r) {
-        const int slot = min(warp + u * kDecideWarps, at_once - 1);
-        const Piece<T> piece = {ahead_[slot].pieces[r * 32 + lane]};
-        const bool exists =
-            tiles[u] >= 0 && Lane::Id(r * kSize, tiles[u], num_tiles) < vocab;
-        const float least = exists ? lowest : NAN;
-#pragma unroll
-        for (int e = 0; e < kSize; ++e) {
-          if (piece.At(e) >= least) bits |= 1u << (r * kSize + e);
-        }
-      }
-      found |= uint64_t{bits} << (u * kIdsPerLane);
-    }
-    found &= allowed;
-    const int count = __popcll(found);
-    const int upto = WarpInclusiveSum(count);
+    uint64_t found = tiles.Find(lowest) & allowed;
+    const int own = __popcll(found);
+    const int upto = WarpInclusiveSum(own);
     int at = 0;
-    if (lane == 31 && upto > 0) at = atomicAdd(&s_.count, upto);
-    at = __shfl_sync(~0u, at, 31) + upto - count;
+    if (threadIdx.x % 32 == 31 && upto > 0) at = atomicAdd(&s_.count, upto);
+    at = __shfl_sync(~0u, at, 31) + upto - own;
     // Mostly one or two.
 #pragma unroll 1
     for (; found != 0 && at < kMaxCandidates; found &= found - 1, ++at) {
       const int bit = __ffsll(static_cast<long long>(found)) - 1;
-      const int i = warp + bit / kIdsPerLane * kDecideWarps;
       const int b = bit % kIdsPerLane;
-      const int tile = s_.tiles[base + i];
-      const int place = Lane::Place(b);
-      T stored;
-      memcpy(&stored,
-             reinterpret_cast<const char*>(ahead_[i].pieces) +
-                 place * static_cast<int>(sizeof(T)),
-             sizeof(T));
-      const float x = ToFloat(stored);
+      const int tile = list[WarpTiles<T>::Slot(bit / kIdsPerLane)];
+      const float x = tiles.LogitOf(bit);
       s_.Put(at, OrderedKey(x), Lane::Id(b, tile, num_tiles),
-             tile * kSubTile + place,
+             tile * kSubTile + Lane::Place(b),
              FixedMass(strict::Weight(x, best, scale)));
     }
     base += at_once;
