@@ -13,9 +13,6 @@ inline constexpr int kMaxCandidates = 256;
 static_assert(kMaxCandidates == kDecideThreads, "a thread for each");
 
 struct CandidateScratch {
-  // Of what is sought, the sub-tiles' maxima in parts of a range of keys, the
-  // highest first.
-  alignas(16) uint32_t bins[kDecideThreads];
   int num_tiles;
   int count;
   int added;  // by edits
@@ -28,29 +25,10 @@ struct CandidateScratch {
   Found found[kMaxCandidates];
   uint64_t masses[kMaxCandidates];
   uint32_t edited[kMaxCandidates / 32];  // bits of those that edits replace
-  // Of some others, how many are before one, by key and in draw order, and the
-  // mass of the former.
-  struct alignas(16) Before {
-    uint64_t mass;
-    uint32_t by_key;
-    uint32_t by_place;
-  };
-  Before before[kDecideThreads];
   // By rank.
   uint64_t sorted[kMaxCandidates];
   uint64_t prefix[kMaxCandidates + 1];  // the masses before
   uint8_t by_place[kMaxCandidates];     // ranks in draw order
-
-  // All threads call this; a barrier follows.
-  __device__ __forceinline__ void Clear() {
-    bins[threadIdx.x] = 0;
-    if (threadIdx.x < kMaxCandidates / 32) edited[threadIdx.x] = 0;
-    if (threadIdx.x == 0) {
-      num_tiles = 0;
-      count = 0;
-      added = 0;
-    }
-  }
 
   __device__ __forceinline__ void Put(int at, uint32_t key, int id, int place,
                                       uint64_t mass) {
@@ -63,6 +41,22 @@ struct CandidateScratch {
   }
   __device__ int Id(int rank) const { return IdOfCandidate(sorted[rank]); }
 };
+
+// What candidates need of the room while no sub-tiles are on their way.
+union CandidateRoom {
+  // The sub-tiles' maxima in parts of a range of keys, the highest first.
+  static constexpr int kBins = 128;
+  alignas(16) uint32_t bins[kBins];
+  // Of some others, how many are before one, by key and in draw order, and the
+  // mass of the former.
+  struct alignas(16) Before {
+    uint64_t mass;
+    uint32_t by_key;
+    uint32_t by_place;
+  };
+  Before before[kDecideThreads];
+};
+static_assert(sizeof(CandidateRoom) <= kTilesAheadBytes);
 
 // Edits of the row, some per thread.
 inline constexpr int kEditsAtOnce = 4;
@@ -145,11 +139,22 @@ class Candidates {
       : block_(block),
         s_(*scratch),
         tile_key_(arrays.key),
+        room_(*static_cast<CandidateRoom*>(room.memory)),
         ahead_(static_cast<TileOnItsWay*>(room.memory)),
         tiles_ahead_(min(room.bytes / kTilesAheadBytes, kMaxTilesAhead)),
         bins_clear_(clear),
         lists_clear_(clear) {}
 
+  // Before the first use of a scratch that is clear; a barrier follows.
+  __device__ __forceinline__ void Clear() {
+    if (threadIdx.x < CandidateRoom::kBins) room_.bins[threadIdx.x] = 0;
+    if (threadIdx.x < kMaxCandidates / 32) s_.edited[threadIdx.x] = 0;
+    if (threadIdx.x == 0) {
+      s_.num_tiles = 0;
+      s_.count = 0;
+      s_.added = 0;
+    }
+  }
   // A key with at least `count` sub-tiles' maxima not below it, and few more
   // unless they are equal; 0 where there are fewer.
   __device__ uint32_t LowerBoundOfKth(int num_tiles, const TileBounds& bounds,
@@ -194,6 +199,7 @@ class Candidates {
   Block& block_;
   CandidateScratch& s_;
   const uint32_t* tile_key_;
+  CandidateRoom& room_;
   TileOnItsWay* ahead_;
   int tiles_ahead_;
   bool bins_clear_;
@@ -204,7 +210,7 @@ class Candidates {
 __device__ __forceinline__ void Candidates::Renew(bool& clear) {
   if (!clear) {
     __syncthreads();
-    s_.Clear();
+    Clear();
     __syncthreads();
     bins_clear_ = true;
     lists_clear_ = true;
@@ -212,11 +218,11 @@ __device__ __forceinline__ void Candidates::Renew(bool& clear) {
   clear = false;
 }
 
-// A round looks at a range of keys in 256 parts or fewer, then, if that is too
+// A round looks at a range of keys in 128 parts or fewer, then, if that is too
 // coarse, at the part that has the k-th.
 __device__ __forceinline__ uint32_t Candidates::LowerBoundOfKth(
     int num_tiles, const TileBounds& bounds, int count) {
-  constexpr int kBins = kDecideThreads;
+  constexpr int kBins = CandidateRoom::kBins;
   constexpr int kEach = kBins / 32;
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int enough = count + count / 2 + 8;
@@ -225,12 +231,13 @@ __device__ __forceinline__ uint32_t Candidates::LowerBoundOfKth(
   int above = 0;                                   // maxima above the range
   for (;;) {
     Renew(bins_clear_);
-    const int shift = max(24 - __clz(static_cast<int>(range)), 0);
+    const int shift = max(25 - __clz(static_cast<int>(range)), 0);
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < num_tiles;
          i += kDecideThreads) {
       const uint32_t offset = tile_key_[i] - low;
       if (offset <= range) {
-        atomicAdd(&s_.bins[kBins - 1 - (offset >> shift)], 1u);
+        atomicAdd(&room_.bins[kBins - 1 - (offset >> shift)], 1u);
       }
     }
     __syncthreads();
@@ -239,7 +246,7 @@ __device__ __forceinline__ uint32_t Candidates::LowerBoundOfKth(
     int sum = 0;
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
-      own[e] = static_cast<int>(s_.bins[lane * kEach + e]);
+      own[e] = static_cast<int>(room_.bins[lane * kEach + e]);
       sum += own[e];
     }
     const int upto = above + WarpInclusiveSum(sum);
@@ -260,7 +267,7 @@ __device__ __forceinline__ uint32_t Candidates::LowerBoundOfKth(
     above = __shfl_sync(~0u, before, source);
     low += bin << shift;
     if (shift == 0) return low;
-    const int reached = above + static_cast<int>(s_.bins[kBins - 1 - bin]);
+    const int reached = above + static_cast<int>(room_.bins[kBins - 1 - bin]);
     if (reached <= enough) return low;
     range = min(range - (bin << shift), (1u << shift) - 1);
   }
@@ -273,6 +280,7 @@ __device__ __forceinline__ void Candidates::ListTiles(const DecideRow& row,
   const int thread = static_cast<int>(threadIdx.x);
   Renew(lists_clear_);
   uint32_t own = 0;
+#pragma unroll 1
   for (int i = 0; i * kDecideThreads < row.num_tiles; ++i) {
     const int tile = i * kDecideThreads + thread;
     if (tile < row.num_tiles && tile_key_[tile] >= floor) own |= 1u << i;
@@ -305,7 +313,7 @@ __device__ __forceinline__ void Candidates::CollectTiles(
   do {
     const int* const list = s_.tiles + base;
     const int count = min(num_wanted - base, at_once);
-    WarpTiles<T> tiles(row, list, count, ahead_, at_once);
+    WarpTiles<T> tiles(row, list, count, ahead_);
     if (!tiles.Copy(row)) LoadTilesSlowly<T>(row, list, count, ahead_);
     if constexpr (kEdited) tiles.LoadMasks(row);
     if (base == 0) meanwhile();
@@ -505,34 +513,32 @@ __device__ __forceinline__ void Candidates::Rank(int count) {
   const int i = thread - part * count;
   if (part < parts) {
     const CandidateScratch::Found own = s_.found[i];
-    CandidateScratch::Before before = {0, 0, 0};
-#pragma unroll 4
+    CandidateRoom::Before before = {0, 0, 0};
+#pragma unroll 2
     for (int j = part; j < count; j += parts) {
       // Keys are the same only where a row's edits are not what they should be.
       const CandidateScratch::Found other = s_.found[j];
       const uint64_t mass = s_.masses[j];
       const bool earlier = kEdited && j < i;
-      if (other.key < own.key || (earlier && other.key == own.key)) {
-        ++before.by_key;
-        before.mass += mass;
-      }
-      if (other.place < own.place || (earlier && other.place == own.place)) {
-        ++before.by_place;
-      }
+      const bool is_better =
+          other.key < own.key || (earlier && other.key == own.key);
+      const bool is_placed_before =
+          other.place < own.place || (earlier && other.place == own.place);
+      before.by_key += is_better ? 1 : 0;
+      before.mass += is_better ? mass : 0;
+      before.by_place += is_placed_before ? 1 : 0;
     }
-    s_.before[thread] = before;
+    room_.before[thread] = before;
   }
   __syncthreads();
   if (thread < count) {
-    CandidateScratch::Before before = {0, 0, 0};
-#pragma unroll
-    for (int p = 0; p < kMaxParts; ++p) {
-      if (p < parts) {
-        const CandidateScratch::Before some = s_.before[p * count + thread];
-        before.mass += some.mass;
-        before.by_key += some.by_key;
-        before.by_place += some.by_place;
-      }
+    CandidateRoom::Before before = {0, 0, 0};
+#pragma unroll 1
+    for (int p = thread; p < parts * count; p += count) {
+      const CandidateRoom::Before some = room_.before[p];
+      before.mass += some.mass;
+      before.by_key += some.by_key;
+      before.by_place += some.by_place;
     }
     s_.sorted[before.by_key] = s_.found[thread].key;
     s_.prefix[before.by_key + 1] = before.mass + s_.masses[thread];

@@ -30,7 +30,6 @@ template <bool kRich>
 __device__ __forceinline__ void Prepare(const SamplerCall& call, int64_t index,
                                         const TileArrays& arrays,
                                         DecideShared& shared) {
-  shared.candidates.Clear();
   if (threadIdx.x == 0) {
     const SamplingParams params = cuda::ParamsOf(call, index);
     const cuda::RowEdits edits =
@@ -279,6 +278,7 @@ __device__ __forceinline__ uint32_t Decide(const SamplerCall& call,
   Candidates candidates(block, &shared.candidates, arrays, room, true);
   // What the summarising kernel does not write may be read before it is done:
   // what wrote that was done before it began.
+  candidates.Clear();
   Prepare<kRich>(call, index, arrays, shared);
   ThreadEdits edits = {};
   if constexpr (kRich) {

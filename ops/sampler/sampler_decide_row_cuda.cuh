@@ -321,7 +321,7 @@ __device__ __forceinline__ TileBounds ReadTiles(Block& block,
                                                 int num_tiles,
                                                 const TileArrays& arrays) {
   Block::Pair bounds = {0, 0};
-  ForEachOfThread<4>(
+  ForEachOfThread<3>(
       num_tiles, [&](int i) { return tiles[i]; },
       [&](int i, const SubTile& tile) {
         const uint32_t key = KeyOfMax(tile.max);
@@ -334,7 +334,7 @@ __device__ __forceinline__ TileBounds ReadTiles(Block& block,
   if constexpr (kRaw) {
     uint32_t best = 0;
     if (raw != nullptr) {
-      ForEachOfThread<4>(
+      ForEachOfThread<3>(
           num_tiles, [&](int i) { return raw[i].max; },
           [&](int, float max_of_tile) {
             best = max(best, KeyOfMax(max_of_tile));
@@ -357,7 +357,7 @@ __device__ __forceinline__ TileBounds ReadTiles(Block& block,
 __device__ __forceinline__ uint64_t OwnTotal(const RowPlan& plan, float best,
                                              int num_tiles,
                                              const TileArrays& arrays) {
-  constexpr int kAtOnce = 4;
+  constexpr int kAtOnce = 2;
   const float scale = plan.scale;
   uint64_t own = 0;
   for (int base = static_cast<int>(threadIdx.x); base < num_tiles;
@@ -389,7 +389,7 @@ __device__ __forceinline__ uint64_t OwnRawTotal(const SubTile* raw, float best,
                                                 int num_tiles) {
   uint64_t own = 0;
   if (raw == nullptr || !(fabsf(best) < INFINITY)) return own;
-  ForEachOfThread<4>(
+  ForEachOfThread<3>(
       num_tiles, [&](int i) { return raw[i]; },
       [&](int, const SubTile& tile) {
         if (tile.max == -INFINITY) return;

@@ -158,43 +158,29 @@ class NarrowFilters {
     drawn.kept.from = {drawn.best, c_.Id(low_)};
     drawn.kept.to = {c_.Logit(high_ - 1), c_.Id(high_ - 1)};
     // Each lane has some neighbours in draw order.
-    constexpr int kMaxEach = kMaxCandidates / 32;
     const int each = CeilDiv(places, 32);
-    const int begin = Lane() * each;
-    int ranks[kMaxEach];
-    uint64_t masses[kMaxEach];
-    // Without branches, so that loads do not wait for each other.
-#pragma unroll
-    for (int u = 0; u < kMaxEach; ++u) {
-      ranks[u] = c_.by_place[min(begin + u, places - 1)];
-    }
-#pragma unroll
-    for (int u = 0; u < kMaxEach; ++u) {
-      masses[u] = c_.prefix[ranks[u] + 1] - c_.prefix[ranks[u]];
-    }
-    if (!MassesAreOfDraw(drawn.best)) {
-#pragma unroll
-      for (int u = 0; u < kMaxEach; ++u) {
-        masses[u] = DrawMass(drawn.best, ranks[u]);
-      }
-    }
+    const int begin = min(Lane() * each, places);
+    const int end = min(begin + each, places);
+    const bool as_ranked = MassesAreOfDraw(drawn.best);
+    const auto mass_of = [&](int rank) -> uint64_t {
+      if (rank < low_ || rank >= high_) return 0;
+      return as_ranked ? c_.prefix[rank + 1] - c_.prefix[rank]
+                       : DrawMass(drawn.best, rank);
+    };
     uint64_t own = 0;
-#pragma unroll
-    for (int u = 0; u < kMaxEach; ++u) {
-      const bool kept = u < each && begin + u < places && ranks[u] >= low_ &&
-                        ranks[u] < high_;
-      if (!kept) masses[u] = 0;
-      own += masses[u];
-    }
+#pragma unroll 1
+    for (int i = begin; i < end; ++i) own += mass_of(c_.by_place[i]);
     const uint64_t upto = WarpInclusiveSum(own);
     const uint64_t target = DrawTarget(inputs.numerator, drawn.mass);
     uint64_t before = upto - own;
     const bool mine = before <= target && target < upto;
     int rank = low_;
-#pragma unroll
-    for (int u = 0; u < kMaxEach; ++u) {
-      if (masses[u] > 0 && before <= target) rank = ranks[u];
-      before += masses[u];
+#pragma unroll 1
+    for (int i = begin; i < end && before <= target; ++i) {
+      const int next = c_.by_place[i];
+      const uint64_t mass = mass_of(next);
+      if (mass > 0) rank = next;
+      before += mass;
     }
     const int lane = __ffs(static_cast<int>(__ballot_sync(~0u, mine))) - 1;
     rank = __shfl_sync(~0u, rank, max(lane, 0));

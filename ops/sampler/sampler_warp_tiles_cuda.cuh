@@ -58,9 +58,8 @@ struct LanePieces {
 };
 
 // The sub-tiles that a warp has on their way at a time: every kDecideWarps-th
-// of some in the scratch's list. Its loops have neither branches nor, where
-// they can do without, writes to shared memory, after which all of it is read
-// again: loads would wait for each other.
+// of some in the scratch's list. Its loops are not unrolled, as code that runs
+// once is waited for.
 template <class T>
 class WarpTiles {
  public:
@@ -68,35 +67,32 @@ class WarpTiles {
   static constexpr int kSize = Lane::kSize;
   static constexpr int kPieces = Lane::kPieces;
 
-  // Of `count` from list[0] on; `ahead` has room for at_once.
+  // Of `count` from list[0] on.
   __device__ __forceinline__ WarpTiles(const DecideRow& row, const int* list,
-                                       int count, TileOnItsWay* ahead,
-                                       int at_once)
-      : num_tiles_(row.num_tiles),
-        vocab_(row.vocab),
-        last_(row.aligned ? row.vocab - kSize : -1),
-        ahead_(ahead),
-        at_once_(at_once) {
+                                       int count, TileOnItsWay* ahead)
+      : vocab_(row.vocab), ahead_(ahead) {
+    const int own = Slot(LaneOfWarp());
+    tile_ = LaneOfWarp() < kMaxTilesAhead && own < count ? list[own] : -1;
+    num_ = __popc(__ballot_sync(~0u, tile_ >= 0));
 #pragma unroll
-    for (int u = 0; u < kMaxTilesAhead; ++u) {
-      tiles_[u] = Slot(u) < count ? list[Slot(u)] : -1;
+    for (int r = 0; r < kPieces; ++r) {
+      first_[r] = Lane::Id(r * kSize, 0, row.num_tiles);
     }
   }
   // Asks for all that 16 bytes at a time can be read of. False if that leaves
   // anything out.
   __device__ __forceinline__ bool Copy(const DecideRow& row) {
     const T* const logits = static_cast<const T*>(row.logits);
+    const int last = row.aligned ? vocab_ - kSize : -1;
     bool all = true;
-#pragma unroll
-    for (int u = 0; u < kMaxTilesAhead; ++u) {
+#pragma unroll 1
+    for (int u = 0; u < num_; ++u) {
+      const int tile = __shfl_sync(~0u, tile_, u);
 #pragma unroll
       for (int r = 0; r < kPieces; ++r) {
-        const int first = Lane::Id(r * kSize, tiles_[u], num_tiles_);
-        if (tiles_[u] >= 0 && first <= last_) {
-          CopyPiece(&ahead_[Slot(u)].pieces[r * 32 + LaneOfWarp()],
-                    logits + first);
-        }
-        all &= tiles_[u] < 0 || first <= last_ || first >= vocab_;
+        const int first = first_[r] + tile * kChunk;
+        if (first <= last) CopyPiece(PieceAt(u, r), logits + first);
+        all &= first <= last || first >= vocab_;
       }
     }
     CommitCopies();
@@ -106,8 +102,8 @@ class WarpTiles {
   __device__ __forceinline__ void LoadMasks(const DecideRow& row) {
 #pragma unroll
     for (int u = 0; u < kMaxTilesAhead; ++u) {
-      masks_[u] =
-          tiles_[u] >= 0 ? AllowedOf(row, FirstIdOfLane(row, tiles_[u])) : 0;
+      const int tile = __shfl_sync(~0u, tile_, u);
+      masks_[u] = tile >= 0 ? AllowedOf(row, FirstIdOfLane(row, tile)) : 0;
     }
   }
   __device__ __forceinline__ uint64_t Allowed() const {
@@ -121,15 +117,14 @@ class WarpTiles {
   // Bits of the lane's logits, eight for each sub-tile: those from `lowest` on.
   __device__ __forceinline__ uint64_t Find(float lowest) const {
     uint64_t found = 0;
-#pragma unroll
-    for (int u = 0; u < kMaxTilesAhead; ++u) {
+#pragma unroll 1
+    for (int u = 0; u < num_; ++u) {
+      const int tile = __shfl_sync(~0u, tile_, u);
       unsigned bits = 0;
 #pragma unroll
       for (int r = 0; r < kPieces; ++r) {
-        const int slot = min(Slot(u), at_once_ - 1);
-        const Piece<T> piece = {ahead_[slot].pieces[r * 32 + LaneOfWarp()]};
-        const bool exists = tiles_[u] >= 0 &&
-                            Lane::Id(r * kSize, tiles_[u], num_tiles_) < vocab_;
+        const Piece<T> piece = {*PieceAt(u, r)};
+        const bool exists = first_[r] + tile * kChunk < vocab_;
         const float least = exists ? lowest : NAN;
 #pragma unroll
         for (int e = 0; e < kSize; ++e) {
@@ -158,13 +153,15 @@ class WarpTiles {
   static __device__ __forceinline__ int LaneOfWarp() {
     return static_cast<int>(threadIdx.x % 32);
   }
+  __device__ __forceinline__ uint4* PieceAt(int u, int r) const {
+    return &ahead_[Slot(u)].pieces[r * 32 + LaneOfWarp()];
+  }
 
-  int num_tiles_;
   int vocab_;
-  int last_;
   TileOnItsWay* ahead_;
-  int at_once_;
-  int tiles_[kMaxTilesAhead];  // -1: none
+  int tile_;  // of the lane of that number; -1: none
+  int num_;
+  int first_[kPieces];  // ids of the lane's pieces of sub-tile 0
   unsigned masks_[kMaxTilesAhead];
 };
 
