@@ -54,6 +54,17 @@ struct RowPlan {
   }
   // top-p counts what top-k and top-n-sigma kept, not the whole distribution.
   constexpr bool top_p_of_kept() const { return order != FilterOrder::kJoint; }
+  // Whether they keep anything less than all.
+  constexpr bool narrowed() const { return top_k != 0 || top_n_sigma > 0.0f; }
+  // typical-p comes before top-p and min-p.
+  constexpr bool typical_first() const {
+    return order == FilterOrder::kLlamaCpp && typical_p < 1.0f;
+  }
+  // min-p may come first, as no other filter needs the sum of what it drops.
+  constexpr bool min_p_first() const {
+    return min_p > 0.0f && !typical_first() &&
+           !(top_p < 1.0f && narrowed() && top_p_of_kept());
+  }
 };
 
 constexpr float ScaleOf(double temperature) {
@@ -329,7 +340,9 @@ TENON_HOST_DEVICE inline float LogprobOf(float x, float best,
                                          double temperature, double log_mass) {
   const double gap =
       strict::Sub(static_cast<double>(x), static_cast<double>(best));
-  const double logprob = strict::Sub(strict::Div(gap, temperature), log_mass);
+  // The best's needs no division, which CUDA takes long for with a 0.
+  const double scaled = gap == 0.0 ? 0.0 : strict::Div(gap, temperature);
+  const double logprob = strict::Sub(scaled, log_mass);
   // -0, which the sign of zeros among the logits can make, is 0.
   return strict::Add(static_cast<float>(logprob), 0.0f);
 }

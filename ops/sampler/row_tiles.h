@@ -147,14 +147,21 @@ TENON_HOST_DEVICE inline uint64_t DrawTarget(uint64_t numerator,
 // FixedMass of Weight(x, its max, scale), sum of these `weight`. `residual` is
 // the target less the masses of the sub-tiles before, `mass` the sub-tile's
 // own.
-TENON_HOST_DEVICE inline uint64_t TargetInTile(uint64_t residual, uint64_t mass,
+TENON_HOST_DEVICE inline double FractionInTile(uint64_t residual,
+                                               uint64_t mass) {
+  return strict::Div(strict::Add(static_cast<double>(residual), 0.5),
+                     static_cast<double>(mass));
+}
+TENON_HOST_DEVICE inline uint64_t TargetInTile(double fraction,
                                                uint64_t weight) {
-  const double fraction =
-      strict::Div(strict::Add(static_cast<double>(residual), 0.5),
-                  static_cast<double>(mass));
   const uint64_t target =
       static_cast<uint64_t>(strict::Mul(fraction, static_cast<double>(weight)));
   return target < weight ? target : weight - 1;
+}
+
+TENON_HOST_DEVICE inline uint64_t TargetInTile(uint64_t residual, uint64_t mass,
+                                               uint64_t weight) {
+  return TargetInTile(FractionInTile(residual, mass), weight);
 }
 
 // The digits of a key that radix selection looks at, the highest first.

@@ -30,7 +30,7 @@ class Block {
   // What threads tell each other: two sets taking turns, as a thread may be one
   // barrier ahead.
   struct Scratch {
-    uint64_t values[2][kDecideWarps];
+    uint64_t values[2][2 * kDecideWarps];
     int picked;
     uint64_t before_picked;
   };
@@ -39,7 +39,9 @@ class Block {
 
   // Over the block, the same on every thread.
   __device__ uint64_t Sum(uint64_t value) {
-    const uint64_t* const values = Exchange(WarpSum64(value));
+    return SumOf(Exchange(WarpSum64(value)));
+  }
+  static __device__ uint64_t SumOf(const uint64_t* values) {
     uint64_t sum = 0;
 #pragma unroll
     for (int i = 0; i < kDecideWarps; ++i) sum += values[i];
@@ -50,10 +52,13 @@ class Block {
     uint32_t a;
     uint32_t b;
   };
-  __device__ Pair Max(Pair pair) {
-    pair.a = __reduce_max_sync(~0u, pair.a);
-    pair.b = __reduce_max_sync(~0u, pair.b);
-    const uint64_t* const values = Exchange((uint64_t{pair.a} << 32) | pair.b);
+  __device__ Pair Max(Pair pair) { return MaxOf(Exchange(WarpMax(pair))); }
+  static __device__ uint64_t WarpMax(Pair pair) {
+    return (uint64_t{__reduce_max_sync(~0u, pair.a)} << 32) |
+           __reduce_max_sync(~0u, pair.b);
+  }
+  static __device__ Pair MaxOf(const uint64_t* values) {
+    Pair pair = {0, 0};
 #pragma unroll
     for (int i = 0; i < kDecideWarps; ++i) {
       pair.a = max(pair.a, static_cast<uint32_t>(values[i] >> 32));
@@ -112,11 +117,19 @@ class Block {
 
   // Every warp's value, after a barrier.
   __device__ const uint64_t* Exchange(uint64_t value) {
-    uint64_t* const values = s_.values[turn_];
-    turn_ ^= 1;
-    if (threadIdx.x % 32 == 0) values[threadIdx.x / 32] = value;
+    Post(value);
     __syncthreads();
-    return values;
+    return Posted();
+  }
+  // The same in two steps, for a barrier that is there for more. A second value
+  // is at kSecond from the first.
+  static constexpr int kSecond = kDecideWarps;
+  __device__ void Post(uint64_t value, int at = 0) {
+    if (threadIdx.x % 32 == 0) s_.values[turn_][at + threadIdx.x / 32] = value;
+  }
+  __device__ const uint64_t* Posted() {
+    turn_ ^= 1;
+    return s_.values[turn_ ^ 1];
   }
 
  private:

@@ -1,8 +1,7 @@
 #ifndef TENON_OPS_SAMPLER_SAMPLER_CANDIDATES_CUDA_CUH_
 #define TENON_OPS_SAMPLER_SAMPLER_CANDIDATES_CUDA_CUH_
 
-#include "ops/core/mma_cuda.cuh"
-#include "ops/sampler/sampler_decide_row_cuda.cuh"
+#include "ops/sampler/sampler_warp_tiles_cuda.cuh"
 
 // The few tokens of a row that filters choose from: found, and ranked, by one
 // block.
@@ -13,35 +12,51 @@ namespace tenon::cuda {
 inline constexpr int kMaxCandidates = 256;
 static_assert(kMaxCandidates == kDecideThreads, "a thread for each");
 
-// Sub-tiles that a warp has on their way to shared memory at a time, at most,
-// and what they take, for all warps.
-inline constexpr int kMaxTilesAhead = 8;
-struct TileOnItsWay {
-  LanePart lanes[32];
-};
-inline constexpr int kTilesAheadBytes =
-    kDecideWarps * static_cast<int>(sizeof(TileOnItsWay));
-
 struct CandidateScratch {
   int num_tiles;
   int count;
+  int added;  // by edits
   int tiles[kMaxCandidates];
-  uint64_t keys[kMaxCandidates];         // in no order
-  uint32_t edited[kMaxCandidates / 32];  // bits of keys that edits replace
-  uint32_t places[kMaxCandidates];       // in draw order
-  uint32_t ranks[kMaxCandidates];        // in draw order above those by key
+  // In no order.
+  struct alignas(16) Found {
+    uint64_t key;
+    uint32_t place;  // in draw order
+  };
+  Found found[kMaxCandidates];
+  uint64_t masses[kMaxCandidates];
+  uint32_t edited[kMaxCandidates / 32];  // bits of those that edits replace
   // By rank.
   uint64_t sorted[kMaxCandidates];
   uint64_t prefix[kMaxCandidates + 1];  // the masses before
   uint8_t by_place[kMaxCandidates];     // ranks in draw order
-  // Of the tiles on their way: whether masks let lanes' logits pass.
-  uint8_t allowed[kMaxTilesAhead * kDecideWarps][32];
 
+  __device__ __forceinline__ void Put(int at, uint32_t key, int id, int place,
+                                      uint64_t mass) {
+    found[at].key = CandidateKey(key, id);
+    found[at].place = static_cast<uint32_t>(place);
+    masses[at] = mass;
+  }
   __device__ float Logit(int rank) const {
     return LogitOfCandidate(sorted[rank]);
   }
   __device__ int Id(int rank) const { return IdOfCandidate(sorted[rank]); }
 };
+
+// What candidates need of the room while no sub-tiles are on their way.
+union CandidateRoom {
+  // The sub-tiles' maxima in parts of a range of keys, the highest first.
+  static constexpr int kBins = 128;
+  alignas(16) uint32_t bins[kBins];
+  // Of some others, how many are before one, by key and in draw order, and the
+  // mass of the former.
+  struct alignas(16) Before {
+    uint64_t mass;
+    uint32_t by_key;
+    uint32_t by_place;
+  };
+  Before before[kDecideThreads];
+};
+static_assert(sizeof(CandidateRoom) <= kTilesAheadBytes);
 
 // Edits of the row, some per thread.
 inline constexpr int kEditsAtOnce = 4;
@@ -51,7 +66,21 @@ struct ThreadEdits {
   float x[kEditsAtOnce];
 };
 
-// Those from `first` on.
+// Without branches, so that no load waits for another.
+template <class T>
+__device__ __forceinline__ void ReadLogits(const DecideRow& row,
+                                           ThreadEdits* edits) {
+  const T* const logits = static_cast<const T*>(row.logits);
+  T stored[kEditsAtOnce];
+#pragma unroll
+  for (int u = 0; u < kEditsAtOnce; ++u) {
+    stored[u] = logits[max(edits->id[u], 0)];
+  }
+#pragma unroll
+  for (int u = 0; u < kEditsAtOnce; ++u) edits->raw[u] = ToFloat(stored[u]);
+}
+
+// Those from `first` on; there are any.
 __device__ __forceinline__ ThreadEdits ReadEdits(const DecideRow& row,
                                                  int first) {
   ThreadEdits own;
@@ -59,19 +88,32 @@ __device__ __forceinline__ ThreadEdits ReadEdits(const DecideRow& row,
 #pragma unroll
   for (int u = 0; u < kEditsAtOnce; ++u) {
     const int i = first + static_cast<int>(threadIdx.x) + u * kDecideThreads;
-    if (i < row.edits.end) edits[u] = row.edits.edits[i];
-    own.id[u] =
-        static_cast<uint32_t>(edits[u].id) < static_cast<uint32_t>(row.vocab)
-            ? edits[u].id
-            : -1;
+    edits[u] = row.edits.edits[min(i, row.edits.end - 1)];
+    const bool exists =
+        i < row.edits.end &&
+        static_cast<uint32_t>(edits[u].id) < static_cast<uint32_t>(row.vocab);
+    own.id[u] = exists ? edits[u].id : -1;
+  }
+  unsigned allowed[kEditsAtOnce];
+#pragma unroll
+  for (int u = 0; u < kEditsAtOnce; ++u) {
+    allowed[u] =
+        row.edits.mask != nullptr ? row.edits.mask[max(own.id[u], 0) / 8] : ~0u;
+  }
+  switch (row.dtype) {
+    case DType::kFloat32:
+      ReadLogits<float>(row, &own);
+      break;
+    case DType::kFloat16:
+      ReadLogits<__half>(row, &own);
+      break;
+    default:
+      ReadLogits<__nv_bfloat16>(row, &own);
   }
 #pragma unroll
   for (int u = 0; u < kEditsAtOnce; ++u) {
-    own.raw[u] = own.id[u] >= 0 ? LogitAt(row, own.id[u]) : -INFINITY;
-  }
-#pragma unroll
-  for (int u = 0; u < kEditsAtOnce; ++u) {
-    const bool masked = own.id[u] < 0 || row.edits.Masked(own.id[u]);
+    const bool masked =
+        own.id[u] < 0 || (allowed[u] >> (own.id[u] % 8) & 1) == 0;
     own.x[u] = masked ? -INFINITY : ApplyEdit(*row.plan, edits[u], own.raw[u]);
     if (masked || row.edits.only_allowed) own.raw[u] = -INFINITY;
   }
@@ -83,30 +125,47 @@ __device__ __forceinline__ uint64_t DroppedCandidate(int at) {
   return 0xffffffff00000000u | static_cast<uint32_t>(at);
 }
 
+// What is to be done while sub-tiles are on their way.
+struct Nothing {
+  __device__ __forceinline__ void operator()() const {}
+};
+
 class Candidates {
  public:
-  // `arrays` are the row's.
+  // `arrays` are the row's. `clear`: the scratch is, as far as anyone sees who
+  // has passed a barrier.
   __device__ Candidates(Block& block, CandidateScratch* scratch,
-                        const TileArrays& arrays, Room room)
+                        const TileArrays& arrays, Room room, bool clear)
       : block_(block),
         s_(*scratch),
         tile_key_(arrays.key),
+        room_(*static_cast<CandidateRoom*>(room.memory)),
         ahead_(static_cast<TileOnItsWay*>(room.memory)),
-        tiles_ahead_(min(room.bytes / kTilesAheadBytes, kMaxTilesAhead)) {}
+        tiles_ahead_(min(room.bytes / kTilesAheadBytes, kMaxTilesAhead)),
+        bins_clear_(clear),
+        lists_clear_(clear) {}
 
+  // Before the first use of a scratch that is clear; a barrier follows.
+  __device__ __forceinline__ void Clear() {
+    if (threadIdx.x < CandidateRoom::kBins) room_.bins[threadIdx.x] = 0;
+    if (threadIdx.x < kMaxCandidates / 32) s_.edited[threadIdx.x] = 0;
+    if (threadIdx.x == 0) {
+      s_.num_tiles = 0;
+      s_.count = 0;
+      s_.added = 0;
+    }
+  }
   // A key with at least `count` sub-tiles' maxima not below it, and few more
-  // unless they are equal; 0 where there are fewer. Each round has a warp for
-  // each of eight keys.
-  __device__ uint32_t LowerBoundOfKth(const DecideRow& row, int count,
-                                      uint32_t lowest);
+  // unless they are equal; 0 where there are fewer.
+  __device__ uint32_t LowerBoundOfKth(int num_tiles, const TileBounds& bounds,
+                                      int count);
   // Finds the tokens with keys of at least `floor`; -1 where they are too many.
   // kEdited: the row may have edits, the first being ReadEdits(row, 0), or a
-  // mask.
-  // The first warp may read all of the scratch at once, others its prefix after
-  // a barrier.
-  template <bool kEdited>
+  // mask. All threads call meanwhile() once, before the last barrier.
+  template <bool kEdited, class Meanwhile>
   __device__ int Collect(const DecideRow& row, uint32_t floor,
-                         const ThreadEdits& first_edits);
+                         const ThreadEdits& first_edits,
+                         const Meanwhile& meanwhile);
   // Finds the `count` best where too many tokens have the key `tied` or a
   // larger one, for there are as many; -1 where even those with a larger one
   // are too many, or the first ids have too few of them. Of rows without edits.
@@ -119,193 +178,174 @@ class Candidates {
   __device__ int places() const { return found_; }
 
  private:
+  // Threads that count for one candidate, at most.
+  static constexpr int kMaxParts = 4;
+
   __device__ void ListTiles(const DecideRow& row, uint32_t floor);
-  template <class T, bool kEdited>
-  __device__ void CollectTiles(const DecideRow& row, uint32_t floor);
+  template <class T, bool kEdited, class Meanwhile>
+  __device__ void CollectTiles(const DecideRow& row, uint32_t floor,
+                               const Meanwhile& meanwhile);
   // False where there are too many sub-tiles.
-  template <bool kEdited>
-  __device__ bool CollectRaw(const DecideRow& row, uint32_t floor);
-  __device__ int DropEdited();
+  template <bool kEdited, class Meanwhile>
+  __device__ bool CollectRaw(const DecideRow& row, uint32_t floor,
+                             const Meanwhile& meanwhile);
+  __device__ void DropEdited();
   // Fills what the scratch has by rank.
   template <bool kEdited>
-  __device__ void Rank(const DecideRow& row, int count);
-  __device__ void SumMasses(int count);
+  __device__ void Rank(int count);
+  // Makes what one of the flags is of clear.
+  __device__ void Renew(bool& clear);
 
   Block& block_;
   CandidateScratch& s_;
   const uint32_t* tile_key_;
+  CandidateRoom& room_;
   TileOnItsWay* ahead_;
   int tiles_ahead_;
+  bool bins_clear_;
+  bool lists_clear_;
   int found_ = 0;
 };
 
-__device__ __forceinline__ void AddCandidate(CandidateScratch& s, uint32_t key,
-                                             int id, int place) {
-  const int at = atomicAdd(&s.count, 1);
-  if (at >= kMaxCandidates) return;
-  s.keys[at] = CandidateKey(key, id);
-  s.places[at] = static_cast<uint32_t>(place);
+__device__ __forceinline__ void Candidates::Renew(bool& clear) {
+  if (!clear) {
+    __syncthreads();
+    Clear();
+    __syncthreads();
+    bins_clear_ = true;
+    lists_clear_ = true;
+  }
+  clear = false;
 }
 
-__device__ __forceinline__ uint32_t
-Candidates::LowerBoundOfKth(const DecideRow& row, int count, uint32_t lowest) {
-  const int warp = static_cast<int>(threadIdx.x / 32);
+// A round looks at a range of keys in 128 parts or fewer, then, if that is too
+// coarse, at the part that has the k-th.
+__device__ __forceinline__ uint32_t Candidates::LowerBoundOfKth(
+    int num_tiles, const TileBounds& bounds, int count) {
+  constexpr int kBins = CandidateRoom::kBins;
+  constexpr int kEach = kBins / 32;
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const int num_tiles = row.num_tiles;
   const int enough = count + count / 2 + 8;
-  uint32_t low = lowest;
-  uint32_t range = OrderedKey(row.best) - lowest;  // the k-th is in it
+  uint32_t low = bounds.lowest;
+  uint32_t range = OrderedKey(bounds.best) - low;  // the k-th is in it
+  int above = 0;                                   // maxima above the range
   for (;;) {
-    // The first of the eight keys is the lowest.
-    const uint32_t step = range / kDecideWarps + 1;
-    const uint32_t key = low + min(range, step * static_cast<uint32_t>(warp));
-    int own = 0;
-#pragma unroll 4
-    for (int i = lane; i < num_tiles; i += 32) {
-      own += tile_key_[i] >= key ? 1 : 0;
-    }
-    const uint64_t* const counts =
-        block_.Exchange(static_cast<uint64_t>(__reduce_add_sync(~0u, own)));
-    int at = -1;
-    int reached = 0;
-#pragma unroll
-    for (int w = 0; w < kDecideWarps; ++w) {
-      if (static_cast<int>(counts[w]) >= count) {
-        at = w;
-        reached = static_cast<int>(counts[w]);
+    Renew(bins_clear_);
+    const int shift = max(25 - __clz(static_cast<int>(range)), 0);
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < num_tiles;
+         i += kDecideThreads) {
+      const uint32_t offset = tile_key_[i] - low;
+      if (offset <= range) {
+        atomicAdd(&room_.bins[kBins - 1 - (offset >> shift)], 1u);
       }
     }
-    if (at < 0) return 0;
-    const uint32_t offset = min(range, step * static_cast<uint32_t>(at));
-    low += offset;
-    if (reached <= enough || range == offset || step == 1) return low;
-    range = min(range - offset, step - 1);
+    __syncthreads();
+    // Every warp for itself, which takes no barrier.
+    int own[kEach];
+    int sum = 0;
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      own[e] = static_cast<int>(room_.bins[lane * kEach + e]);
+      sum += own[e];
+    }
+    const int upto = above + WarpInclusiveSum(sum);
+    const unsigned reach = __ballot_sync(~0u, upto >= count);
+    if (reach == 0) return 0;
+    int at = lane * kEach;
+    int before = upto - sum;
+#pragma unroll
+    for (int e = 0; e + 1 < kEach; ++e) {
+      if (at == lane * kEach + e && before + own[e] < count) {
+        before += own[e];
+        ++at;
+      }
+    }
+    const int source = __ffs(static_cast<int>(reach)) - 1;
+    const uint32_t bin =
+        static_cast<uint32_t>(kBins - 1 - __shfl_sync(~0u, at, source));
+    above = __shfl_sync(~0u, before, source);
+    low += bin << shift;
+    if (shift == 0) return low;
+    const int reached = above + static_cast<int>(room_.bins[kBins - 1 - bin]);
+    if (reached <= enough) return low;
+    range = min(range - (bin << shift), (1u << shift) - 1);
   }
 }
 
 __device__ __forceinline__ void Candidates::ListTiles(const DecideRow& row,
                                                       uint32_t floor) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    s_.num_tiles = 0;
-    s_.count = 0;
+  static_assert(kMaxVocab <= int64_t{32} * kDecideThreads * kSubTile,
+                "a bit for each of a thread's sub-tiles");
+  const int thread = static_cast<int>(threadIdx.x);
+  Renew(lists_clear_);
+  uint32_t own = 0;
+#pragma unroll 1
+  for (int i = 0; i * kDecideThreads < row.num_tiles; ++i) {
+    const int tile = i * kDecideThreads + thread;
+    if (tile < row.num_tiles && tile_key_[tile] >= floor) own |= 1u << i;
   }
-  if (threadIdx.x < kMaxCandidates / 32) s_.edited[threadIdx.x] = 0;
+  const int count = __popc(own);
+  const int upto = WarpInclusiveSum(count);
+  int at = 0;
+  if (thread % 32 == 31 && upto > 0) at = atomicAdd(&s_.num_tiles, upto);
+  at = __shfl_sync(~0u, at, 31) + upto - count;
+  for (; own != 0 && at < kMaxCandidates; own &= own - 1, ++at) {
+    const int i = __ffs(static_cast<int>(own)) - 1;
+    s_.tiles[at] = i * kDecideThreads + thread;
+  }
   __syncthreads();
-  const int lane = static_cast<int>(threadIdx.x % 32);
+}
+
+template <class T, bool kEdited, class Meanwhile>
+__device__ __forceinline__ void Candidates::CollectTiles(
+    const DecideRow& row, uint32_t floor, const Meanwhile& meanwhile) {
+  using Lane = LanePieces<T>;
+  const int num_wanted = s_.num_tiles;
   const int num_tiles = row.num_tiles;
-#pragma unroll 1
-  for (int base = 0; base < num_tiles; base += kDecideThreads) {
-    const int tile = base + static_cast<int>(threadIdx.x);
-    const bool wanted = tile < num_tiles && tile_key_[tile] >= floor;
-    const unsigned all = __ballot_sync(~0u, wanted);
-    int at = 0;
-    if (lane == 0 && all != 0) at = atomicAdd(&s_.num_tiles, __popc(all));
-    at = __shfl_sync(~0u, at, 0) + __popc(all & ((1u << lane) - 1));
-    if (wanted && at < kMaxCandidates) s_.tiles[at] = tile;
-  }
-  __syncthreads();
-}
-
-// Copies the lane's logits of a sub-tile, if they can be, to shared memory.
-template <class T>
-__device__ __forceinline__ void CopyPart(LanePart* to, const T* from) {
-#pragma unroll
-  for (int i = 0; i < kIdsPerLane / Piece<T>::kSize; ++i) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(
-                     SharedAddress(&to->words[i])),
-                 "l"(from + i * Piece<T>::kSize)
-                 : "memory");
-  }
-}
-
-template <class T, bool kEdited>
-__device__ __forceinline__ void Candidates::CollectTiles(const DecideRow& row,
-                                                         uint32_t floor) {
-  const int warp = static_cast<int>(threadIdx.x / 32);
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const int num_tiles = s_.num_tiles;
   const float lowest = FromOrderedKey(floor);
-  // Shared memory is read again after every write to it.
-  const T* const logits = static_cast<const T*>(row.logits);
-  const int vocab = row.vocab;
-  const int last = row.aligned ? vocab - kIdsPerLane : -1;
-  const int first_of_tile0 = FirstIdOfLane(row, 0);
+  const float best = row.best;
+  const float scale = row.scale;
   const int at_once = tiles_ahead_ * kDecideWarps;
+  // At least once, for what is done meanwhile.
+  int base = 0;
 #pragma unroll 1
-  for (int base = 0; base < num_tiles; base += at_once) {
-    const int end = min(num_tiles - base, at_once);
-#pragma unroll 1
-    for (int i = warp; i < end; i += kDecideWarps) {
-      const int first = first_of_tile0 + s_.tiles[base + i] * kChunk;
-      if (first <= last) {
-        CopyPart(&ahead_[i].lanes[lane], logits + first);
-      } else {
-        ahead_[i].lanes[lane] = LoadPartSlowly(row, first);
-      }
-    }
-    if constexpr (kEdited) {
-      unsigned allowed[kMaxTilesAhead];
-#pragma unroll
-      for (int u = 0; u < kMaxTilesAhead; ++u) {
-        const int i = warp + u * kDecideWarps;
-        if (i < end) {
-          allowed[u] =
-              AllowedOf(row, first_of_tile0 + s_.tiles[base + i] * kChunk);
-        }
-      }
-#pragma unroll
-      for (int u = 0; u < kMaxTilesAhead; ++u) {
-        const int i = warp + u * kDecideWarps;
-        if (i < end) s_.allowed[i][lane] = static_cast<uint8_t>(allowed[u]);
-      }
-    }
-    CommitCopies();
+  do {
+    const int* const list = s_.tiles + base;
+    const int count = min(num_wanted - base, at_once);
+    WarpTiles<T> tiles(row, list, count, ahead_);
+    if (!tiles.Copy(row)) LoadTilesSlowly<T>(row, list, count, ahead_);
+    if constexpr (kEdited) tiles.LoadMasks(row);
+    if (base == 0) meanwhile();
+    const uint64_t allowed = kEdited ? tiles.Allowed() : ~uint64_t{0};
     WaitForCopies<0>();
-    // Bits of the lane's logits, eight for each sub-tile.
-    uint64_t found = 0;
-#pragma unroll
-    for (int u = 0; u < kMaxTilesAhead; ++u) {
-      const int i = warp + u * kDecideWarps;
-      if (i < end) {
-        const LaneLogits own = FloatsOf<T>(ahead_[i].lanes[lane]);
-        unsigned bits = 0;
-#pragma unroll
-        for (int e = 0; e < kIdsPerLane; ++e) {
-          if (own.x[e] >= lowest) bits |= 1u << e;
-        }
-        if constexpr (kEdited) bits &= s_.allowed[i][lane];
-        found |= uint64_t{bits} << (u * kIdsPerLane);
-      }
-    }
-    const int count = __popcll(found);
-    const int upto = WarpInclusiveSum(count);
+    uint64_t found = tiles.Find(lowest) & allowed;
+    const int own = __popcll(found);
+    const int upto = WarpInclusiveSum(own);
     int at = 0;
-    if (lane == 31 && upto > 0) at = atomicAdd(&s_.count, upto);
-    at = __shfl_sync(~0u, at, 31) + upto - count;
+    if (threadIdx.x % 32 == 31 && upto > 0) at = atomicAdd(&s_.count, upto);
+    at = __shfl_sync(~0u, at, 31) + upto - own;
     // Mostly one or two.
+#pragma unroll 1
     for (; found != 0 && at < kMaxCandidates; found &= found - 1, ++at) {
       const int bit = __ffsll(static_cast<long long>(found)) - 1;
-      const int i = warp + bit / kIdsPerLane * kDecideWarps;
-      const int e = bit % kIdsPerLane;
-      const int tile = s_.tiles[base + i];
-      const Piece<T> piece = {ahead_[i].lanes[lane].words[e / Piece<T>::kSize]};
-      const float x = piece.At(e % Piece<T>::kSize);
-      s_.keys[at] =
-          CandidateKey(OrderedKey(x), first_of_tile0 + tile * kChunk + e);
-      s_.places[at] =
-          static_cast<uint32_t>(tile * kSubTile + lane * kIdsPerLane + e);
+      const int b = bit % kIdsPerLane;
+      const int tile = list[WarpTiles<T>::Slot(bit / kIdsPerLane)];
+      const float x = tiles.LogitOf(bit);
+      s_.Put(at, OrderedKey(x), Lane::Id(b, tile, num_tiles),
+             tile * kSubTile + Lane::Place(b),
+             FixedMass(strict::Weight(x, best, scale)));
     }
-  }
+    base += at_once;
+  } while (base < num_wanted);
 }
 
-// Adds what edits make of their logits and marks what they replace.
+// Adds what edits make of their logits to the `count` candidates there are, and
+// marks what they replace.
 __device__ __noinline__ inline void CollectEdits(
-    CandidateScratch& s, const DecideRow& row, uint32_t floor,
+    CandidateScratch& s, const DecideRow& row, uint32_t floor, int count,
     const ThreadEdits& first_edits) {
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const int count = min(s.count, kMaxCandidates);
-  __syncthreads();
   ThreadEdits own = first_edits;
   for (int first = 0; first < row.edits.end;) {
 #pragma unroll
@@ -317,13 +357,19 @@ __device__ __noinline__ inline void CollectEdits(
         const uint64_t key = CandidateKey(__shfl_sync(~0u, raw, source),
                                           __shfl_sync(~0u, own.id[u], source));
         for (int i = lane; i < count; i += 32) {
-          if (s.keys[i] == key) atomicOr(&s.edited[i / 32], 1u << (i % 32));
+          if (s.found[i].key == key) {
+            atomicOr(&s.edited[i / 32], 1u << (i % 32));
+          }
         }
       }
       const uint32_t key = OrderedKey(own.x[u]);
       if (own.id[u] >= 0 && key >= floor) {
-        AddCandidate(s, key, own.id[u],
-                     static_cast<int>(DrawOrder(own.id[u], row.vocab)));
+        const int at = count + atomicAdd(&s.added, 1);
+        if (at < kMaxCandidates) {
+          s.Put(at, key, own.id[u],
+                static_cast<int>(DrawOrder(own.id[u], row.vocab)),
+                row.Mass(own.x[u]));
+        }
       }
     }
     first += kEditsAtOnce * kDecideThreads;
@@ -331,54 +377,61 @@ __device__ __noinline__ inline void CollectEdits(
   }
 }
 
-// Returns how many there were.
-__device__ __forceinline__ int Candidates::DropEdited() {
+__device__ __forceinline__ void Candidates::DropEdited() {
   const int thread = static_cast<int>(threadIdx.x);
   if ((s_.edited[thread / 32] >> (thread % 32) & 1) != 0) {
-    s_.keys[thread] = DroppedCandidate(thread);
-    s_.places[thread] = 0x80000000u + static_cast<uint32_t>(thread);
+    s_.found[thread].key = DroppedCandidate(thread);
+    s_.found[thread].place = 0x80000000u + static_cast<uint32_t>(thread);
+    s_.masses[thread] = 0;
   }
-  int dropped = 0;
-#pragma unroll
-  for (int i = 0; i < kMaxCandidates / 32; ++i) dropped += __popc(s_.edited[i]);
-  return dropped;
+  __syncthreads();
 }
 
-template <bool kEdited>
-__device__ __forceinline__ bool Candidates::CollectRaw(const DecideRow& row,
-                                                       uint32_t floor) {
+template <bool kEdited, class Meanwhile>
+__device__ __forceinline__ bool Candidates::CollectRaw(
+    const DecideRow& row, uint32_t floor, const Meanwhile& meanwhile) {
   ListTiles(row, floor);
   if (s_.num_tiles > kMaxCandidates) return false;
   switch (row.dtype) {
     case DType::kFloat32:
-      CollectTiles<float, kEdited>(row, floor);
+      CollectTiles<float, kEdited>(row, floor, meanwhile);
       break;
     case DType::kFloat16:
-      CollectTiles<__half, kEdited>(row, floor);
+      CollectTiles<__half, kEdited>(row, floor, meanwhile);
       break;
     default:
-      CollectTiles<__nv_bfloat16, kEdited>(row, floor);
+      CollectTiles<__nv_bfloat16, kEdited>(row, floor, meanwhile);
   }
   __syncthreads();
   return true;
 }
 
-template <bool kEdited>
+template <bool kEdited, class Meanwhile>
 __device__ __forceinline__ int Candidates::Collect(
-    const DecideRow& row, uint32_t floor, const ThreadEdits& first_edits) {
+    const DecideRow& row, uint32_t floor, const ThreadEdits& first_edits,
+    const Meanwhile& meanwhile) {
   floor = max(floor, kLowestKey);
-  if (!CollectRaw<kEdited>(row, floor)) return -1;
-  int dropped = 0;
-  if constexpr (kEdited) {
-    if (row.edits.end > 0 && s_.count <= kMaxCandidates) {
-      CollectEdits(s_, row, floor, first_edits);
-      __syncthreads();
-      dropped = DropEdited();
-    }
+  if (!CollectRaw<kEdited>(row, floor, meanwhile)) {
+    meanwhile();
+    __syncthreads();
+    return -1;
   }
   found_ = s_.count;
+  int dropped = 0;
+  if constexpr (kEdited) {
+    if (row.edits.end > 0 && found_ <= kMaxCandidates) {
+      CollectEdits(s_, row, floor, found_, first_edits);
+      __syncthreads();
+      found_ += s_.added;
+#pragma unroll
+      for (int i = 0; i < kMaxCandidates / 32; ++i) {
+        dropped += __popc(s_.edited[i]);
+      }
+      if (dropped > 0) DropEdited();
+    }
+  }
   if (found_ > kMaxCandidates) return -1;
-  Rank<kEdited>(row, found_);
+  Rank<kEdited>(found_);
   return found_ - dropped;
 }
 
@@ -388,7 +441,8 @@ __device__ __forceinline__ int Candidates::CollectTied(const DecideRow& row,
   constexpr int kEach = 8;
   constexpr int kIdsAtOnce = kEach * kDecideThreads;
   constexpr int kMaxIds = 8 * kIdsAtOnce;
-  if (count > kMaxCandidates || !CollectRaw<false>(row, tied + 1)) return -1;
+  if (count > kMaxCandidates || !CollectRaw<false>(row, tied + 1, Nothing()))
+    return -1;
   const int larger = s_.count;
   if (larger > kMaxCandidates) return -1;
   const int wanted = max(count - larger, 0);
@@ -410,14 +464,14 @@ __device__ __forceinline__ int Candidates::CollectTied(const DecideRow& row,
     int at = found + static_cast<int>(block_.InclusiveSum(own, &total) - own);
     for (; ties != 0 && at < wanted; ties &= ties - 1, ++at) {
       const int id = first + __ffs(static_cast<int>(ties)) - 1;
-      s_.keys[larger + at] = CandidateKey(tied, id);
-      s_.places[larger + at] = static_cast<uint32_t>(DrawOrder(id, row.vocab));
+      s_.Put(larger + at, tied, id, static_cast<int>(DrawOrder(id, row.vocab)),
+             row.Mass(FromOrderedKey(tied)));
     }
     found += static_cast<int>(total);
   }
   __syncthreads();
   found_ = larger + wanted;
-  Rank<false>(row, found_);
+  Rank<false>(found_);
   return found_;
 }
 
@@ -430,7 +484,7 @@ __device__ __forceinline__ int Candidates::CollectBest(const DecideRow& row,
   for (int i = 0; i < kMaxTries; ++i) {
     const float middle = 0.5f * low + 0.5f * high;
     if (!(low < middle && middle < high)) return -1;
-    const bool fits = CollectRaw<false>(row, OrderedKey(middle));
+    const bool fits = CollectRaw<false>(row, OrderedKey(middle), Nothing());
     const int found = fits ? s_.count : kMaxCandidates + 1;
     if (found > kMaxCandidates) {
       low = middle;
@@ -438,7 +492,7 @@ __device__ __forceinline__ int Candidates::CollectBest(const DecideRow& row,
       high = middle;
     } else {
       found_ = found;
-      Rank<false>(row, found);
+      Rank<false>(found);
       return found;
     }
   }
@@ -448,70 +502,50 @@ __device__ __forceinline__ int Candidates::CollectBest(const DecideRow& row,
 // Each candidate's rank is the number of better ones: several threads count
 // for one of them, all lanes of a warp looking at the same others.
 template <bool kEdited>
-__device__ __forceinline__ void Candidates::Rank(const DecideRow& row,
-                                                 int count) {
-  const int thread = static_cast<int>(threadIdx.x);
-  s_.ranks[thread] = 0;
-  __syncthreads();
+__device__ __forceinline__ void Candidates::Rank(int count) {
   if (count == 0) return;
+  const int thread = static_cast<int>(threadIdx.x);
   // thread / count, and the same of all threads.
   const unsigned inverse = 0x10000u / static_cast<unsigned>(count) + 1;
   const int part = static_cast<int>(threadIdx.x * inverse >> 16);
-  const int parts = static_cast<int>(kDecideThreads * inverse >> 16);
+  const int parts =
+      min(static_cast<int>(kDecideThreads * inverse >> 16), kMaxParts);
   const int i = thread - part * count;
   if (part < parts) {
-    const uint64_t key = s_.keys[i];
-    const uint32_t place = s_.places[i];
-    uint32_t better = 0;
-    uint32_t placed_before = 0;
-#pragma unroll 4
+    const CandidateScratch::Found own = s_.found[i];
+    CandidateRoom::Before before = {0, 0, 0};
+#pragma unroll 2
     for (int j = part; j < count; j += parts) {
       // Keys are the same only where a row's edits are not what they should be.
-      const uint64_t other = s_.keys[j];
-      const uint32_t other_place = s_.places[j];
-      if (other < key || (kEdited && other == key && j < i)) ++better;
-      if (other_place < place || (kEdited && other_place == place && j < i)) {
-        ++placed_before;
-      }
+      const CandidateScratch::Found other = s_.found[j];
+      const uint64_t mass = s_.masses[j];
+      const bool earlier = kEdited && j < i;
+      const bool is_better =
+          other.key < own.key || (earlier && other.key == own.key);
+      const bool is_placed_before =
+          other.place < own.place || (earlier && other.place == own.place);
+      before.by_key += is_better ? 1 : 0;
+      before.mass += is_better ? mass : 0;
+      before.by_place += is_placed_before ? 1 : 0;
     }
-    atomicAdd(&s_.ranks[i], better + (placed_before << 16));
+    room_.before[thread] = before;
   }
   __syncthreads();
   if (thread < count) {
-    const uint32_t ranks = s_.ranks[thread];
-    const int rank = static_cast<int>(ranks & 0xffff);
-    const uint64_t key = s_.keys[thread];
-    const bool dropped = kEdited && key >= DroppedCandidate(0);
-    s_.sorted[rank] = key;
-    s_.prefix[rank + 1] = dropped ? 0 : row.Mass(LogitOfCandidate(key));
-    s_.by_place[ranks >> 16] = static_cast<uint8_t>(rank);
+    CandidateRoom::Before before = {0, 0, 0};
+#pragma unroll 1
+    for (int p = thread; p < parts * count; p += count) {
+      const CandidateRoom::Before some = room_.before[p];
+      before.mass += some.mass;
+      before.by_key += some.by_key;
+      before.by_place += some.by_place;
+    }
+    s_.sorted[before.by_key] = s_.found[thread].key;
+    s_.prefix[before.by_key + 1] = before.mass + s_.masses[thread];
+    s_.by_place[before.by_place] = static_cast<uint8_t>(before.by_key);
+    if (thread == 0) s_.prefix[0] = 0;
   }
   __syncthreads();
-  if (thread < 32) SumMasses(count);
-}
-
-// Makes the prefix of the masses there. By one warp.
-__device__ __forceinline__ void Candidates::SumMasses(int count) {
-  constexpr int kMaxEach = kMaxCandidates / 32;
-  const int lane = static_cast<int>(threadIdx.x);
-  const int each = CeilDiv(count, 32);
-  const int begin = lane * each;
-  uint64_t masses[kMaxEach];
-  uint64_t own = 0;
-#pragma unroll
-  for (int u = 0; u < kMaxEach; ++u) {
-    const bool exists = u < each && begin + u < count;
-    masses[u] = exists ? s_.prefix[begin + u + 1] : 0;
-    own += masses[u];
-  }
-  uint64_t before = WarpInclusiveSum(own) - own;
-  if (lane == 0) s_.prefix[0] = 0;
-#pragma unroll
-  for (int u = 0; u < kMaxEach; ++u) {
-    before += masses[u];
-    if (u < each && begin + u < count) s_.prefix[begin + u + 1] = before;
-  }
-  __syncwarp();
 }
 
 }  // namespace tenon::cuda

@@ -230,39 +230,34 @@ KeptTokens Filters::KeepMirostat(float mu) {
 }
 
 KeptTokens Filters::Run(const SamplingParams& params, float mu) {
-  const bool llama = plan_.order == FilterOrder::kLlamaCpp;
-  const bool typical = plan_.typical_p < 1.0f;
+  const bool typical_first = plan_.typical_first();
   const bool top_p = plan_.top_p < 1.0f;
   float floor = -INFINITY;
   if (plan_.top_n_sigma > 0.0f) floor = SigmaFloor();
-  const bool narrowed = plan_.top_k != 0 || plan_.top_n_sigma > 0.0f;
   if (plan_.top_k != 0) {
     floor = std::max(floor, KthBestTile(row_, plan_.top_k, &c_));
   }
-  // Where no later filter needs the sum of what min-p drops.
-  const bool min_p_first = plan_.min_p > 0.0f && !(llama && typical) &&
-                           !(top_p && narrowed && plan_.top_p_of_kept());
-  if (min_p_first) floor = std::max(floor, MinPThreshold(plan_, row_.best));
+  if (plan_.min_p_first()) floor = std::max(floor, MinPThreshold(plan_, row_.best));
 
-  if (top_p && !narrowed && !(llama && typical)) {
+  if (top_p && !plan_.narrowed() && !typical_first) {
     CollectForTopP(floor);
   } else {
     CollectFrom(row_, floor, &c_);
     if (plan_.top_k != 0) {
       KeepBest(Weigh(), static_cast<uint64_t>(plan_.top_k));
     }
-    if (llama && typical) KeepTypical();
+    if (typical_first) KeepTypical();
     if (top_p) {
       const uint64_t mass = plan_.top_p_of_kept() ? Mass() : row_.total;
       const uint64_t target = MassTarget(plan_.top_p, mass);
-      if (plan_.min_p > 0.0f && !(llama && typical)) KeepMinP(row_.best);
+      if (plan_.min_p > 0.0f && !typical_first) KeepMinP(row_.best);
       KeepBest(ByMass(), target);
     }
-    if (plan_.min_p > 0.0f && llama && typical) {
+    if (plan_.min_p > 0.0f && typical_first) {
       KeepMinP(row_.kernels.max(c_.x, c_.count));
     }
   }
-  if (!llama && typical) KeepTypical();
+  if (plan_.typical_p < 1.0f && !typical_first) KeepTypical();
   if (XtcActs(plan_, params)) DropTopChoices();
   return KeepMirostat(mu);
 }

@@ -31,29 +31,53 @@ __device__ __forceinline__ void Prepare(const SamplerCall& call, int64_t index,
                                         const TileArrays& arrays,
                                         DecideShared& shared) {
   if (threadIdx.x == 0) {
-    const RowPlan plan = cuda::PlanOf(call, index);
-    shared.plan = plan;
-    shared.row =
-        RowOf(call, index, shared.plan, arrays,
-              kRich ? cuda::EditsOf(call, index, plan) : cuda::RowEdits());
+    const SamplingParams params = cuda::ParamsOf(call, index);
+    const cuda::RowEdits edits =
+        kRich ? cuda::EditsOf(call, index, params) : cuda::RowEdits();
+    shared.plan = cuda::PlanOf(call, params);
+    shared.row = RowOf(call, index, shared.plan, arrays, edits);
     shared.outcome = Outcome();
+    shared.first_id = cuda::kNoId;
   } else if (threadIdx.x == 32) {
-    const SamplingParams& params = call.params[index];
+    const SamplingParams params = cuda::ParamsOf(call, index);
     const uint64_t bits =
         call.random_bits != nullptr
             ? static_cast<uint64_t>(call.random_bits[index])
             : RandomBitsAt(params.seed, params.position, call.stream);
     shared.inputs.numerator = UniformNumerator(bits);
   } else if (threadIdx.x == 64) {
-    const RowPlan plan = cuda::PlanOf(call, index);
-    shared.inputs.xtc_acts = XtcActs(plan, call.params[index]);
-    shared.inputs.mu = plan.mirostat_tau > 0.0f
-                           ? call.mirostat.MuOf(index, call.params[index])
-                           : 0.0f;
+    const SamplingParams params = cuda::ParamsOf(call, index);
+    const RowPlan plan = cuda::PlanOf(call, params);
+    shared.inputs.xtc_acts = XtcActs(plan, params);
+    shared.inputs.mu =
+        plan.mirostat_tau > 0.0f ? call.mirostat.MuOf(index, params) : 0.0f;
     if (plan.min_p > 0.0f) {
       shared.inputs.min_p_offset = strict::Mul(
           plan.temperature, strict::Log(static_cast<double>(plan.min_p)));
     }
+  } else if (kRich && threadIdx.x == 96) {
+    shared.raw_plan = cuda::RawPlan();
+    shared.raw = RowOf(call, index, shared.raw_plan, arrays, {});
+  }
+}
+
+// The row's top tokens of what is not filtered, from its candidates. By one
+// warp, of which one thread has made the total's logarithm.
+__device__ __forceinline__ void WriteTopCandidates(const SamplerCall& call,
+                                                   int64_t index, float best,
+                                                   const DecideShared& shared) {
+  __syncwarp();
+  const int wanted = min(call.top_columns, shared.plan.num_top_logprobs);
+  for (int column = static_cast<int>(threadIdx.x % 32);
+       column < call.top_columns; column += 32) {
+    int token = -1;
+    float logprob = NAN;
+    if (column < wanted) {
+      token = shared.candidates.Id(column);
+      logprob = LogprobOf(shared.candidates.Logit(column), best,
+                          shared.plan.temperature, shared.log_total);
+    }
+    WriteTopColumn(call, index, column, token, logprob);
   }
 }
 
@@ -67,7 +91,8 @@ __device__ __noinline__ bool WriteTop(const SamplerCall& call, int64_t index,
                                       DecideShared& shared) {
   // Of its own: what a function takes by reference is in memory.
   Block block(&shared.block);
-  Candidates candidates(block, &shared.candidates, arrays, room);
+  Candidates candidates(block, &shared.candidates, arrays, room, false);
+  if (threadIdx.x == 0) shared.first_id = cuda::kNoId;
   __syncthreads();
   const bool processed = call.top_kind == LogprobKind::kProcessed;
   const Outcome& outcome = shared.outcome;
@@ -80,7 +105,8 @@ __device__ __noinline__ bool WriteTop(const SamplerCall& call, int64_t index,
   float logprob = NAN;
   if (wanted > 0 && row.best > -INFINITY) {  // and not NaN
     if ((processed && plan.greedy) || isinf(row.best)) {
-      const int best = cuda::FirstBestToken<true>(row, arrays, shared);
+      const int best =
+          cuda::FirstBestToken<true>(row, row.best, arrays, shared);
       if (column == 0) {
         token = best;
         logprob = 0.0f;
@@ -91,8 +117,9 @@ __device__ __noinline__ bool WriteTop(const SamplerCall& call, int64_t index,
     } else {
       found = count;
       if (count < wanted) {
-        found = candidates.Collect<true>(
-            row, FloorOfBest(candidates, row, lowest_tile, wanted), edits);
+        const uint32_t floor = FloorOfBest(
+            candidates, row.num_tiles, {row.best, lowest_tile, 0.0f}, wanted);
+        found = candidates.Collect<true>(row, floor, edits, cuda::Nothing());
         if (found < 0) return false;
       }
     }
@@ -114,44 +141,30 @@ __device__ __noinline__ bool WriteTop(const SamplerCall& call, int64_t index,
 // The outputs of a call that may have all of them. Returns what is left to do.
 __device__ __forceinline__ uint32_t FinishRich(
     const SamplerCall& call, int64_t index, Block& block,
-    const TileArrays& arrays, const TileBounds& bounds, int count,
+    const TileArrays& arrays, const TileBounds& bounds, int count, bool has_top,
     const ThreadEdits& edits, Room room, uint32_t tasks, DecideShared& shared) {
   const bool drawn = tasks == 0;
-  const bool top = call.top_tokens != nullptr;
+  const bool top = call.top_tokens != nullptr && !has_top;
   const bool top_of_raw = top && call.top_kind == LogprobKind::kRaw;
+  if (drawn && threadIdx.x < 32) {
+    WriteRow(call, index, shared.plan, shared.row, shared.raw, shared.outcome,
+             shared.inputs.mu, shared.log_total, shared.log_raw_total);
+  }
   // Before the raw ones: it needs the keys of the sub-tiles.
   if (drawn && top && !top_of_raw &&
       !WriteTop(call, index, shared.row, arrays, bounds.lowest, count, edits,
                 room, shared)) {
     tasks |= cuda::kTopOfRow;
   }
-  TileBounds raw_bounds = bounds;
-  if (call.scratch.raw_tiles != nullptr) {
-    if (threadIdx.x == 0) {
-      shared.raw_plan = cuda::RawPlan();
-      shared.raw = RowOf(call, index, shared.raw_plan, arrays, {});
-    }
+  if (top_of_raw) {
     __syncthreads();
-    const int num_tiles = call.num_tiles;
-    raw_bounds = ReadTiles(block, call.scratch.raw_tiles + index * num_tiles,
-                           num_tiles, arrays);
-    uint64_t total = 0;
-    if (fabsf(raw_bounds.best) < INFINITY) {
-      total = Total(block, shared.raw_plan, raw_bounds.best, num_tiles, arrays);
+    const TileBounds raw_bounds = cuda::ReadTiles<false>(
+        block, call.scratch.raw_tiles + index * call.num_tiles, nullptr,
+        call.num_tiles, arrays);
+    if (!WriteTop(call, index, shared.raw, arrays, raw_bounds.lowest, -1, {},
+                  room, shared)) {
+      tasks |= cuda::kTopOfRaw;
     }
-    if (threadIdx.x == 0) {
-      shared.raw.best = raw_bounds.best;
-      shared.raw.total = total;
-    }
-    __syncthreads();
-  }
-  if (drawn && threadIdx.x < 32) {
-    WriteRow(call, index, shared.plan, shared.row, shared.raw, shared.outcome,
-             shared.inputs.mu, shared.log_total);
-  }
-  if (top_of_raw && !WriteTop(call, index, shared.raw, arrays,
-                              raw_bounds.lowest, -1, {}, room, shared)) {
-    tasks |= cuda::kTopOfRaw;
   }
   if (call.probabilities != nullptr) tasks |= cuda::kProbabilitiesOfRow;
   return tasks;
@@ -172,6 +185,87 @@ __device__ __forceinline__ void CopyMoments(Moments* to, const Moments* from,
   }
 }
 
+// Where top-n-sigma finds its sub-tiles' moments: in shared memory, where they
+// are on their way to, if there is room behind the candidates' sub-tiles.
+__device__ __forceinline__ const Moments* ReadMoments(const SamplerCall& call,
+                                                      int64_t index,
+                                                      Room room) {
+  const int num_tiles = call.num_tiles;
+  const Moments* const moments = call.scratch.moments + index * num_tiles;
+  constexpr int kOffset = cuda::kMaxTilesAhead * cuda::kTilesAheadBytes;
+  if (kOffset + num_tiles * static_cast<int>(sizeof(Moments)) > room.bytes) {
+    return moments;
+  }
+  Moments* const ahead =
+      reinterpret_cast<Moments*>(static_cast<char*>(room.memory) + kOffset);
+  CopyMoments(ahead, moments, num_tiles);
+  cuda::CommitCopies();
+  return ahead;
+}
+
+// Finds the row's token. Returns the number of candidates for it, -1 if they
+// are many, which leaves the row to all of its blocks; 0 where it needs none.
+template <bool kRich>
+__device__ __forceinline__ int Draw(const SamplerCall& call, int64_t index,
+                                    Block& block, Candidates& candidates,
+                                    const TileArrays& arrays, Room room,
+                                    const ThreadEdits& edits, bool tell,
+                                    Followers& followers,
+                                    cuda::RowSums<kRich>& sums,
+                                    DecideShared& shared) {
+  const RowPlan& plan = shared.plan;
+  const DecideRow& row = shared.row;
+  const float best = sums.bounds.best;
+  const bool is_finite = fabsf(best) < INFINITY;
+  const bool is_filtered = is_finite && !plan.greedy && plan.filtered();
+  const bool is_narrow = is_filtered && cuda::MayBeNarrow(plan, row.vocab);
+  // Whether nothing is left to others once a token is found.
+  if (tell && !is_filtered) followers.Tell(0);
+  sums.has_total = is_finite && (!plan.greedy || call.WantsSums());
+  if (is_narrow && plan.top_n_sigma > 0.0f) {
+    sums.moments = ReadMoments(call, index, room);
+    if (cuda::SigmaIsFirst(plan)) {
+      cuda::WaitForCopies<0>();
+      __syncthreads();
+      if (threadIdx.x < 32) {
+        FindSigmaFloor(sums.moments, sums.bounds, shared);
+      }
+      __syncthreads();
+    }
+  }
+  const bool sums_can_wait = is_narrow && !cuda::TopPIsFirst(plan);
+  if (!sums_can_wait &&
+      (sums.has_total || (kRich && sums.raw_tiles != nullptr))) {
+    sums.Post(block, row, plan, arrays);
+    __syncthreads();
+    sums.Take(block, shared);
+  }
+  if (is_filtered) {
+    if (!is_narrow) return -1;
+    return cuda::DrawFiltered<kRich>(block, candidates, arrays, room, edits,
+                                     tell, followers, sums, shared);
+  }
+  if (isnan(best) || best == -INFINITY) {
+    if (threadIdx.x == 0) {
+      shared.outcome.status =
+          isnan(best) ? SampleStatus::kNonFinite : SampleStatus::kNoSupport;
+    }
+  } else if (is_finite && !plan.greedy) {
+    cuda::DrawPlain<kRich>(block, row, arrays, best, sums.total, shared);
+  } else {
+    if (threadIdx.x == kDecideThreads - 1 && sums.has_total) {
+      shared.log_total = LogOfMass(sums.total, kMassBits);
+    }
+    const int token = cuda::FirstBestToken<kRich>(row, best, arrays, shared);
+    if (threadIdx.x == 0) {
+      shared.outcome.one_hot = isinf(best);
+      shared.outcome.drawn.token = token;
+      shared.outcome.drawn.x = best;
+    }
+  }
+  return 0;
+}
+
 // By the row's first block. Returns what it leaves undone.
 template <bool kRich>
 __device__ __forceinline__ uint32_t Decide(const SamplerCall& call,
@@ -181,88 +275,55 @@ __device__ __forceinline__ uint32_t Decide(const SamplerCall& call,
                                            DecideShared& shared) {
   const int num_tiles = call.num_tiles;
   Block block(&shared.block);
-  Candidates candidates(block, &shared.candidates, arrays, room);
+  Candidates candidates(block, &shared.candidates, arrays, room, true);
   // What the summarising kernel does not write may be read before it is done:
   // what wrote that was done before it began.
+  candidates.Clear();
   Prepare<kRich>(call, index, arrays, shared);
-  const RowPlan& plan = shared.plan;
-  DecideRow& row = shared.row;
   ThreadEdits edits = {};
   if constexpr (kRich) {
     __syncthreads();
-    if (row.edits.end > 0) edits = ReadEdits(row, 0);
+    if (shared.row.edits.end > 0) edits = ReadEdits(shared.row, 0);
   }
   cuda::WaitForPreviousKernels();
 
-  const TileBounds bounds = ReadTiles(
-      block, call.scratch.tiles + index * num_tiles, num_tiles, arrays);
-  const float best = bounds.best;
-  if (threadIdx.x == 0) row.best = best;
-  // Whether nothing is left to others once a token is found.
+  cuda::RowSums<kRich> sums = {};
+  if (kRich && call.scratch.raw_tiles != nullptr) {
+    sums.raw_tiles = call.scratch.raw_tiles + index * num_tiles;
+  }
+  sums.bounds =
+      cuda::ReadTiles<kRich>(block, call.scratch.tiles + index * num_tiles,
+                             sums.raw_tiles, num_tiles, arrays);
+  if (threadIdx.x == 0) {
+    shared.row.best = sums.bounds.best;
+    if constexpr (kRich) shared.raw.best = sums.bounds.raw_best;
+  }
+  // Whether a token is all there is to find.
   const bool tell = call.top_tokens == nullptr && call.probabilities == nullptr;
-  if (tell && (plan.greedy || !plan.filtered() || !(fabsf(best) < INFINITY))) {
-    followers.Tell(0);
-  }
-  // What top-n-sigma needs is on its way while the total is made.
-  const Moments* const moments = call.scratch.moments + index * num_tiles;
-  Moments* const moments_ahead = static_cast<Moments*>(room.memory);
-  const bool sigma_ahead =
-      plan.top_n_sigma > 0.0f && !plan.greedy && fabsf(best) < INFINITY &&
-      num_tiles * static_cast<int>(sizeof(Moments)) <= room.bytes;
-  if (sigma_ahead) CopyMoments(moments_ahead, moments, num_tiles);
-  int count = -1;  // of candidates
-  uint32_t tasks = 0;
-  if (isnan(best) || best == -INFINITY) {
-    if (threadIdx.x == 0) {
-      shared.outcome.status =
-          isnan(best) ? SampleStatus::kNonFinite : SampleStatus::kNoSupport;
-    }
-  } else {
-    const bool one_hot = isinf(best);
-    uint64_t total = 0;
-    if (!one_hot && (!plan.greedy || call.WantsSums())) {
-      total = Total(block, plan, best, num_tiles, arrays);
-      if (threadIdx.x == 0) row.total = total;
-    }
-    if (one_hot || plan.greedy) {
-      if (threadIdx.x == kDecideThreads - 1 && total > 0) {
-        shared.log_total = LogOfMass(total, kMassBits);
-      }
-      const int token = cuda::FirstBestToken<kRich>(row, arrays, shared);
-      if (threadIdx.x == 0) {
-        shared.outcome.one_hot = one_hot;
-        shared.outcome.drawn.token = token;
-        shared.outcome.drawn.x = best;
-      }
-    } else if (!plan.filtered()) {
-      cuda::DrawPlain<kRich>(block, row, arrays, best, total, shared);
-    } else {
-      if (plan.top_n_sigma > 0.0f) {
-        if (sigma_ahead) {
-          cuda::CommitCopies();
-          cuda::WaitForCopies<0>();
-          __syncthreads();
-        }
-        if (threadIdx.x < 32) {
-          const float floor = cuda::SigmaFloor(
-              sigma_ahead ? moments_ahead : moments, num_tiles, plan, best);
-          if (threadIdx.x == 0) shared.sigma_floor = floor;
-        }
-        __syncthreads();
-      }
-      count = cuda::DrawFiltered<kRich>(block, row, bounds, candidates, arrays,
-                                        room, edits, total, tell, followers,
-                                        shared);
-      if (count < 0) tasks = cuda::kDrawRow;
-    }
-  }
-  __syncthreads();
+  const int count = Draw(call, index, block, candidates, arrays, room, edits,
+                         tell, followers, sums, shared);
+  uint32_t tasks = count < 0 ? cuda::kDrawRow : 0;
   if constexpr (kRich) {
-    tasks = FinishRich(call, index, block, arrays, bounds, count, edits, room,
-                       tasks, shared);
-  } else if (tasks == 0 && threadIdx.x < 32) {
-    WriteRow(call, index, plan, row, row, shared.outcome, shared.inputs.mu,
-             shared.log_total);
+    // While one warp draws.
+    const bool has_top =
+        count > 0 && call.top_tokens != nullptr &&
+        call.top_kind == LogprobKind::kUnfiltered &&
+        count >= min(call.top_columns, shared.plan.num_top_logprobs);
+    if (has_top && threadIdx.x / 32 == 1) {
+      WriteTopCandidates(call, index, sums.bounds.best, shared);
+    }
+    if (threadIdx.x == 64 && call.raw_logprobs != nullptr) {
+      shared.log_raw_total = LogOfMass(sums.raw_total, kMassBits);
+    }
+    __syncthreads();
+    tasks = FinishRich(call, index, block, arrays, sums.bounds, count, has_top,
+                       edits, room, tasks, shared);
+  } else {
+    __syncthreads();
+    if (tasks == 0 && threadIdx.x < 32) {
+      WriteRow(call, index, shared.plan, shared.row, shared.row, shared.outcome,
+               shared.inputs.mu, shared.log_total, 0.0);
+    }
   }
   return tasks;
 }

@@ -262,9 +262,12 @@ struct TileArrays {
     return ((tiles + 1) / 2 + tiles) * sizeof(double);
   }
   __device__ __forceinline__ uint64_t Mass(int tile, int bits) const {
+    return MassOf(weight[tile], bits);
+  }
+  static __device__ __forceinline__ uint64_t MassOf(double weight, int bits) {
     const uint64_t unit = static_cast<uint64_t>(1023 + bits) << 52;
     return static_cast<uint64_t>(
-        strict::Mul(weight[tile], __builtin_bit_cast(double, unit)));
+        strict::Mul(weight, __builtin_bit_cast(double, unit)));
   }
 };
 
@@ -299,44 +302,101 @@ struct Room {
 struct TileBounds {
   float best;       // NaN where any is
   uint32_t lowest;  // key above 0
+  float raw_best;   // as `best`, of the logits as they are, where it is wanted
 };
 
+// The key of a sub-tile's maximum: 0 for -inf, the largest for NaN.
+__device__ __forceinline__ uint32_t KeyOfMax(float max) {
+  return isnan(max) ? ~0u : max == -INFINITY ? 0 : OrderedKey(max);
+}
+__device__ __forceinline__ float MaxOfKey(uint32_t key) {
+  return key == 0 ? -INFINITY : FromOrderedKey(key);
+}
+
+// kRaw: `raw` may be there, the sub-tiles of the logits as they are.
+template <bool kRaw>
 __device__ __forceinline__ TileBounds ReadTiles(Block& block,
                                                 const SubTile* tiles,
+                                                const SubTile* raw,
                                                 int num_tiles,
                                                 const TileArrays& arrays) {
   Block::Pair bounds = {0, 0};
-  ForEachOfThread<4>(
+  ForEachOfThread<3>(
       num_tiles, [&](int i) { return tiles[i]; },
       [&](int i, const SubTile& tile) {
-        const uint32_t key = isnan(tile.max)         ? ~0u
-                             : tile.max == -INFINITY ? 0
-                                                     : OrderedKey(tile.max);
+        const uint32_t key = KeyOfMax(tile.max);
         arrays.key[i] = key;
         arrays.weight[i] = static_cast<double>(tile.sum);
         bounds.a = max(bounds.a, key);
-        if (key != 0) bounds.b = max(bounds.b, ~key);
+        bounds.b = max(bounds.b, key != 0 ? ~key : 0);
       });
-  bounds = block.Max(bounds);
-  return {bounds.a == 0 ? -INFINITY : FromOrderedKey(bounds.a), ~bounds.b};
+  block.Post(Block::WarpMax(bounds));
+  if constexpr (kRaw) {
+    uint32_t best = 0;
+    if (raw != nullptr) {
+      ForEachOfThread<3>(
+          num_tiles, [&](int i) { return raw[i].max; },
+          [&](int, float max_of_tile) {
+            best = max(best, KeyOfMax(max_of_tile));
+          });
+    }
+    block.Post(__reduce_max_sync(~0u, best), Block::kSecond);
+  }
+  __syncthreads();
+  const uint64_t* const posted = block.Posted();
+  bounds = Block::MaxOf(posted);
+  TileBounds result = {MaxOfKey(bounds.a), ~bounds.b, 0.0f};
+  if constexpr (kRaw) {
+    result.raw_best = MaxOfKey(Block::MaxOf(posted + Block::kSecond).b);
+  }
+  return result;
 }
 
-// Completes the arrays' weights; returns the sum of their masses.
-__device__ __forceinline__ uint64_t Total(Block& block, const RowPlan& plan,
-                                          float best, int num_tiles,
-                                          const TileArrays& arrays) {
+// Completes the arrays' weights; returns this thread's share of the sum of
+// their masses.
+__device__ __forceinline__ uint64_t OwnTotal(const RowPlan& plan, float best,
+                                             int num_tiles,
+                                             const TileArrays& arrays) {
+  constexpr int kAtOnce = 2;
+  const float scale = plan.scale;
   uint64_t own = 0;
-  ForEachOfThread<4>(
-      num_tiles, [&](int i) { return arrays.key[i]; },
-      [&](int i, uint32_t key) {
-        const float weight =
-            key == 0 ? 0.0f
-                     : strict::Weight(FromOrderedKey(key), best, plan.scale);
-        arrays.weight[i] =
-            strict::Mul(arrays.weight[i], static_cast<double>(weight));
-        own += arrays.Mass(i, kMassBits);
+  for (int base = static_cast<int>(threadIdx.x); base < num_tiles;
+       base += kAtOnce * kDecideThreads) {
+    // Without branches, so that none of them waits for another.
+    double weights[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int next = base + u * kDecideThreads;
+      const int i = next < num_tiles ? next : base;
+      weights[u] = strict::Mul(arrays.weight[i],
+                               static_cast<double>(strict::Weight(
+                                   MaxOfKey(arrays.key[i]), best, scale)));
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int i = base + u * kDecideThreads;
+      const uint64_t mass = TileArrays::MassOf(weights[u], kMassBits);
+      if (i < num_tiles) {
+        arrays.weight[i] = weights[u];
+        own += mass;
+      }
+    }
+  }
+  return own;
+}
+// The same of the logits as they are, without arrays.
+__device__ __forceinline__ uint64_t OwnRawTotal(const SubTile* raw, float best,
+                                                int num_tiles) {
+  uint64_t own = 0;
+  if (raw == nullptr || !(fabsf(best) < INFINITY)) return own;
+  ForEachOfThread<3>(
+      num_tiles, [&](int i) { return raw[i]; },
+      [&](int, const SubTile& tile) {
+        if (tile.max == -INFINITY) return;
+        own += TileMass(tile.sum, strict::Weight(tile.max, best, kRawScale),
+                        kMassBits);
       });
-  return block.Sum(own);
+  return own;
 }
 
 // top-n-sigma keeps logits from here on. A whole warp calls this.
@@ -421,14 +481,12 @@ __device__ __forceinline__ float ProcessedLogprob(const RowPlan& plan,
 }
 
 // The outputs of a row but top tokens and probabilities, by one warp: a lane
-// for each, as logarithms take long; `log_total` is that of row.total. `raw`
-// has best and total.
-__device__ __forceinline__ void WriteRow(const SamplerCall& call, int64_t index,
-                                         const RowPlan& plan,
-                                         const DecideRow& row,
-                                         const DecideRow& raw,
-                                         const Outcome& outcome, float mu,
-                                         double log_total) {
+// for each, as logarithms take long; those of row.total and raw.total are
+// known. `raw` has its best.
+__device__ __forceinline__ void WriteRow(
+    const SamplerCall& call, int64_t index, const RowPlan& plan,
+    const DecideRow& row, const DecideRow& raw, const Outcome& outcome,
+    float mu, double log_total, double log_raw_total) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   const Drawn& drawn = outcome.drawn;
   const bool has_token = outcome.has_token();
@@ -452,14 +510,13 @@ __device__ __forceinline__ void WriteRow(const SamplerCall& call, int64_t index,
     if (lane == 1) {
       best = drawn.best;
       if (outcome.kept) temperature = plan.draw_temperature;
+      log_mass = LogOfMass(drawn.mass, kMassBits);
     }
     if (lane == 2) {
       x = has_token ? LogitAt(raw, drawn.token) : 0.0f;
       best = raw.best;
       temperature = 1.0;
-    }
-    if (lane != 0) {
-      log_mass = LogOfMass(lane == 1 ? drawn.mass : raw.total, kMassBits);
+      log_mass = log_raw_total;
     }
     float logprob = NAN;
     if (has_token) {

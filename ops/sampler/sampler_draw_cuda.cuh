@@ -20,25 +20,24 @@ struct DecideShared {
   DecideRow raw;
   DrawInputs inputs;
   Outcome outcome;
-  double log_total;  // where logprobs are wanted
+  double log_total;      // where logprobs are wanted
+  double log_raw_total;  // where they are of the logits as they are
   float sigma_floor;
   int first_id;
   int first_rank;  // of what filters keep
   int end_rank;
 };
 
-// The lowest id with the largest logit.
+// The lowest id with the largest logit; shared.first_id is kNoId before.
+inline constexpr int kNoId = std::numeric_limits<int>::max();
 template <bool kRich>
 __device__ __forceinline__ int FirstBestToken(const DecideRow& row,
+                                              float best_logit,
                                               const TileArrays& arrays,
                                               DecideShared& shared) {
-  constexpr int kNone = std::numeric_limits<int>::max();
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int lane = static_cast<int>(threadIdx.x % 32);
-  __syncthreads();
-  if (threadIdx.x == 0) shared.first_id = kNone;
-  __syncthreads();
-  const uint32_t best = OrderedKey(row.best);
+  const uint32_t best = OrderedKey(best_logit);
   // 32 sub-tiles a warp and round, dealt out like cards. No id of a sub-tile is
   // below that of its first place: with many ties, few have to be read.
   for (int base = 0; base < row.num_tiles; base += kDecideThreads) {
@@ -47,10 +46,10 @@ __device__ __forceinline__ int FirstBestToken(const DecideRow& row,
         __ballot_sync(~0u, own < row.num_tiles && arrays.key[own] == best);
     for (; left != 0; left &= left - 1) {
       const int tile = __shfl_sync(~0u, own, __ffs(static_cast<int>(left)) - 1);
-      const int so_far = lane == 0 ? atomicMin(&shared.first_id, kNone) : kNone;
+      const int so_far = lane == 0 ? atomicMin(&shared.first_id, kNoId) : kNoId;
       if (tile * kChunk > __shfl_sync(~0u, so_far, 0)) break;
       const LaneLogits logits = LogitsOfTile<kRich>(row, tile);
-      int id = kNone;
+      int id = kNoId;
 #pragma unroll
       for (int e = kIdsPerLane - 1; e >= 0; --e) {
         if (OrderedKey(logits.x[e]) == best) id = FirstIdOfLane(row, tile) + e;
@@ -75,7 +74,16 @@ __device__ __forceinline__ void DrawPlain(Block& block, const DecideRow& row,
   const int begin = min(static_cast<int>(threadIdx.x) * each, row.num_tiles);
   const int end = min(begin + each, row.num_tiles);
   uint64_t own = 0;
-  for (int i = begin; i < end; ++i) own += arrays.Mass(i, bits);
+  constexpr int kAtOnce = 4;
+  for (int base = begin; base < end; base += kAtOnce) {
+    uint64_t masses[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      masses[u] = arrays.Mass(min(base + u, end - 1), bits);
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) own += base + u < end ? masses[u] : 0;
+  }
   uint64_t total;
   const uint64_t upto = block.InclusiveSum(own, &total);
   const uint64_t target = DrawTarget(shared.inputs.numerator, total);
@@ -101,15 +109,16 @@ __device__ __forceinline__ void DrawPlain(Block& block, const DecideRow& row,
   const int lane = __ffs(static_cast<int>(owner)) - 1;
   tile = __shfl_sync(~0u, tile, lane);
   before = __shfl_sync(~0u, before, lane);
+  const LanePart part = LoadPart(row, tile);
   const float max = FromOrderedKey(arrays.key[tile]);
+  const double fraction =
+      FractionInTile(target - before, arrays.Mass(tile, bits));
   const TokenInTile token = PickInTile(
-      row, tile, LogitsOfTile<kRich>(row, tile),
+      row, tile, LogitsOf<kRich>(row, tile, part),
       [&](float x, int) {
         return FixedMass(strict::Weight(x, max, row.scale));
       },
-      [&](uint64_t weight) {
-        return TargetInTile(target - before, arrays.Mass(tile, bits), weight);
-      });
+      [&](uint64_t weight) { return TargetInTile(fraction, weight); });
   if (threadIdx.x % 32 == 0) {
     Drawn& drawn = shared.outcome.drawn;
     drawn = Drawn();
@@ -123,11 +132,11 @@ __device__ __forceinline__ void DrawPlain(Block& block, const DecideRow& row,
 
 // A bound that the `count` best tokens reach, if there are so many.
 __device__ __forceinline__ uint32_t FloorOfBest(Candidates& candidates,
-                                                const DecideRow& row,
-                                                uint32_t lowest_tile,
+                                                int num_tiles,
+                                                const TileBounds& bounds,
                                                 int count) {
-  return count <= row.num_tiles
-             ? candidates.LowerBoundOfKth(row, count, lowest_tile)
+  return count <= num_tiles
+             ? candidates.LowerBoundOfKth(num_tiles, bounds, count)
              : 0;
 }
 
@@ -140,75 +149,153 @@ __device__ __noinline__ inline int CollectBest(const DecideRow& row,
                                                int count,
                                                DecideShared& shared) {
   Block block(&shared.block);
-  Candidates candidates(block, &shared.candidates, arrays, room);
+  Candidates candidates(block, &shared.candidates, arrays, room, false);
   const int found = candidates.CollectBest(row, from, count);
   return found >= 0 ? found : candidates.CollectTied(row, from, count);
+}
+
+// What a row's first block has to know of it. Sums of masses are made while
+// candidates are on their way, if nothing needs them before.
+template <bool kRich>
+struct RowSums {
+  const SubTile* raw_tiles;  // null: none
+  const Moments* moments;
+  TileBounds bounds;
+  bool has_total = false;  // of a row with a best
+  uint64_t total = 0;
+  uint64_t raw_total = 0;
+
+  // With a barrier in between.
+  __device__ __forceinline__ void Post(Block& block, const DecideRow& row,
+                                       const RowPlan& plan,
+                                       const TileArrays& arrays) const {
+    uint64_t own = 0;
+    if (has_total) own = OwnTotal(plan, bounds.best, row.num_tiles, arrays);
+    block.Post(WarpSum64(own));
+    if constexpr (kRich) {
+      own = OwnRawTotal(raw_tiles, bounds.raw_best, row.num_tiles);
+      block.Post(WarpSum64(own), Block::kSecond);
+    }
+  }
+  __device__ __forceinline__ void Take(Block& block, DecideShared& shared) {
+    const uint64_t* const posted = block.Posted();
+    total = Block::SumOf(posted);
+    if constexpr (kRich) raw_total = Block::SumOf(posted + Block::kSecond);
+    if (threadIdx.x == 0) {
+      shared.row.total = total;
+      if constexpr (kRich) shared.raw.total = raw_total;
+    }
+  }
+};
+
+// top-p is the first filter: it needs the row's total, and has many sub-tiles
+// to look at.
+__device__ __forceinline__ bool TopPIsFirst(const RowPlan& plan) {
+  return plan.top_p < 1.0f && !plan.narrowed() && !plan.typical_first();
+}
+// The k best are found without top-n-sigma.
+__device__ __forceinline__ bool SigmaIsFirst(const RowPlan& plan) {
+  return plan.top_n_sigma > 0.0f && plan.top_k == 0;
+}
+
+// By one warp; others see it after a barrier.
+__device__ __forceinline__ void FindSigmaFloor(const Moments* moments,
+                                               const TileBounds& bounds,
+                                               DecideShared& shared) {
+  const float floor =
+      SigmaFloor(moments, shared.row.num_tiles, shared.plan, bounds.best);
+  if (threadIdx.x % 32 == 0) shared.sigma_floor = floor;
+}
+
+// Whether a row's filters may choose from few tokens.
+__device__ __forceinline__ bool MayBeNarrow(const RowPlan& plan, int vocab) {
+  return plan.top_k != 0 || plan.top_n_sigma > 0.0f || TopPIsFirst(plan) ||
+         plan.min_p_first() || vocab <= kMaxCandidates;
+}
+
+// Finds the tokens that filters choose from; a count of -1 where they may be
+// many. The sums are there if top-p is first, otherwise afterwards.
+struct Found {
+  int count;
+  int places;  // that the scratch has; some are of what is no candidate any
+               // more
+};
+template <bool kRich>
+__device__ __forceinline__ Found FindCandidates(
+    Block& block, Candidates& candidates, const TileArrays& arrays, Room room,
+    const ThreadEdits& edits, RowSums<kRich>& sums, DecideShared& shared) {
+  const RowPlan& plan = shared.plan;
+  const DecideRow& row = shared.row;
+  const TileBounds& bounds = sums.bounds;
+  const bool top_p_first = TopPIsFirst(plan);
+  float floor_value = -INFINITY;
+  if (SigmaIsFirst(plan)) floor_value = shared.sigma_floor;
+  if (plan.min_p_first()) {
+    floor_value = fmaxf(floor_value, shared.inputs.MinPThreshold(bounds.best));
+  }
+  uint32_t floor = kLowestKey;
+  if (floor_value > -INFINITY) floor = max(floor, OrderedKey(floor_value));
+  if (top_p_first) {
+    floor = max(floor, OrderedKey(TopPLowerBound(plan, bounds.best, sums.total,
+                                                 row.vocab)));
+  }
+  uint32_t from = floor;
+  if (plan.top_k != 0 || top_p_first) {
+    from = max(from, FloorOfBest(candidates, row.num_tiles, bounds,
+                                 plan.top_k != 0 ? plan.top_k : kTopPTiles));
+  }
+  const bool sigma_waits = plan.top_n_sigma > 0.0f && !SigmaIsFirst(plan);
+  if (sigma_waits) WaitForCopies<0>();  // and the barriers of Collect()
+  Found found;
+  found.count = candidates.Collect<kRich>(row, from, edits, [&] {
+    if (sigma_waits && threadIdx.x >= kDecideThreads - 32) {
+      FindSigmaFloor(sums.moments, bounds, shared);
+    }
+    if (!top_p_first) sums.Post(block, row, plan, arrays);
+  });
+  found.places = candidates.places();
+  if (!top_p_first) sums.Take(block, shared);
+  if (found.count < 0 && plan.top_k != 0 && plan.top_k <= kMaxCandidates &&
+      from > floor && !row.edits.any()) {
+    found.count = CollectBest(row, arrays, room, from, plan.top_k, shared);
+    found.places = found.count;
+  }
+  if (top_p_first && from != floor && found.count > 0) {
+    if (shared.candidates.prefix[found.count] <
+        MassTarget(plan.top_p, sums.total)) {
+      return {-1, 0};
+    }
+  }
+  return found;
 }
 
 // Leaves a row with filters to all of its blocks where it may have to choose
 // from more than a few tokens. Returns the candidates' number, then, -1.
 template <bool kRich>
 __device__ __forceinline__ int DrawFiltered(
-    Block& block, const DecideRow& row, const TileBounds& bounds,
-    Candidates& candidates, const TileArrays& arrays, Room room,
-    const ThreadEdits& edits, uint64_t total, bool tell, Followers& followers,
-    DecideShared& shared) {
-  const RowPlan& plan = shared.plan;
-  const DrawInputs& inputs = shared.inputs;
-  const bool typical_first =
-      plan.order == FilterOrder::kLlamaCpp && plan.typical_p < 1.0f;
-  const bool narrowed = plan.top_k != 0 || plan.top_n_sigma > 0.0f;
-  const bool top_p_first = plan.top_p < 1.0f && !narrowed && !typical_first;
-  float floor_value = -INFINITY;
-  if (plan.top_n_sigma > 0.0f) floor_value = shared.sigma_floor;
-  // Where no later filter needs the sum of what min-p drops.
-  if (plan.min_p > 0.0f && !typical_first &&
-      !(plan.top_p < 1.0f && narrowed && plan.top_p_of_kept())) {
-    floor_value = fmaxf(floor_value, inputs.MinPThreshold(bounds.best));
-  }
-  if (plan.top_k == 0 && !top_p_first && floor_value == -INFINITY &&
-      row.vocab > kMaxCandidates) {
-    return -1;
-  }
-  uint32_t floor = kLowestKey;
-  if (floor_value > -INFINITY) floor = max(floor, OrderedKey(floor_value));
-  if (top_p_first) {
-    floor = max(
-        floor, OrderedKey(TopPLowerBound(plan, bounds.best, total, row.vocab)));
-  }
-  uint32_t from = floor;
-  if (plan.top_k != 0 || top_p_first) {
-    from = max(from, FloorOfBest(candidates, row, bounds.lowest,
-                                 plan.top_k != 0 ? plan.top_k : kTopPTiles));
-  }
-  int count = candidates.Collect<kRich>(row, from, edits);
-  int places = candidates.places();
-  if (count < 0 && plan.top_k != 0 && plan.top_k <= kMaxCandidates &&
-      from > floor && !row.edits.any()) {
-    count = CollectBest(row, arrays, room, from, plan.top_k, shared);
-    places = count;
-  }
-  if (count <= 0) return -1;
-  if (top_p_first && from != floor) {
-    __syncthreads();
-    if (shared.candidates.prefix[count] < MassTarget(plan.top_p, total)) {
-      return -1;
-    }
-  }
+    Block& block, Candidates& candidates, const TileArrays& arrays, Room room,
+    const ThreadEdits& edits, bool tell, Followers& followers,
+    RowSums<kRich>& sums, DecideShared& shared) {
+  const Found found =
+      FindCandidates(block, candidates, arrays, room, edits, sums, shared);
+  if (found.count <= 0) return -1;
   if (tell) followers.Tell(0);
   if (threadIdx.x >= 32) {
-    if (threadIdx.x == 32) shared.log_total = LogOfMass(total, kMassBits);
-    return count;
+    if (threadIdx.x == 32) shared.log_total = LogOfMass(sums.total, kMassBits);
+    return found.count;
   }
-  NarrowFilters filters(shared.candidates, row, plan, 0, count);
-  const Drawn drawn = filters.Run(inputs, places);
+  __syncwarp();
+  NarrowFilters filters(shared.candidates, shared.row, shared.plan, 0,
+                        found.count);
+  const Drawn drawn =
+      filters.Run(shared.inputs, shared.sigma_floor, found.places);
   if (threadIdx.x == 0) {
     shared.outcome.drawn = drawn;
     shared.outcome.kept = true;
     shared.first_rank = filters.low();
     shared.end_rank = filters.high();
   }
-  return count;
+  return found.count;
 }
 
 }  // namespace tenon::cuda

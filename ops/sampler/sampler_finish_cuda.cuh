@@ -25,12 +25,11 @@ __device__ __forceinline__ void PrepareWide(const SamplerCall& call,
                                             const TileArrays& arrays,
                                             const TokenStore& store,
                                             WideShared& shared) {
-  const SamplingParams& params = call.params[index];
+  const SamplingParams params = call.params[index];
   if (threadIdx.x == 0) {
-    const RowPlan plan = PlanOf(call, index);
-    shared.plan = plan;
+    shared.plan = PlanOf(call, params);
     shared.row =
-        RowOf(call, index, shared.plan, arrays, EditsOf(call, index, plan));
+        RowOf(call, index, shared.plan, arrays, EditsOf(call, index, params));
   } else if (threadIdx.x == 32) {
     const uint64_t bits =
         call.random_bits != nullptr
@@ -38,7 +37,7 @@ __device__ __forceinline__ void PrepareWide(const SamplerCall& call,
             : RandomBitsAt(params.seed, params.position, call.stream);
     shared.inputs.numerator = UniformNumerator(bits);
   } else if (threadIdx.x == 64) {
-    const RowPlan plan = PlanOf(call, index);
+    const RowPlan plan = PlanOf(call, params);
     shared.inputs.xtc_acts = XtcActs(plan, params);
     shared.inputs.mu =
         plan.mirostat_tau > 0.0f ? call.mirostat.MuOf(index, params) : 0.0f;
@@ -56,10 +55,11 @@ __device__ __noinline__ inline void ReadRow(Block& block, const SubTile* tiles,
                                             const TileArrays& arrays,
                                             DecideRow& row) {
   __syncthreads();
-  const TileBounds bounds = ReadTiles(block, tiles, row.num_tiles, arrays);
+  const TileBounds bounds =
+      ReadTiles<false>(block, tiles, nullptr, row.num_tiles, arrays);
   const uint64_t total =
       fabsf(bounds.best) < INFINITY
-          ? Total(block, *row.plan, bounds.best, row.num_tiles, arrays)
+          ? block.Sum(OwnTotal(*row.plan, bounds.best, row.num_tiles, arrays))
           : 0;
   if (threadIdx.x == 0) {
     row.best = bounds.best;
@@ -79,12 +79,7 @@ __device__ inline Drawn DrawWide(Team& team, const SamplerCall& call,
     floor = SigmaFloor(call.scratch.moments + index * call.num_tiles,
                        call.num_tiles, plan, row.best);
   }
-  const bool typical_first =
-      plan.order == FilterOrder::kLlamaCpp && plan.typical_p < 1.0f;
-  const bool narrowed = plan.top_k != 0 || plan.top_n_sigma > 0.0f;
-  // Where no later filter needs the sum of what min-p drops.
-  if (plan.min_p > 0.0f && !typical_first &&
-      !(plan.top_p < 1.0f && narrowed && plan.top_p_of_kept())) {
+  if (plan.min_p_first()) {
     floor = fmaxf(floor, MinPThreshold(plan, row.best));
   }
   return WideFilters(team, &shared.filters, row, floor, tile_mass)
@@ -181,7 +176,8 @@ __device__ __noinline__ inline void FinishRow(Team& team,
   }
   if (draw && team.leads() && threadIdx.x < 32) {
     WriteRow(call, index, shared.plan, shared.row, shared.raw, shared.outcome,
-             shared.inputs.mu, LogOfMass(shared.row.total, kMassBits));
+             shared.inputs.mu, LogOfMass(shared.row.total, kMassBits),
+             LogOfMass(shared.raw.total, kMassBits));
   }
   if ((tasks & kTopOfRaw) != 0) {
     WriteTopWide(team, call, index, shared.raw, tile_mass, shared);

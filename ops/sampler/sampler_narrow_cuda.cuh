@@ -32,14 +32,21 @@ class NarrowFilters {
     return c_.prefix[high_] - c_.prefix[low_];
   }
 
-  // Applies the filters and draws; the scratch has `places` ranks.
-  __device__ __forceinline__ Drawn Run(const DrawInputs& inputs, int places) {
-    const bool llama = plan_.order == FilterOrder::kLlamaCpp;
+  // Applies the filters and draws; the scratch has `places` ranks. top-n-sigma
+  // keeps logits from sigma_floor on.
+  __device__ __forceinline__ Drawn Run(const DrawInputs& inputs,
+                                       float sigma_floor, int places) {
     const bool typical = plan_.typical_p < 1.0f;
+    const bool typical_first = plan_.typical_first();
+    if (plan_.top_n_sigma > 0.0f) {
+      high_ = low_ + CountRanks(low_, high_, [&](int r) {
+                return c_.Logit(r) >= sigma_floor;
+              });
+    }
     if (plan_.top_k != 0) high_ = min(high_, plan_.top_k);
-    if (llama && typical) CallKeepTypical();
-    KeepTopPAndMinP(llama && typical, inputs);
-    if (!llama && typical) CallKeepTypical();
+    if (typical_first) CallKeepTypical();
+    KeepTopPAndMinP(inputs);
+    if (typical && !typical_first) CallKeepTypical();
     if (inputs.xtc_acts) {
       const uint64_t least = XtcMass(plan_, mass());
       const int choices = CountRanks(low_, high_, [&](int r) {
@@ -76,28 +83,32 @@ class NarrowFilters {
     return WarpSum64(own);
   }
 
-  __device__ void KeepTopPAndMinP(bool after_typical,
-                                  const DrawInputs& inputs) {
-    int high = high_;
+  __device__ void KeepTopPAndMinP(const DrawInputs& inputs) {
+    const bool typical_first = plan_.typical_first();
+    uint64_t target = ~uint64_t{0};
     if (plan_.top_p < 1.0f) {
-      const bool narrowed =
-          plan_.top_k != 0 || plan_.top_n_sigma > 0.0f || after_typical;
-      const uint64_t of =
-          plan_.top_p_of_kept() && narrowed ? mass() : row_.total;
-      const uint64_t target = MassTarget(plan_.top_p, of);
-      const uint64_t before = c_.prefix[low_];
-      high = min(high, low_ + 1 + CountRanks(low_, high_, [&](int r) {
-                         return c_.prefix[r + 1] - before < target;
-                       }));
+      const bool of_kept =
+          plan_.top_p_of_kept() && (plan_.narrowed() || typical_first);
+      target = MassTarget(plan_.top_p, of_kept ? mass() : row_.total);
     }
+    float threshold = -INFINITY;
     if (plan_.min_p > 0.0f) {
-      const float best = after_typical ? c_.Logit(low_) : row_.best;
-      const float threshold = fminf(inputs.MinPThreshold(best), best);
-      high = min(high, low_ + CountRanks(low_, high_, [&](int r) {
-                         return c_.Logit(r) >= threshold;
-                       }));
+      const float best = typical_first ? c_.Logit(low_) : row_.best;
+      threshold = fminf(inputs.MinPThreshold(best), best);
     }
-    high_ = high;
+    const uint64_t before = c_.prefix[low_];
+    int by_mass = 1;  // and that which reaches the target
+    int by_logit = 0;
+#pragma unroll 1
+    for (int base = low_; base < high_; base += 32) {
+      const int rank = min(base + Lane(), high_ - 1);
+      const bool exists = base + Lane() < high_;
+      by_mass += __popc(
+          __ballot_sync(~0u, exists && c_.prefix[rank + 1] - before < target));
+      by_logit +=
+          __popc(__ballot_sync(~0u, exists && c_.Logit(rank) >= threshold));
+    }
+    high_ = min(high_, low_ + min(by_mass, by_logit));
   }
 
   __device__ __forceinline__ void KeepTypical();
@@ -120,15 +131,15 @@ class NarrowFilters {
     high_ = range.high;
   }
 
-  // The mass of a kept token in the draw.
+  // Whether the draw is by the masses that filters see.
+  __device__ bool MassesAreOfDraw(float best) const {
+    return best == row_.best && plan_.scale == plan_.draw_scale;
+  }
   __device__ uint64_t DrawMass(float best, int rank) {
-    if (best == row_.best && plan_.scale == plan_.draw_scale) {
-      return c_.prefix[rank + 1] - c_.prefix[rank];
-    }
     return FixedMass(strict::Weight(c_.Logit(rank), best, plan_.draw_scale));
   }
   __device__ uint64_t DrawMass(float best) {
-    if (best == row_.best && plan_.scale == plan_.draw_scale) return mass();
+    if (MassesAreOfDraw(best)) return mass();
     return SumRanks([&](int r) { return DrawMass(best, r); });
   }
 
@@ -147,32 +158,29 @@ class NarrowFilters {
     drawn.kept.from = {drawn.best, c_.Id(low_)};
     drawn.kept.to = {c_.Logit(high_ - 1), c_.Id(high_ - 1)};
     // Each lane has some neighbours in draw order.
-    constexpr int kMaxEach = kMaxCandidates / 32;
     const int each = CeilDiv(places, 32);
-    const int begin = Lane() * each;
-    int ranks[kMaxEach];
-    uint64_t masses[kMaxEach];
+    const int begin = min(Lane() * each, places);
+    const int end = min(begin + each, places);
+    const bool as_ranked = MassesAreOfDraw(drawn.best);
+    const auto mass_of = [&](int rank) -> uint64_t {
+      if (rank < low_ || rank >= high_) return 0;
+      return as_ranked ? c_.prefix[rank + 1] - c_.prefix[rank]
+                       : DrawMass(drawn.best, rank);
+    };
     uint64_t own = 0;
-#pragma unroll
-    for (int u = 0; u < kMaxEach; ++u) {
-      const bool exists = u < each && begin + u < places;
-      ranks[u] = exists ? c_.by_place[begin + u] : -1;
-    }
-#pragma unroll
-    for (int u = 0; u < kMaxEach; ++u) {
-      const bool kept = ranks[u] >= low_ && ranks[u] < high_;
-      masses[u] = kept ? DrawMass(drawn.best, ranks[u]) : 0;
-      own += masses[u];
-    }
+#pragma unroll 1
+    for (int i = begin; i < end; ++i) own += mass_of(c_.by_place[i]);
     const uint64_t upto = WarpInclusiveSum(own);
     const uint64_t target = DrawTarget(inputs.numerator, drawn.mass);
     uint64_t before = upto - own;
     const bool mine = before <= target && target < upto;
     int rank = low_;
-#pragma unroll
-    for (int u = 0; u < kMaxEach; ++u) {
-      if (masses[u] > 0 && before <= target) rank = ranks[u];
-      before += masses[u];
+#pragma unroll 1
+    for (int i = begin; i < end && before <= target; ++i) {
+      const int next = c_.by_place[i];
+      const uint64_t mass = mass_of(next);
+      if (mass > 0) rank = next;
+      before += mass;
     }
     const int lane = __ffs(static_cast<int>(__ballot_sync(~0u, mine))) - 1;
     rank = __shfl_sync(~0u, rank, max(lane, 0));

@@ -1,6 +1,7 @@
 #ifndef TENON_OPS_SAMPLER_SAMPLER_ROW_CUDA_CUH_
 #define TENON_OPS_SAMPLER_SAMPLER_ROW_CUDA_CUH_
 
+#include <cstddef>
 #include <cstring>
 
 #include "ops/core/core_cuda.cuh"
@@ -95,9 +96,35 @@ struct SamplerCall {
   }
 };
 
+// The row's parameters, all on their way at once: field by field, some would be
+// waited for before others are asked for. kWords: a bit for each eight bytes
+// that are wanted; the rest is 0. Volatile keeps them behind the wait for the
+// kernels that write them.
+inline constexpr uint32_t kAllWords = 0x1fff;
+template <uint32_t kWords = kAllWords>
+__device__ __forceinline__ SamplingParams ParamsOf(const SamplerCall& call,
+                                                   int64_t row) {
+  constexpr int kCount = sizeof(SamplingParams) / 8;
+  static_assert(offsetof(SamplingParams, reserved) <= 8 * 13, "all words");
+  const uint64_t* const from =
+      reinterpret_cast<const uint64_t*>(call.params + row);
+  uint64_t words[kCount] = {};
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if ((kWords >> i & 1) != 0) {
+      asm volatile("ld.global.u64 %0, [%1];\n"
+                   : "=l"(words[i])
+                   : "l"(from + i));
+    }
+  }
+  SamplingParams params;
+  memcpy(&params, words, sizeof(params));
+  return params;
+}
+
 __device__ __forceinline__ RowPlan PlanOf(const SamplerCall& call,
-                                          int64_t row) {
-  RowPlan plan = MakeRowPlan(call.params[row], call.vocab);
+                                          const SamplingParams& params) {
+  RowPlan plan = MakeRowPlan(params, call.vocab);
   if (call.bitmask == nullptr) plan.use_bitmask = false;
   if (call.mirostat.mu == nullptr) plan.mirostat_tau = 0.0f;
   return plan;
@@ -247,9 +274,12 @@ struct RowEdits {
 };
 
 __device__ __forceinline__ RowEdits EditsOf(const SamplerCall& call,
-                                            int64_t row, const RowPlan& plan) {
+                                            int64_t row,
+                                            const SamplingParams& params) {
   RowEdits edits;
-  if (plan.use_bitmask) edits.mask = call.bitmask + row * call.bitmask_stride;
+  if (call.bitmask != nullptr && (params.flags & kUseBitmask) != 0) {
+    edits.mask = call.bitmask + row * call.bitmask_stride;
+  }
   if (call.edits != nullptr) {
     // Inside what there is whatever the offsets are.
     const int32_t begin = max(call.edit_offsets[row], 0);
@@ -258,7 +288,7 @@ __device__ __forceinline__ RowEdits EditsOf(const SamplerCall& call,
     edits.edits = call.edits + begin;
     edits.end = static_cast<int>(max(end - begin, int64_t{0}));
   }
-  edits.only_allowed = plan.only_allowed;
+  edits.only_allowed = (params.flags & kOnlyAllowed) != 0;
   return edits;
 }
 

@@ -20,6 +20,14 @@ using cuda::Values;
 
 constexpr int kWarps = cuda::kSummarizeWarps;
 
+// x / d is x * ceil(2^40 / d) >> 40 for x < 2^31 and d <= 2^9, the blocks of a
+// row: a block begins to load that much sooner.
+constexpr int kInverseBits = 40;
+static_assert(kMaxVocab / kSubTile <= kWarps * 2 << 9, "sub-tiles of a block");
+
+// The eight-byte words of SamplingParams that matter here, without edits.
+constexpr uint32_t kSummaryWords = 0x827;
+
 template <class T, class L>
 __device__ __forceinline__ void Load(const SamplerCall& call, const T* row,
                                      const L& at, Values<Piece<T>, L>* values) {
@@ -65,46 +73,90 @@ struct WarpStage {
   uint32_t changed[32];
 };
 
-// Applies the row's mask.
+// What the row's mask has of each of the lane's pieces, as it is: loaded ahead
+// with the logits.
 template <class L>
-__device__ __forceinline__ void ApplyMask(const SamplerCall& call,
-                                          const RowEdits& edits, const L& at,
-                                          Values<Floats<L::kSize>, L>* values) {
+struct LaneMask {
+  static constexpr int kPieces = L::kOwnGroups * kChunksOfGroup;
+  unsigned bytes[kPieces];
+
+  __device__ __forceinline__ LaneMask(const SamplerCall& call, int64_t row,
+                                      const L& at) {
+    const uint8_t* const mask = call.bitmask + row * call.bitmask_stride;
 #pragma unroll
-  for (int j = 0; j < L::kOwnGroups * kChunksOfGroup; ++j) {
-    const int first = at.FirstId(j / kChunksOfGroup, j % kChunksOfGroup);
-    unsigned allowed = edits.only_allowed ? 0u : ~0u;
-    if (edits.mask != nullptr && first < call.vocab && at.exists()) {
-      allowed &= static_cast<unsigned>(edits.mask[first / 8]) >> (first % 8);
-    }
-    float(&x)[L::kSize] = values->v[j / kChunksOfGroup][j % kChunksOfGroup].x;
-#pragma unroll
-    for (int e = 0; e < L::kSize; ++e) {
-      if ((allowed >> e & 1) == 0) x[e] = -INFINITY;
+    for (int j = 0; j < kPieces; ++j) {
+      const int first = FirstId(at, j);
+      bytes[j] = ~0u;
+      if (call.bitmask != nullptr && first < call.vocab && at.exists()) {
+        bytes[j] = mask[first / 8];
+      }
     }
   }
+  // A bit for each of the lane's logits.
+  __device__ __forceinline__ uint32_t Bits(const L& at) const {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int j = 0; j < kPieces; ++j) {
+      const uint32_t of_piece = bytes[j] >> (FirstId(at, j) % 8);
+      bits |= (of_piece & ((1u << L::kSize) - 1)) << (j * L::kSize);
+    }
+    return bits;
+  }
+
+ private:
+  static __device__ __forceinline__ int FirstId(const L& at, int j) {
+    return at.FirstId(j / kChunksOfGroup, j % kChunksOfGroup);
+  }
+};
+
+// 32 of the row's edits, a lane each: mostly all that a warp's sub-tiles have,
+// as if edits were spread evenly.
+struct EditsAhead {
+  int first;
+  LogitEdit own;
+};
+__device__ __forceinline__ LogitEdit EditAt(const RowEdits& edits, int i) {
+  LogitEdit edit;
+  if (i < edits.end) edit = edits.edits[i];
+  return edit;
+}
+template <class L>
+__device__ __forceinline__ EditsAhead LoadEdits(const RowEdits& edits,
+                                                const L& at) {
+  const float likely = static_cast<float>(edits.end) *
+                       static_cast<float>(at.first_tile) /
+                       static_cast<float>(at.num_tiles);
+  const int first = max(min(static_cast<int>(likely) - 12, edits.end - 32), 0);
+  return {first, EditAt(edits, first + static_cast<int>(threadIdx.x % 32))};
 }
 
-// Puts what the row's edits from `begin` on make of the stage's logits into it.
+// Puts what the row's edits make of the stage's logits into it, masked or not.
 // Returns how many edits are ahead of this lane's sub-tile.
 template <class L>
 __device__ __forceinline__ int EditStage(const SamplerCall& call,
                                          const RowPlan& plan,
-                                         const RowEdits& edits, int begin,
-                                         const L& at, WarpStage<L>* stage) {
+                                         const RowEdits& edits,
+                                         EditsAhead ahead, const L& at,
+                                         WarpStage<L>* stage) {
   constexpr int kSize = L::kSize;
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int end_order = (at.first_tile + L::kTilesOfWarp) * kSubTile;
-  int before = begin;
-  for (int from = begin; from < edits.end; from += 32) {
-    const int i = from + lane;
-    LogitEdit edit;
-    int order = end_order;
-    if (i < edits.end) {
-      edit = edits.edits[i];
-      order = DrawOrder(edit.id, call.vocab);
-    }
-    const int tile = order / kSubTile - at.first_tile;
+  const auto order_of = [&](int i, const LogitEdit& edit) {
+    return i < edits.end ? static_cast<int>(DrawOrder(edit.id, call.vocab))
+                         : end_order;
+  };
+  int from = ahead.first;
+  LogitEdit edit = ahead.own;
+  int order = order_of(from + lane, edit);
+  const unsigned earlier = __ballot_sync(~0u, order < at.first_tile * kSubTile);
+  if (earlier == ~0u || (earlier == 0 && from > 0)) {
+    from = cuda::FirstEditFrom(edits, at.first_tile * kSubTile, call.vocab);
+    edit = EditAt(edits, from + lane);
+    order = order_of(from + lane, edit);
+  }
+  int before = from;
+  for (;;) {
+    const int tile = (order >= 0 ? order / kSubTile : -1) - at.first_tile;
     if (order < end_order && tile >= 0 && edit.id >= 0 &&
         edit.id < call.vocab) {
       const int place = order % kSubTile;
@@ -116,52 +168,55 @@ __device__ __forceinline__ int EditStage(const SamplerCall& call,
               kSize +
           place % kSize;
       float& x = stage->x[j * 32 + owner];
-      x = edits.Masked(edit.id) ? -INFINITY : ApplyEdit(plan, edit, x);
+      x = ApplyEdit(plan, edit, x);
       atomicOr(&stage->changed[owner], 1u << j);
     }
 #pragma unroll
-    for (int t = 1; t < L::kTilesOfWarp; ++t) {
-      const unsigned earlier =
+    for (int t = 0; t < L::kTilesOfWarp; ++t) {
+      const unsigned ahead_of_tile =
           __ballot_sync(~0u, order < (at.first_tile + t) * kSubTile);
-      if (at.tile - at.first_tile == t) before += __popc(earlier);
+      if (at.tile - at.first_tile == t) before += __popc(ahead_of_tile);
     }
-    if (__any_sync(~0u, order >= end_order)) break;
+    if (__any_sync(~0u, order >= end_order)) return before;
+    from += 32;
+    edit = EditAt(edits, from + lane);
+    order = order_of(from + lane, edit);
   }
-  return before;
 }
 
-// Applies the row's mask and edits, the first of which is `begin`.
+// Applies the row's mask and edits.
 template <class L>
 __device__ __forceinline__ void ApplyEdits(
     const SamplerCall& call, int64_t row, const RowPlan& plan,
-    const RowEdits& edits, int begin, const L& at, WarpStage<L>* stage,
-    Values<Floats<L::kSize>, L>* values) {
+    const RowEdits& edits, const EditsAhead& ahead, const LaneMask<L>& mask,
+    const L& at, WarpStage<L>* stage, Values<Floats<L::kSize>, L>* values) {
   constexpr int kSize = L::kSize;
   const int lane = static_cast<int>(threadIdx.x % 32);
-  if (edits.end == 0) {
-    ApplyMask(call, edits, at, values);
-    return;
-  }
   const auto x = [&](int j) -> float& {
     return values->v[j / kSize / kChunksOfGroup][j / kSize % kChunksOfGroup]
         .x[j % kSize];
   };
+  uint32_t changed = 0;
+  if (edits.end > 0) {
 #pragma unroll
-  for (int j = 0; j < WarpStage<L>::kValues; ++j) {
-    stage->x[j * 32 + lane] = x(j);
+    for (int j = 0; j < WarpStage<L>::kValues; ++j) {
+      stage->x[j * 32 + lane] = x(j);
+    }
+    stage->changed[lane] = 0;
+    __syncwarp();
+    const int before = EditStage(call, plan, edits, ahead, at, stage);
+    if (at.leads()) {
+      call.scratch.first_edit[row * at.num_tiles + at.tile] = before;
+    }
+    __syncwarp();
+    changed = stage->changed[lane];
   }
-  stage->changed[lane] = 0;
-  __syncwarp();
-  const int before = EditStage(call, plan, edits, begin, at, stage);
-  if (at.leads()) {
-    call.scratch.first_edit[row * at.num_tiles + at.tile] = before;
-  }
-  ApplyMask(call, edits, at, values);
-  __syncwarp();
-  const uint32_t changed = stage->changed[lane];
+  uint32_t allowed = edits.only_allowed ? changed : ~0u;
+  if (edits.mask != nullptr) allowed &= mask.Bits(at);
 #pragma unroll
   for (int j = 0; j < WarpStage<L>::kValues; ++j) {
     if ((changed >> j & 1) != 0) x(j) = stage->x[j * 32 + lane];
+    if ((allowed >> j & 1) == 0) x(j) = -INFINITY;
   }
 }
 
@@ -177,25 +232,29 @@ inline constexpr int kLeastBlocks = kRich            ? (sizeof(T) == 4 ? 9 : 7)
 template <class T, int kSplit, bool kRich, bool kFast>
 __global__ void __launch_bounds__(32 * kWarps, kLeastBlocks<T, kSplit, kRich>)
     SummarizeKernel(const __grid_constant__ SamplerCall call,
-                    int blocks_per_row) {
+                    int blocks_per_row, uint64_t inverse) {
   using L = Layout<T, kSplit>;
   cuda::WaitForPreviousKernels();
-  const int64_t row = blockIdx.x / blocks_per_row;
+  const int64_t row =
+      static_cast<int64_t>(blockIdx.x * inverse >> kInverseBits);
   const int warp_of_block = static_cast<int>(threadIdx.x / 32);
-  const int warp =
-      static_cast<int>(blockIdx.x % blocks_per_row) * kWarps + warp_of_block;
+  const int block_of_row =
+      static_cast<int>(blockIdx.x) - static_cast<int>(row) * blocks_per_row;
+  const int warp = block_of_row * kWarps + warp_of_block;
   const L at(warp, call.num_tiles);
   if (at.first_tile >= call.num_tiles) return;
   const T* logits = static_cast<const T*>(call.LogitsOf(row));
   Values<Piece<T>, L> values;
   Load(call, logits, at, &values);
-  const RowPlan plan = cuda::PlanOf(call, row);
   if constexpr (kRich) {
     __shared__ WarpStage<L> stage[kWarps];
     // While the logits are on their way.
-    const RowEdits edits = cuda::EditsOf(call, row, plan);
-    const int begin =
-        cuda::FirstEditFrom(edits, at.first_tile * kSubTile, call.vocab);
+    const LaneMask<L> mask(call, row, at);
+    const SamplingParams params =
+        cuda::ParamsOf<kSummaryWords | 0x300>(call, row);
+    const RowEdits edits = cuda::EditsOf(call, row, params);
+    const EditsAhead ahead = LoadEdits(edits, at);
+    const RowPlan plan = cuda::PlanOf(call, params);
     if (call.scratch.raw_tiles != nullptr) {
       SubTile raw = {cuda::MaxOfTile(values), 0.0f};
       raw.sum = cuda::WeightOfTile<kFast>(values, raw.max, kRawScale);
@@ -212,9 +271,12 @@ __global__ void __launch_bounds__(32 * kWarps, kLeastBlocks<T, kSplit, kRich>)
             cuda::At(values.v[j / kChunksOfGroup][j % kChunksOfGroup], e);
       }
     }
-    ApplyEdits(call, row, plan, edits, begin, at, &stage[warp_of_block], &x);
+    ApplyEdits(call, row, plan, edits, ahead, mask, at, &stage[warp_of_block],
+               &x);
     cuda::Summarize<kFast>(call, row, plan, at, x);
   } else {
+    const RowPlan plan =
+        cuda::PlanOf(call, cuda::ParamsOf<kSummaryWords>(call, row));
     if (plan.only_allowed) {  // and no edit allows any
       if (at.leads()) {
         call.scratch.tiles[row * call.num_tiles + at.tile] = {-INFINITY, 0.0f};
@@ -234,7 +296,9 @@ Status Launch(const SamplerCall& call, Stream stream) {
       "Sampler", stream,
       dim3(static_cast<unsigned>(int64_t{call.rows} * blocks_per_row)),
       dim3(32 * kWarps), 0, SummarizeKernel<T, kSplit, kRich, kFast>, call,
-      blocks_per_row);
+      blocks_per_row,
+      cuda::CeilDiv(uint64_t{1} << kInverseBits,
+                    static_cast<uint64_t>(blocks_per_row)));
 }
 
 template <class T, bool kFast>
