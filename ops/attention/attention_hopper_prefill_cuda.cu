@@ -80,8 +80,7 @@ Status LaunchShape(const AttentionArgs& args, Stream stream) {
   const AttentionParams& a = args.params;
   Params p;
   p.args = args;
-  p.box_rows =
-      BoxRows(a.k_cache.shape[1], S::kWiden ? S::kRawKeys : S::kKeys);
+  p.box_rows = BoxRows(a.k_cache.shape[1], S::kWiden ? S::kRawKeys : S::kKeys);
   TENON_RETURN_IF_ERROR(MakeCacheMap(a.k_cache, p.box_rows, &p.k));
   TENON_RETURN_IF_ERROR(MakeCacheMap(a.v_cache, p.box_rows, &p.v));
   p.kv_heads = static_cast<int32_t>(a.k_cache.shape[2]);

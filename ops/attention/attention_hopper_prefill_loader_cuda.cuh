@@ -43,7 +43,9 @@ struct Shape {
   static constexpr int kQueryBuffers = 2;
   static constexpr int kQueryThreads = kWiden ? 128 : 64;  // load queries
   static constexpr int kLoadRegisters = kWiden ? 72 : kGroups == 2 ? 56 : 32;
-  static constexpr int kMultiplyRegisters = kWiden ? 216 : kGroups == 2 ? 224 : 160;
+  static constexpr int kMultiplyRegisters = kWiden         ? 216
+                                            : kGroups == 2 ? 224
+                                                           : 160;
   // Of what a block is launched with; more would be waited for forever.
   static_assert(kLoadRegisters + kGroups * kMultiplyRegisters <=
                     65536 / kThreads / 8 * 8 * (kGroups + 1),
@@ -66,9 +68,9 @@ struct Shape {
   static constexpr int kRawBytes = kRawKeys * kDim;
   static constexpr int kBarriersAt =
       kRawAt + (kWiden ? 4 * kRawBuffers * kRawBytes : 0);
-  static constexpr int kSharedBytes =
-      kBarriersAt + 16 * (2 * kStages + kQueryBuffers + 1) +
-      (kWiden ? 8 * 4 * kRawBuffers : 0);
+  static constexpr int kSharedBytes = kBarriersAt +
+                                      16 * (2 * kStages + kQueryBuffers + 1) +
+                                      (kWiden ? 8 * 4 * kRawBuffers : 0);
 };
 
 #if TENON_SM90A
@@ -311,9 +313,11 @@ class CacheLoader {
 // Loads the rows of a tile's queries, by kQueryThreads threads; zeros for those
 // that do not exist.
 template <class S>
-__device__ __forceinline__ void LoadQueries(
-    const Params& p, const SharedMemory<S>& shared, const Tile& tile,
-    const Turn<S::kQueryBuffers>& turn, int thread) {
+__device__ __forceinline__ void LoadQueries(const Params& p,
+                                            const SharedMemory<S>& shared,
+                                            const Tile& tile,
+                                            const Turn<S::kQueryBuffers>& turn,
+                                            int thread) {
   using T = typename S::T;
   constexpr int kChunks = S::kDim / 8;
   const TensorView& q = p.args.params.q;
@@ -324,8 +328,8 @@ __device__ __forceinline__ void LoadQueries(
   for (int row = thread / kChunks; row < S::kRows;
        row += S::kQueryThreads / kChunks) {
     const bool exists = row < tile.rows.rows;
-    const int64_t from = cuda::RowOffset(q, tile.rows, p.group, tile.kv_head,
-                                         exists ? row : 0);
+    const int64_t from =
+        cuda::RowOffset(q, tile.rows, p.group, tile.kv_head, exists ? row : 0);
     cuda::CopyOrZero16(to + shared.ChunkOffset(row, chunk),
                        q.As<const T>() + from + chunk * 8, exists);
   }
