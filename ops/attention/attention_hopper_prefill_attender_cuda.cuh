@@ -29,20 +29,24 @@ class Attender {
         lane_(threadIdx.x % 32),
         group_(static_cast<int>(threadIdx.x) / 128 - 1),
         warp_row_(static_cast<int>(threadIdx.x) / 32 * 16 - 64),
-        scale_(p.args.params.scale * kLog2E) {}
+        scale_(p.args.params.scale * p.args.params.k_scale * kLog2E) {}
 
   __device__ __forceinline__ void Attend() {
     if (S::kTakeTurns && group_ == 1) cuda::ArriveThreads(kTurnBarrier, 256);
-    ForEachTile<S>(p_, [&](const Tile& tile) { AttendTile(tile); });
+    Tiles<S> tiles(p_);
+    for (Tile tile; tiles.Next(tile);) AttendTile(tile);
   }
 
  private:
   using T = typename S::T;
+  using V = typename S::V;
   using Scores = float[S::kKeys / 2];
   using Weights = uint32_t[S::kKeys / 16][4];
   using Out = float[S::kDim / 2];
   static constexpr int kTurnBarrier = 1;  // and the next
   static constexpr int kGroupBarrier = 3;
+  // Of the largest weight: half precision ends at 2^-24.
+  static constexpr float kWeightExponent = S::kWiden ? 8.0f : 0.0f;
 
   __device__ __forceinline__ void AttendTile(const Tile& tile) {
     const int count = tile.key_tiles;
@@ -145,7 +149,7 @@ class Attender {
                                               S::kEightBytes, S::kBlockBytes);
 #pragma unroll
     for (int c = 0; c < S::kKeys / 16; ++c) {
-      cuda::WgmmaColumns<T, S::kDim>(out, weights[c],
+      cuda::WgmmaColumns<V, S::kDim>(out, weights[c],
                                      b + c * (2 * S::kEightBytes >> 4));
     }
   }
@@ -169,8 +173,8 @@ class Attender {
     }
   }
 
-  // Turns scores into weights 2^(score * scale - max), and tells by how much
-  // what was summed before is to be rescaled.
+  // Turns scores into weights 2^(score * scale - max + kWeightExponent), and
+  // tells by how much what was summed before is to be rescaled.
   __device__ __forceinline__ void Weigh(Scores& scores, float (&rescale)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -189,10 +193,11 @@ class Attender {
       rescale[r] = cuda::Exp2(max_[r] * scale_ - base);
       max_[r] = max;
       float sum = sum_[r] * rescale[r];
+      const float shifted = base - kWeightExponent;
 #pragma unroll
       for (int j = 2 * r; j < S::kKeys / 2; j += 4) {
-        scores[j] = cuda::Exp2(scores[j] * scale_ - base);
-        scores[j + 1] = cuda::Exp2(scores[j + 1] * scale_ - base);
+        scores[j] = cuda::Exp2(scores[j] * scale_ - shifted);
+        scores[j + 1] = cuda::Exp2(scores[j + 1] * scale_ - shifted);
         sum += scores[j] + scores[j + 1];
       }
       sum_[r] = sum;
@@ -204,7 +209,7 @@ class Attender {
                                         Weights& weights) const {
 #pragma unroll
     for (int i = 0; i < S::kKeys / 4; ++i) {
-      weights[i / 4][i % 4] = cuda::Pack<T>(scores[2 * i], scores[2 * i + 1]);
+      weights[i / 4][i % 4] = cuda::Pack<V>(scores[2 * i], scores[2 * i + 1]);
     }
   }
 

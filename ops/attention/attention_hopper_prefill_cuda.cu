@@ -2,6 +2,7 @@
 
 #include "ops/attention/attention_hopper_prefill_attender_cuda.cuh"
 #include "ops/attention/attention_hopper_prefill_loader_cuda.cuh"
+#include "ops/attention/attention_hopper_prefill_widen_cuda.cuh"
 
 // Persistent blocks, one on each multiprocessor, that are dealt out the tiles
 // of rows. One warpgroup fills rings of tiles of K and V in shared memory,
@@ -34,12 +35,14 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   WaitForPreviousKernels();
   if (threadIdx.x < 128) {
     DecreaseRegisters<S::kLoadRegisters>();
-    if (threadIdx.x < 32) {
+    if constexpr (S::kWiden) {
+      hopper_prefill::WideningLoader<S>(p, shared).Load();
+    } else if (threadIdx.x < 32) {
       CacheLoader<S, false>(p, shared).Load();
     } else if (threadIdx.x < 64) {
       CacheLoader<S, true>(p, shared).Load();
     } else {
-      hopper_prefill::LoadQueries<S>(p, shared, threadIdx.x - 64);
+      hopper_prefill::LoadAllQueries<S>(p, shared, threadIdx.x - 64);
     }
   } else {
     IncreaseRegisters<S::kMultiplyRegisters>();
@@ -61,11 +64,13 @@ int BoxRows(int64_t page_size, int keys) {
 Status MakeCacheMap(const TensorView& cache, int box_rows, CUtensorMap* map) {
   const int64_t head_dim = cache.shape[3];
   const int64_t row = (cache.shape[2] - 1) * cache.stride[2] + head_dim;
-  const int64_t shape[5] = {64, 8, row / 64, cache.shape[1] / 8,
+  const auto piece = 128 / static_cast<int64_t>(DTypeSize(cache.dtype));
+  const int64_t shape[5] = {piece, 8, row / piece, cache.shape[1] / 8,
                             cache.shape[0]};
-  const int64_t strides[4] = {cache.stride[1], 64, 8 * cache.stride[1],
+  const int64_t strides[4] = {cache.stride[1], piece, 8 * cache.stride[1],
                               cache.stride[0]};
-  const int box[5] = {64, 8, static_cast<int>(head_dim / 64), box_rows / 8, 1};
+  const int box[5] = {static_cast<int>(piece), 8,
+                      static_cast<int>(head_dim / piece), box_rows / 8, 1};
   return MakeTensorMap(kOp, cache.dtype, cache.data, 5, shape, strides, box,
                        map);
 }
@@ -75,7 +80,7 @@ Status LaunchShape(const AttentionArgs& args, Stream stream) {
   const AttentionParams& a = args.params;
   Params p;
   p.args = args;
-  p.box_rows = BoxRows(a.k_cache.shape[1], S::kKeys);
+  p.box_rows = BoxRows(a.k_cache.shape[1], S::kWiden ? S::kRawKeys : S::kKeys);
   TENON_RETURN_IF_ERROR(MakeCacheMap(a.k_cache, p.box_rows, &p.k));
   TENON_RETURN_IF_ERROR(MakeCacheMap(a.v_cache, p.box_rows, &p.v));
   p.kv_heads = static_cast<int32_t>(a.k_cache.shape[2]);
@@ -94,9 +99,12 @@ Status LaunchShape(const AttentionArgs& args, Stream stream) {
 
 template <class T>
 Status LaunchType(const AttentionArgs& args, Stream stream) {
+  if (args.params.k_cache.dtype == DType::kFloat8E4M3) {
+    return LaunchShape<Shape<T, __nv_fp8_e4m3, 128, 2>>(args, stream);
+  }
   return args.params.q.shape[2] == 64
-             ? LaunchShape<Shape<T, 64, 3>>(args, stream)
-             : LaunchShape<Shape<T, 128, 2>>(args, stream);
+             ? LaunchShape<Shape<T, T, 64, 3>>(args, stream)
+             : LaunchShape<Shape<T, T, 128, 2>>(args, stream);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #define TENON_OPS_ATTENTION_ATTENTION_HOPPER_PREFILL_LOADER_CUDA_CUH_
 
 #include <cstdint>
+#include <type_traits>
 
 #include "ops/attention/attention_cuda_rows.cuh"
 #include "ops/core/hopper_cuda.cuh"
@@ -23,9 +24,14 @@ struct Params {
   int64_t num_tiles;  // of all KV heads, an upper bound
 };
 
-template <class T_, int kDim_, int kGroups_>
+// C is the element of the caches: T_, or __nv_fp8_e4m3.
+template <class T_, class C, int kDim_, int kGroups_>
 struct Shape {
   using T = T_;
+  static constexpr bool kWiden = sizeof(C) == 1;
+  // Of values and weights: half precision holds any float8, and the weights
+  // better than bfloat16.
+  using V = std::conditional_t<kWiden, __half, T>;
   static constexpr int kDim = kDim_;
   // Warpgroups that multiply, 64 rows each; one more loads.
   static constexpr int kGroups = kGroups_;
@@ -35,9 +41,11 @@ struct Shape {
   static constexpr int kKeys = 128;                 // of a tile of keys
   static constexpr int kStages = kDim == 64 ? 3 : 2;
   static constexpr int kQueryBuffers = 2;
-  static constexpr int kQueryThreads = 64;  // load queries
-  static constexpr int kLoadRegisters = kGroups == 2 ? 56 : 32;
-  static constexpr int kMultiplyRegisters = kGroups == 2 ? 224 : 160;
+  static constexpr int kQueryThreads = kWiden ? 128 : 64;  // load queries
+  static constexpr int kLoadRegisters = kWiden ? 72 : kGroups == 2 ? 56 : 32;
+  static constexpr int kMultiplyRegisters = kWiden         ? 216
+                                            : kGroups == 2 ? 224
+                                                           : 160;
   // Of what a block is launched with; more would be waited for forever.
   static_assert(kLoadRegisters + kGroups * kMultiplyRegisters <=
                     65536 / kThreads / 8 * 8 * (kGroups + 1),
@@ -53,9 +61,16 @@ struct Shape {
   static constexpr int kKeyBytes = kKeys / 8 * kEightBytes;
   static constexpr int kValuesAt = kStages * kKeyBytes;
   static constexpr int kQueriesAt = 2 * kStages * kKeyBytes;
-  static constexpr int kBarriersAt = kQueriesAt + kQueryBuffers * kQueryBytes;
-  static constexpr int kSharedBytes =
-      kBarriersAt + 16 * (2 * kStages + kQueryBuffers + 1);
+  // Of float8, as they are in the caches: a warp's share of a tile of K or V.
+  static constexpr int kRawAt = kQueriesAt + kQueryBuffers * kQueryBytes;
+  static constexpr int kRawKeys = kKeys / 4;
+  static constexpr int kRawBuffers = 2;
+  static constexpr int kRawBytes = kRawKeys * kDim;
+  static constexpr int kBarriersAt =
+      kRawAt + (kWiden ? 4 * kRawBuffers * kRawBytes : 0);
+  static constexpr int kSharedBytes = kBarriersAt +
+                                      16 * (2 * kStages + kQueryBuffers + 1) +
+                                      (kWiden ? 8 * 4 * kRawBuffers : 0);
 };
 
 #if TENON_SM90A
@@ -106,12 +121,21 @@ class SharedMemory {
     return KeysFull(2 * S::kStages + S::kQueryBuffers);
   }
 
+  // A warp's buffers of float8.
+  __device__ __forceinline__ uint32_t Raw(int warp, int i) const {
+    return at_ + S::kRawAt + (warp * S::kRawBuffers + i) * S::kRawBytes;
+  }
+  __device__ __forceinline__ uint32_t RawFull(int warp, int i) const {
+    return LastValues() + 16 + (warp * S::kRawBuffers + i) * 8;
+  }
+
   __device__ __forceinline__ void InitBarriers() const {
     constexpr int kWarps = 4 * S::kGroups;
+    constexpr int kLoaders = S::kWiden ? 128 : 1;
     for (int i = 0; i < S::kStages; ++i) {
-      cuda::InitBarrier(KeysFull(i), 1);
+      cuda::InitBarrier(KeysFull(i), kLoaders);
       cuda::InitBarrier(KeysEmpty(i), kWarps);
-      cuda::InitBarrier(ValuesFull(i), 1);
+      cuda::InitBarrier(ValuesFull(i), kLoaders);
       cuda::InitBarrier(ValuesEmpty(i), kWarps);
     }
     for (int i = 0; i < S::kQueryBuffers; ++i) {
@@ -119,6 +143,11 @@ class SharedMemory {
       cuda::InitBarrier(QueriesEmpty(i), 32 * kWarps);
     }
     cuda::InitBarrier(LastValues(), 1);
+    if (S::kWiden) {
+      for (int i = 0; i < 4 * S::kRawBuffers; ++i) {
+        cuda::InitBarrier(RawFull(0, i), 1);
+      }
+    }
     cuda::FenceBarrierInit();
   }
 
@@ -147,28 +176,47 @@ struct Tile {
   int32_t key_tiles;
 };
 
-// Calls f for each tile of this block. The last rows of a sequence have the
-// most keys: they go first. Every second round of the blocks is in reverse, so
-// that none always has the longest.
-template <class S, class F>
-__device__ __forceinline__ void ForEachTile(const Params& p, const F& f) {
-  bool reverse = false;
-  for (int64_t round = 0; round < p.num_tiles; round += gridDim.x) {
-    const int64_t index =
-        round + (reverse ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-    reverse = !reverse;
-    if (index >= p.num_tiles) continue;
-    const int64_t from_last = index / p.kv_heads;
-    Tile tile;
-    tile.kv_head = static_cast<int32_t>(index - from_last * p.kv_heads);
-    tile.rows = cuda::FindRowTile<S::kRows>(
-        p.args, p.group, p.num_tiles / p.kv_heads - 1 - from_last);
-    if (tile.rows.rows == 0) continue;
-    tile.num_keys =
-        cuda::RowLength(p.args, tile.rows, p.group, tile.rows.rows - 1);
-    tile.key_tiles = cuda::CeilDiv(tile.num_keys, S::kKeys);
-    f(tile);
+// The tiles of this block. The last rows of a sequence have the most keys: they
+// go first. Every second round of the blocks is in reverse, so that none always
+// has the longest.
+template <class S>
+class Tiles {
+ public:
+  __device__ __forceinline__ explicit Tiles(const Params& p) : p_(p) {}
+
+  // False after the last.
+  __device__ __forceinline__ bool Next(Tile& tile) {
+    while (round_ < p_.num_tiles) {
+      const int64_t index =
+          round_ + (reverse_ ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+      round_ += gridDim.x;
+      reverse_ = !reverse_;
+      if (index >= p_.num_tiles) continue;
+      const int64_t from_last = index / p_.kv_heads;
+      tile.kv_head = static_cast<int32_t>(index - from_last * p_.kv_heads);
+      tile.rows = cuda::FindRowTile<S::kRows>(
+          p_.args, p_.group, p_.num_tiles / p_.kv_heads - 1 - from_last);
+      if (tile.rows.rows == 0) continue;
+      tile.num_keys =
+          cuda::RowLength(p_.args, tile.rows, p_.group, tile.rows.rows - 1);
+      tile.key_tiles = cuda::CeilDiv(tile.num_keys, S::kKeys);
+      return true;
+    }
+    return false;
   }
+
+ private:
+  const Params& p_;
+  int64_t round_ = 0;
+  bool reverse_ = false;
+};
+
+// Keys that the cache has of a tile's sequence.
+__device__ __forceinline__ int32_t CachedKeys(const Params& p,
+                                              const Tile& tile) {
+  if (tile.rows.sequence < 0) return 0;
+  return cuda::ContextLength(p.args, tile.rows.sequence,
+                             tile.rows.num_queries - 1, tile.rows.num_queries);
 }
 
 // A warp that loads the tiles of K, or of V, from the last to the first.
@@ -184,20 +232,16 @@ class CacheLoader {
         lane_(threadIdx.x % 32) {}
 
   __device__ __forceinline__ void Load() {
-    ForEachTile<S>(p_, [&](const Tile& tile) {
-      // Keys that the cache has of this sequence.
-      const int64_t last = tile.rows.num_queries - 1;
-      end_ = tile.rows.sequence < 0
-                 ? 0
-                 : cuda::ContextLength(p_.args, tile.rows.sequence, last,
-                                       tile.rows.num_queries);
+    Tiles<S> tiles(p_);
+    for (Tile tile; tiles.Next(tile);) {
+      end_ = CachedKeys(p_, tile);
       Boxes next = FindBoxes(tile, tile.key_tiles - 1);
       for (int i = tile.key_tiles - 1; i >= 0; --i) {
         const Boxes boxes = next;
         if (i > 0) next = FindBoxes(tile, i - 1);
         LoadTile(tile, boxes);
       }
-    });
+    }
   }
 
  private:
@@ -266,31 +310,43 @@ class CacheLoader {
   uint32_t cut_parity_ = 0;
 };
 
-// Two warps that load the rows of queries; zeros for those that do not exist.
+// Loads the rows of a tile's queries, by kQueryThreads threads; zeros for those
+// that do not exist.
 template <class S>
 __device__ __forceinline__ void LoadQueries(const Params& p,
                                             const SharedMemory<S>& shared,
+                                            const Tile& tile,
+                                            const Turn<S::kQueryBuffers>& turn,
                                             int thread) {
   using T = typename S::T;
   constexpr int kChunks = S::kDim / 8;
   const TensorView& q = p.args.params.q;
   const int chunk = thread % kChunks;
-  Turn<S::kQueryBuffers> turn;
-  ForEachTile<S>(p, [&](const Tile& tile) {
-    cuda::Wait(shared.QueriesEmpty(turn.index), turn.parity ^ 1);
-    const uint32_t to = shared.Queries(turn.index);
+  cuda::Wait(shared.QueriesEmpty(turn.index), turn.parity ^ 1);
+  const uint32_t to = shared.Queries(turn.index);
 #pragma unroll 4
-    for (int row = thread / kChunks; row < S::kRows;
-         row += S::kQueryThreads / kChunks) {
-      const bool exists = row < tile.rows.rows;
-      const int64_t from = cuda::RowOffset(q, tile.rows, p.group, tile.kv_head,
-                                           exists ? row : 0);
-      cuda::CopyOrZero16(to + shared.ChunkOffset(row, chunk),
-                         q.As<const T>() + from + chunk * 8, exists);
-    }
-    cuda::ArriveAfterCopies(shared.QueriesFull(turn.index));
+  for (int row = thread / kChunks; row < S::kRows;
+       row += S::kQueryThreads / kChunks) {
+    const bool exists = row < tile.rows.rows;
+    const int64_t from =
+        cuda::RowOffset(q, tile.rows, p.group, tile.kv_head, exists ? row : 0);
+    cuda::CopyOrZero16(to + shared.ChunkOffset(row, chunk),
+                       q.As<const T>() + from + chunk * 8, exists);
+  }
+  cuda::ArriveAfterCopies(shared.QueriesFull(turn.index));
+}
+
+// Warps that do nothing else.
+template <class S>
+__device__ __forceinline__ void LoadAllQueries(const Params& p,
+                                               const SharedMemory<S>& shared,
+                                               int thread) {
+  Turn<S::kQueryBuffers> turn;
+  Tiles<S> tiles(p);
+  for (Tile tile; tiles.Next(tile);) {
+    LoadQueries<S>(p, shared, tile, turn, thread);
     turn.Next();
-  });
+  }
 }
 
 #endif  // TENON_SM90A

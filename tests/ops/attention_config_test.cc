@@ -69,13 +69,24 @@ TEST(AttentionConfigTest, SelectsTheHopperPrefill) {
   using P = AttentionParams;
   EXPECT_TRUE(refuses([](P& p) { p.q.shape[2] = 256; }));
   EXPECT_TRUE(refuses([](P& p) { p.q.dtype = DType::kFloat32; }));
-  EXPECT_TRUE(refuses([](P& p) { p.k_cache.dtype = DType::kFloat8E4M3; }));
   EXPECT_TRUE(refuses([](P& p) { p.k_cache.shape[1] = 20; }));
   EXPECT_TRUE(refuses([](P& p) { p.v_cache.stride[2] = 136; }));
   EXPECT_TRUE(refuses([](P& p) { p.v_cache.stride[0] = 0; }));
   EXPECT_TRUE(refuses([](P& p) { p.k_cache.shape[0] = 0; }));
   EXPECT_FALSE(refuses([](P& p) { p.k_cache.shape[1] = 24; }));
   EXPECT_FALSE(refuses([](P& p) { p.k_cache.stride[2] = 192; }));
+  const auto with_float8 = [](P& p) {
+    p.k_cache.dtype = p.v_cache.dtype = DType::kFloat8E4M3;
+  };
+  EXPECT_FALSE(refuses(with_float8));
+  EXPECT_TRUE(refuses([&](P& p) {
+    with_float8(p);
+    p.q.shape[2] = 64;
+  }));
+  EXPECT_TRUE(refuses([&](P& p) {
+    with_float8(p);
+    p.k_cache.stride[2] = 192;
+  }));
 }
 
 TEST(AttentionConfigTest, PartsCoverEveryContext) {

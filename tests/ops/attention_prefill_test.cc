@@ -18,6 +18,14 @@ using testing::TestTensor;
 
 using AttentionPrefillTest = attention_test::AttentionTest;
 
+struct HeadAndCache {
+  int64_t head_dim;
+  bool float8_cache;
+};
+std::vector<HeadAndCache> HeadsAndCaches() {
+  return {{64, false}, {128, false}, {128, true}};
+}
+
 // Around the ends of tiles of 64 and 128 keys, and of tiles of rows.
 TEST_P(AttentionPrefillTest, MatchesReferenceAtTheEdgesOfTiles) {
   std::vector<Sequence> sequences;
@@ -26,15 +34,17 @@ TEST_P(AttentionPrefillTest, MatchesReferenceAtTheEdgesOfTiles) {
       if (queries <= length) sequences.push_back({queries, length});
     }
   }
-  for (int64_t head_dim : {64, 128}) {
+  for (const auto [head_dim, float8_cache] : HeadsAndCaches()) {
     for (int64_t page_size : {16, 64}) {
       if (!OnCuda() && (head_dim == 128) == (page_size == 64)) continue;
-      SCOPED_TRACE(StrCat(head_dim, " pages of ", page_size));
+      SCOPED_TRACE(StrCat(head_dim, " pages of ", page_size,
+                          float8_cache ? ", fp8" : ""));
       Shape shape;
       shape.num_heads = OnCuda() ? 8 : 2;
       shape.num_kv_heads = 1;
       shape.head_dim = head_dim;
       shape.page_size = page_size;
+      shape.float8_cache = float8_cache;
       shape.sequences = sequences;
       shape.uncovered_tokens = 3;
       Problem problem(device(), dtype(), shape);
@@ -48,20 +58,25 @@ TEST_P(AttentionPrefillTest, MatchesReferenceForPageSizes) {
   for (int64_t page_size : {8, 20, 24, 32, 48, 96, 128, 256, 384}) {
     if (!OnCuda() && page_size % 5 != 0) continue;
     for (bool heads_outside : {false, true}) {
-      for (int64_t head_padding : {0, 8, 64}) {
+      for (int64_t head_padding : {0, 8, 64, 128}) {
         if (page_size % 16 == 0 && page_size > 32 && head_padding > 0) continue;
-        SCOPED_TRACE(StrCat("pages of ", page_size, ", heads outside ",
-                            heads_outside, ", padding ", head_padding));
-        Shape shape;
-        shape.num_heads = 8;
-        shape.num_kv_heads = 2;
-        shape.head_dim = head_padding == 8 ? 64 : 128;
-        shape.page_size = page_size;
-        shape.heads_outside = heads_outside;
-        shape.head_padding = head_padding;
-        shape.sequences = {{37, 300}, {1, 50}, {20, 20}, {130, 515}};
-        Problem problem(device(), dtype(), shape);
-        ASSERT_NO_FATAL_FAILURE(Check(problem, OnCuda() ? 29 : 37));
+        if (!OnCuda() && head_padding == 128) continue;
+        for (bool float8_cache : {false, true}) {
+          SCOPED_TRACE(StrCat("pages of ", page_size, ", heads outside ",
+                              heads_outside, ", padding ", head_padding,
+                              float8_cache ? ", fp8" : ""));
+          Shape shape;
+          shape.num_heads = 8;
+          shape.num_kv_heads = 2;
+          shape.head_dim = head_padding == 8 ? 64 : 128;
+          shape.page_size = page_size;
+          shape.float8_cache = float8_cache;
+          shape.heads_outside = heads_outside;
+          shape.head_padding = head_padding;
+          shape.sequences = {{37, 300}, {1, 50}, {20, 20}, {130, 515}};
+          Problem problem(device(), dtype(), shape);
+          ASSERT_NO_FATAL_FAILURE(Check(problem, OnCuda() ? 29 : 37));
+        }
       }
     }
   }
@@ -69,13 +84,15 @@ TEST_P(AttentionPrefillTest, MatchesReferenceForPageSizes) {
 
 TEST_P(AttentionPrefillTest, MatchesReferenceForGroups) {
   for (int64_t group : {1, 2, 3, 5, 8, 12, 33}) {
-    for (int64_t head_dim : {64, 128}) {
+    for (const auto [head_dim, float8_cache] : HeadsAndCaches()) {
       if (!OnCuda() && (group > 3 || head_dim > 64)) continue;
-      SCOPED_TRACE(StrCat(group, " heads of ", head_dim));
+      SCOPED_TRACE(
+          StrCat(group, " heads of ", head_dim, float8_cache ? ", fp8" : ""));
       Shape shape;
       shape.num_heads = 2 * group;
       shape.num_kv_heads = 2;
       shape.head_dim = head_dim;
+      shape.float8_cache = float8_cache;
       shape.sequences = {{200, 333}, {9, 140}, {70, 70}};
       Problem problem(device(), dtype(), shape);
       ASSERT_NO_FATAL_FAILURE(Check(problem, OnCuda() ? 43 : 7));
@@ -87,28 +104,55 @@ TEST_P(AttentionPrefillTest, MatchesReferenceForGroups) {
 TEST_P(AttentionPrefillTest, ServesOneSequenceOfAnyLength) {
   for (const Sequence& s : std::vector<Sequence>{
            {1, 1}, {1, 300}, {8, 200}, {0, 7}, {3, 2}, {40, 1000}, {30, 12}}) {
-    SCOPED_TRACE(StrCat(s.queries, " of ", s.kv_len));
+    for (bool float8_cache : {false, true}) {
+      SCOPED_TRACE(
+          StrCat(s.queries, " of ", s.kv_len, float8_cache ? ", fp8" : ""));
+      Shape shape;
+      shape.num_heads = 8;
+      shape.num_kv_heads = 2;
+      shape.head_dim = 128;
+      shape.float8_cache = float8_cache;
+      shape.sequences = {s};
+      shape.uncovered_tokens = 12;
+      Problem problem(device(), dtype(), shape);
+      ASSERT_NO_FATAL_FAILURE(Check(problem));
+    }
+  }
+}
+
+// Sequences and tokens that have no keys, among some that do, as tiles of one
+// block one after the other.
+TEST_P(AttentionPrefillTest, ServesTilesWithoutKeys) {
+  if (!OnCuda()) GTEST_SKIP() << "blocks go through tiles on CUDA alone";
+  for (bool float8_cache : {false, true}) {
+    SCOPED_TRACE(float8_cache ? "fp8" : "");
     Shape shape;
-    shape.num_heads = 8;
-    shape.num_kv_heads = 2;
+    shape.num_heads = 32;
+    shape.num_kv_heads = 4;
     shape.head_dim = 128;
-    shape.sequences = {s};
-    shape.uncovered_tokens = 12;
+    shape.float8_cache = float8_cache;
+    for (int i = 0; i < 60; ++i) {
+      shape.sequences.push_back({40, i % 3 == 0 ? 40 + 8 * i : 0});
+      shape.sequences.push_back({200, i % 4 == 0 ? 60 : 0});
+    }
+    shape.uncovered_tokens = 900;
     Problem problem(device(), dtype(), shape);
-    ASSERT_NO_FATAL_FAILURE(Check(problem));
+    ASSERT_NO_FATAL_FAILURE(Check(problem, 97));
   }
 }
 
 // More tiles than a GPU has blocks: each goes through several.
 TEST_P(AttentionPrefillTest, ServesALongPrompt) {
   if (!OnCuda()) GTEST_SKIP() << "the reference is slow at this size";
-  for (int64_t head_dim : {64, 128}) {
+  for (const auto [head_dim, float8_cache] : HeadsAndCaches()) {
     for (int32_t context : {0, 777}) {
-      SCOPED_TRACE(StrCat(head_dim, " after ", context));
+      SCOPED_TRACE(
+          StrCat(head_dim, " after ", context, float8_cache ? ", fp8" : ""));
       Shape shape;
       shape.num_heads = 32;
       shape.num_kv_heads = 4;
       shape.head_dim = head_dim;
+      shape.float8_cache = float8_cache;
       shape.sequences = {{1111, 1111 + context}};
       Problem problem(device(), dtype(), shape);
       ASSERT_NO_FATAL_FAILURE(Check(problem, 211));
@@ -124,18 +168,20 @@ TEST_P(AttentionPrefillTest, ChunksGiveTheSameBits) {
   }
   constexpr int32_t kContext = 150;
   constexpr int32_t kQueries = 250;
-  for (int64_t head_dim : {64, 128}) {
+  for (const auto [head_dim, float8_cache] : HeadsAndCaches()) {
     Shape shape;
     shape.num_heads = OnCuda() ? 8 : 2;
     shape.num_kv_heads = OnCuda() ? 2 : 1;
     shape.head_dim = head_dim;
+    shape.float8_cache = float8_cache;
     shape.sequences = {{kQueries, kContext + kQueries}};
     Problem whole(device(), dtype(), shape);
     const std::vector<double> expected = RowsOf(whole, 0, kQueries);
     const int64_t width = shape.num_heads * head_dim;
     int32_t first = 0;
     for (int32_t count : {9, 16, 100, 31, 94}) {
-      SCOPED_TRACE(StrCat("queries ", first, " to ", first + count - 1));
+      SCOPED_TRACE(StrCat("queries ", first, " to ", first + count - 1,
+                          float8_cache ? ", fp8" : ""));
       TestTensor start =
           TestTensor::FromIntegers(device(), DType::kInt32, {2}, {0, count});
       TestTensor length = TestTensor::FromIntegers(device(), DType::kInt32, {1},
@@ -160,12 +206,17 @@ TEST_P(AttentionPrefillTest, ChunksGiveTheSameBits) {
 // A key or a value that is not a number shows in all queries that attend to it;
 // those far before it do not see it.
 TEST_P(AttentionPrefillTest, NanInTheCacheShows) {
-  for (bool in_value : {false, true}) {
+  for (int i = 0; i < 4; ++i) {
+    const bool in_value = i % 2 == 1;
+    const bool float8_cache = i / 2 == 1;
+    SCOPED_TRACE(
+        StrCat(in_value ? "value" : "key", float8_cache ? ", fp8" : ""));
     Shape shape;
     shape.num_heads = 4;
     shape.num_kv_heads = 1;
     shape.head_dim = 128;
     shape.page_size = 64;
+    shape.float8_cache = float8_cache;
     shape.sequences = {{400, 400}};
     Problem problem(device(), dtype(), shape);
     AttentionParams& p = problem.params();
@@ -177,20 +228,133 @@ TEST_P(AttentionPrefillTest, NanInTheCacheShows) {
       values.push_back(static_cast<float>(value));
     }
     values[slot * 128 + 5] = NAN;
-    TestTensor with_nan(device(), dtype(), {cache.view().shape[0], 64, 1, 128},
-                        values);
+    TestTensor with_nan(device(), cache.view().dtype,
+                        {cache.view().shape[0], 64, 1, 128}, values);
     (in_value ? p.v_cache : p.k_cache) = with_nan.view();
     const std::vector<double> out = RowsOf(problem, 0, 400);
     for (int64_t token : {0, 127, 250, 300, 301, 399}) {
-      for (int64_t i = 0; i < 4 * 128; ++i) {
-        if (in_value && i % 128 != 5) continue;  // other elements are numbers
+      for (int64_t j = 0; j < 4 * 128; ++j) {
+        if (in_value && j % 128 != 5) continue;  // other elements are numbers
         if (token == 250 && in_value) continue;  // shares a tile with it
-        ASSERT_EQ(std::isnan(out[token * 4 * 128 + i]), token >= 300)
-            << token << " " << i;
+        ASSERT_EQ(std::isnan(out[token * 4 * 128 + j]), token >= 300)
+            << token << " " << j;
       }
     }
   }
 }
+
+// Every float8 number, as a key and as a value, in every row and column of a
+// tile of keys.
+class AttentionFloat8Test : public AttentionPrefillTest {
+ protected:
+  static constexpr int64_t kSize = 128;  // keys, queries, and elements
+
+  // The value of a code; those that are not numbers count as zero.
+  static float Decode(int code) {
+    const int exponent = code / 8 % 16;
+    const int mantissa = code % 8;
+    if (exponent == 15 && mantissa == 7) return 0.0f;
+    const float magnitude = exponent == 0
+                                ? std::ldexp(static_cast<float>(mantissa), -9)
+                                : std::ldexp(8.0f + mantissa, exponent - 10);
+    return code < 128 ? magnitude : -magnitude;
+  }
+
+  using Matrix = std::vector<float>;
+
+  // Of kSize queries of one head, the outputs.
+  std::vector<double> Run(const Matrix& q, const Matrix& k, const Matrix& v) {
+    const DType float8 = DType::kFloat8E4M3;
+    const std::vector<int64_t> rows = {kSize, 1, kSize};
+    const std::vector<int64_t> pages = {kSize / 16, 16, 1, kSize};
+    TestTensor queries(device(), dtype(), rows, q);
+    TestTensor keys(device(), float8, pages, k);
+    TestTensor values(device(), float8, pages, v);
+    TestTensor out(device(), dtype(), rows);
+    TestTensor table = TestTensor::FromIntegers(
+        device(), DType::kInt32, {1, kSize / 16}, {0, 1, 2, 3, 4, 5, 6, 7});
+    TestTensor start =
+        TestTensor::FromIntegers(device(), DType::kInt32, {2}, {0, kSize});
+    TestTensor length =
+        TestTensor::FromIntegers(device(), DType::kInt32, {1}, {kSize});
+    AttentionParams p;
+    p.q = queries.view();
+    p.k_cache = keys.view();
+    p.v_cache = values.view();
+    p.block_table = table.view();
+    p.query_start = start.view();
+    p.kv_len = length.view();
+    p.out = out.view();
+    p.scale = 1.0f;
+    p.v_scale = 1.5f;
+    const auto bytes = static_cast<int64_t>(AttentionWorkspaceBytes(p));
+    TestTensor workspace(device(), DType::kUInt8, {bytes});
+    p.workspace = workspace.view().data;
+    p.workspace_size = static_cast<size_t>(bytes);
+    const Status status = Attention(p, stream());
+    EXPECT_TRUE(status.ok()) << status.message();
+    Finish();
+    return out.Values();
+  }
+};
+
+// Each query sees the key of its own number alone.
+TEST_P(AttentionFloat8Test, ReadsEveryValue) {
+  Matrix q(kSize * kSize, 0.0f);
+  Matrix v(kSize * kSize);
+  for (int64_t i = 0; i < kSize; ++i) q[i * kSize + i] = 64.0f;
+  const Matrix k = q;
+  for (int round : {0, 1}) {
+    for (int64_t i = 0; i < kSize * kSize; ++i) {
+      v[i] = Decode(static_cast<int>(i / kSize * 37 + i % kSize * 2 + round) %
+                    256);
+    }
+    const std::vector<double> out = Run(q, k, v);
+    for (int64_t i = 0; i < kSize * kSize; ++i) {
+      ASSERT_EQ(out[i], 1.5 * double{v[i]}) << i / kSize << ", " << i % kSize;
+    }
+  }
+}
+
+// A column of keys has the numbers of one exponent, which decide by how much
+// the query of that column tells its keys apart.
+TEST_P(AttentionFloat8Test, ReadsEveryKey) {
+  Matrix q(kSize * kSize, 0.0f);
+  Matrix k(kSize * kSize);
+  Matrix v(kSize * kSize);
+  for (int64_t i = 0; i < kSize; ++i) {
+    const int exponent = static_cast<int>(i % 16);
+    q[i * kSize + i] = std::ldexp(1.0f, 8 - std::max(1, exponent));
+    for (int64_t key = 0; key < kSize; ++key) {
+      const int code = static_cast<int>(key * 5 + i / 16) % 16;
+      k[key * kSize + i] = Decode(code / 8 * 128 + exponent * 8 + code % 8);
+      v[key * kSize + i] = Decode(static_cast<int>(key * 37 + i * 11) % 64);
+    }
+  }
+  const std::vector<double> out = Run(q, k, v);
+  for (int64_t i = 0; i < kSize; ++i) {
+    std::vector<double> expected(kSize, 0.0);
+    double sum = 0.0;
+    for (int64_t key = 0; key <= i; ++key) {
+      const double weight =
+          std::exp(double{q[i * kSize + i]} * k[key * kSize + i]);
+      sum += weight;
+      for (int64_t j = 0; j < kSize; ++j) {
+        expected[j] += 1.5 * weight * v[key * kSize + j];
+      }
+    }
+    for (int64_t j = 0; j < kSize; ++j) {
+      // Values are up to 2, and 1.5 times that.
+      ASSERT_NEAR(out[i * kSize + j], expected[j] / sum,
+                  3.0 * std::max(Roundoff(), 1e-6))
+          << i << ", " << j;
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Targets, AttentionFloat8Test,
+                         ::testing::ValuesIn(testing::AllTargets()),
+                         testing::TargetName);
 
 INSTANTIATE_TEST_SUITE_P(Targets, AttentionPrefillTest,
                          ::testing::ValuesIn(testing::AllTargets()),
