@@ -55,7 +55,10 @@ __device__ __forceinline__ void Prepare(const SamplerCall& call, int64_t index,
       shared.inputs.min_p_offset = strict::Mul(
           plan.temperature, strict::Log(static_cast<double>(plan.min_p)));
     }
-  } else if (kRich && threadIdx.x == 96) {
+  } else if (threadIdx.x == 96) {
+    shared.kind = cuda::KindOf(cuda::PlanOf(call, cuda::ParamsOf(call, index)),
+                               call.vocab);
+  } else if (kRich && threadIdx.x == 128) {
     shared.raw_plan = cuda::RawPlan();
     shared.raw = RowOf(call, index, shared.raw_plan, arrays, {});
   }
@@ -213,18 +216,19 @@ __device__ __forceinline__ int Draw(const SamplerCall& call, int64_t index,
                                     Followers& followers,
                                     cuda::RowSums<kRich>& sums,
                                     DecideShared& shared) {
-  const RowPlan& plan = shared.plan;
   const DecideRow& row = shared.row;
   const float best = sums.bounds.best;
+  const uint32_t kind = shared.kind;
   const bool is_finite = fabsf(best) < INFINITY;
-  const bool is_filtered = is_finite && !plan.greedy && plan.filtered();
-  const bool is_narrow = is_filtered && cuda::MayBeNarrow(plan, row.vocab);
+  const bool is_greedy = (kind & cuda::kIsGreedy) != 0;
+  const bool is_filtered = is_finite && (kind & cuda::kIsFiltered) != 0;
+  const bool is_narrow = is_filtered && (kind & cuda::kIsNarrow) != 0;
   // Whether nothing is left to others once a token is found.
   if (tell && !is_filtered) followers.Tell(0);
-  sums.has_total = is_finite && (!plan.greedy || call.WantsSums());
-  if (is_narrow && plan.top_n_sigma > 0.0f) {
+  sums.has_total = is_finite && (!is_greedy || call.WantsSums());
+  if (is_narrow && (kind & (cuda::kSigmaIsFirst | cuda::kSigmaIsLater)) != 0) {
     sums.moments = ReadMoments(call, index, room);
-    if (cuda::SigmaIsFirst(plan)) {
+    if ((kind & cuda::kSigmaIsFirst) != 0) {
       cuda::WaitForCopies<0>();
       __syncthreads();
       if (threadIdx.x < 32) {
@@ -233,10 +237,10 @@ __device__ __forceinline__ int Draw(const SamplerCall& call, int64_t index,
       __syncthreads();
     }
   }
-  const bool sums_can_wait = is_narrow && !cuda::TopPIsFirst(plan);
+  const bool sums_can_wait = is_narrow && (kind & cuda::kTopPIsFirst) == 0;
   if (!sums_can_wait &&
       (sums.has_total || (kRich && sums.raw_tiles != nullptr))) {
-    sums.Post(block, row, plan, arrays);
+    sums.Post(block, row, shared.plan, arrays);
     __syncthreads();
     sums.Take(block, shared);
   }
@@ -250,7 +254,7 @@ __device__ __forceinline__ int Draw(const SamplerCall& call, int64_t index,
       shared.outcome.status =
           isnan(best) ? SampleStatus::kNonFinite : SampleStatus::kNoSupport;
     }
-  } else if (is_finite && !plan.greedy) {
+  } else if (is_finite && !is_greedy) {
     cuda::DrawPlain<kRich>(block, row, arrays, best, sums.total, shared);
   } else {
     if (threadIdx.x == kDecideThreads - 1 && sums.has_total) {
