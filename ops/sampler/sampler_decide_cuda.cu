@@ -141,6 +141,24 @@ __device__ __noinline__ bool WriteTop(const SamplerCall& call, int64_t index,
   return true;
 }
 
+// What other warps do while one draws from `count` candidates, if it does.
+// Returns whether the top tokens are written.
+__device__ __forceinline__ bool FinishWhileDrawing(
+    const SamplerCall& call, int64_t index, int count,
+    const cuda::RowSums<true>& sums, DecideShared& shared) {
+  const bool has_top =
+      count > 0 && call.top_tokens != nullptr &&
+      call.top_kind == LogprobKind::kUnfiltered &&
+      count >= min(call.top_columns, shared.plan.num_top_logprobs);
+  if (has_top && threadIdx.x / 32 == 1) {
+    WriteTopCandidates(call, index, sums.bounds.best, shared);
+  }
+  if (threadIdx.x == 64 && call.raw_logprobs != nullptr) {
+    shared.log_raw_total = LogOfMass(sums.raw_total, kMassBits);
+  }
+  return has_top;
+}
+
 // The outputs of a call that may have all of them. Returns what is left to do.
 __device__ __forceinline__ uint32_t FinishRich(
     const SamplerCall& call, int64_t index, Block& block,
@@ -206,6 +224,35 @@ __device__ __forceinline__ const Moments* ReadMoments(const SamplerCall& call,
   return ahead;
 }
 
+// Of a row that no filter changes, if it has any token.
+template <bool kRich>
+__device__ __forceinline__ void DrawUnfiltered(Block& block,
+                                               const TileArrays& arrays,
+                                               bool is_greedy,
+                                               const cuda::RowSums<kRich>& sums,
+                                               DecideShared& shared) {
+  const DecideRow& row = shared.row;
+  const float best = sums.bounds.best;
+  if (isnan(best) || best == -INFINITY) {
+    if (threadIdx.x == 0) {
+      shared.outcome.status =
+          isnan(best) ? SampleStatus::kNonFinite : SampleStatus::kNoSupport;
+    }
+  } else if (best < INFINITY && !is_greedy) {
+    cuda::DrawPlain<kRich>(block, row, arrays, best, sums.total, shared);
+  } else {
+    if (threadIdx.x == kDecideThreads - 1 && sums.has_total) {
+      shared.log_total = LogOfMass(sums.total, kMassBits);
+    }
+    const int token = cuda::FirstBestToken<kRich>(row, best, arrays, shared);
+    if (threadIdx.x == 0) {
+      shared.outcome.one_hot = isinf(best);
+      shared.outcome.drawn.token = token;
+      shared.outcome.drawn.x = best;
+    }
+  }
+}
+
 // Finds the row's token. Returns the number of candidates for it, -1 if they
 // are many, which leaves the row to all of its blocks; 0 where it needs none.
 template <bool kRich>
@@ -249,24 +296,7 @@ __device__ __forceinline__ int Draw(const SamplerCall& call, int64_t index,
     return cuda::DrawFiltered<kRich>(block, candidates, arrays, room, edits,
                                      tell, followers, sums, shared);
   }
-  if (isnan(best) || best == -INFINITY) {
-    if (threadIdx.x == 0) {
-      shared.outcome.status =
-          isnan(best) ? SampleStatus::kNonFinite : SampleStatus::kNoSupport;
-    }
-  } else if (is_finite && !is_greedy) {
-    cuda::DrawPlain<kRich>(block, row, arrays, best, sums.total, shared);
-  } else {
-    if (threadIdx.x == kDecideThreads - 1 && sums.has_total) {
-      shared.log_total = LogOfMass(sums.total, kMassBits);
-    }
-    const int token = cuda::FirstBestToken<kRich>(row, best, arrays, shared);
-    if (threadIdx.x == 0) {
-      shared.outcome.one_hot = isinf(best);
-      shared.outcome.drawn.token = token;
-      shared.outcome.drawn.x = best;
-    }
-  }
+  DrawUnfiltered<kRich>(block, arrays, is_greedy, sums, shared);
   return 0;
 }
 
@@ -308,17 +338,7 @@ __device__ __forceinline__ uint32_t Decide(const SamplerCall& call,
                          tell, followers, sums, shared);
   uint32_t tasks = count < 0 ? cuda::kDrawRow : 0;
   if constexpr (kRich) {
-    // While one warp draws.
-    const bool has_top =
-        count > 0 && call.top_tokens != nullptr &&
-        call.top_kind == LogprobKind::kUnfiltered &&
-        count >= min(call.top_columns, shared.plan.num_top_logprobs);
-    if (has_top && threadIdx.x / 32 == 1) {
-      WriteTopCandidates(call, index, sums.bounds.best, shared);
-    }
-    if (threadIdx.x == 64 && call.raw_logprobs != nullptr) {
-      shared.log_raw_total = LogOfMass(sums.raw_total, kMassBits);
-    }
+    const bool has_top = FinishWhileDrawing(call, index, count, sums, shared);
     __syncthreads();
     tasks = FinishRich(call, index, block, arrays, sums.bounds, count, has_top,
                        edits, room, tasks, shared);

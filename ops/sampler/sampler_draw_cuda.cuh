@@ -92,6 +92,24 @@ __device__ __forceinline__ int FirstBestToken(const DecideRow& row,
   return min(shared.first_id, row.vocab - 1);
 }
 
+// The masses of sub-tiles [begin, end) together.
+__device__ __forceinline__ uint64_t MassOfTiles(const TileArrays& arrays,
+                                                int begin, int end, int bits) {
+  constexpr int kAtOnce = 4;
+  uint64_t sum = 0;
+  for (int base = begin; base < end; base += kAtOnce) {
+    // Without branches, so that none of them waits for another.
+    uint64_t masses[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      masses[u] = arrays.Mass(min(base + u, end - 1), bits);
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) sum += base + u < end ? masses[u] : 0;
+  }
+  return sum;
+}
+
 // Ends with the one warp that has drawn; the others are ahead of it.
 template <bool kRich>
 __device__ __forceinline__ void DrawPlain(Block& block, const DecideRow& row,
@@ -102,17 +120,7 @@ __device__ __forceinline__ void DrawPlain(Block& block, const DecideRow& row,
   const int each = CeilDiv(row.num_tiles, kDecideThreads);
   const int begin = min(static_cast<int>(threadIdx.x) * each, row.num_tiles);
   const int end = min(begin + each, row.num_tiles);
-  uint64_t own = 0;
-  constexpr int kAtOnce = 4;
-  for (int base = begin; base < end; base += kAtOnce) {
-    uint64_t masses[kAtOnce];
-#pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      masses[u] = arrays.Mass(min(base + u, end - 1), bits);
-    }
-#pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) own += base + u < end ? masses[u] : 0;
-  }
+  const uint64_t own = MassOfTiles(arrays, begin, end, bits);
   uint64_t total;
   const uint64_t upto = block.InclusiveSum(own, &total);
   const uint64_t target = DrawTarget(shared.inputs.numerator, total);
