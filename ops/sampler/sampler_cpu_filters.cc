@@ -237,7 +237,8 @@ KeptTokens Filters::Run(const SamplingParams& params, float mu) {
   if (plan_.top_k != 0) {
     floor = std::max(floor, KthBestTile(row_, plan_.top_k, &c_));
   }
-  if (plan_.min_p_first()) floor = std::max(floor, MinPThreshold(plan_, row_.best));
+  if (plan_.min_p_first())
+    floor = std::max(floor, MinPThreshold(plan_, row_.best));
 
   if (top_p && !plan_.narrowed() && !typical_first) {
     CollectForTopP(floor);

@@ -55,7 +55,10 @@ __device__ __forceinline__ void Prepare(const SamplerCall& call, int64_t index,
       shared.inputs.min_p_offset = strict::Mul(
           plan.temperature, strict::Log(static_cast<double>(plan.min_p)));
     }
-  } else if (kRich && threadIdx.x == 96) {
+  } else if (threadIdx.x == 96) {
+    shared.kind = cuda::KindOf(cuda::PlanOf(call, cuda::ParamsOf(call, index)),
+                               call.vocab);
+  } else if (kRich && threadIdx.x == 128) {
     shared.raw_plan = cuda::RawPlan();
     shared.raw = RowOf(call, index, shared.raw_plan, arrays, {});
   }
@@ -138,6 +141,24 @@ __device__ __noinline__ bool WriteTop(const SamplerCall& call, int64_t index,
   return true;
 }
 
+// What other warps do while one draws from `count` candidates, if it does.
+// Returns whether the top tokens are written.
+__device__ __forceinline__ bool FinishWhileDrawing(
+    const SamplerCall& call, int64_t index, int count,
+    const cuda::RowSums<true>& sums, DecideShared& shared) {
+  const bool has_top =
+      count > 0 && call.top_tokens != nullptr &&
+      call.top_kind == LogprobKind::kUnfiltered &&
+      count >= min(call.top_columns, shared.plan.num_top_logprobs);
+  if (has_top && threadIdx.x / 32 == 1) {
+    WriteTopCandidates(call, index, sums.bounds.best, shared);
+  }
+  if (threadIdx.x == 64 && call.raw_logprobs != nullptr) {
+    shared.log_raw_total = LogOfMass(sums.raw_total, kMassBits);
+  }
+  return has_top;
+}
+
 // The outputs of a call that may have all of them. Returns what is left to do.
 __device__ __forceinline__ uint32_t FinishRich(
     const SamplerCall& call, int64_t index, Block& block,
@@ -203,54 +224,21 @@ __device__ __forceinline__ const Moments* ReadMoments(const SamplerCall& call,
   return ahead;
 }
 
-// Finds the row's token. Returns the number of candidates for it, -1 if they
-// are many, which leaves the row to all of its blocks; 0 where it needs none.
+// Of a row that no filter changes, if it has any token.
 template <bool kRich>
-__device__ __forceinline__ int Draw(const SamplerCall& call, int64_t index,
-                                    Block& block, Candidates& candidates,
-                                    const TileArrays& arrays, Room room,
-                                    const ThreadEdits& edits, bool tell,
-                                    Followers& followers,
-                                    cuda::RowSums<kRich>& sums,
-                                    DecideShared& shared) {
-  const RowPlan& plan = shared.plan;
+__device__ __forceinline__ void DrawUnfiltered(Block& block,
+                                               const TileArrays& arrays,
+                                               bool is_greedy,
+                                               const cuda::RowSums<kRich>& sums,
+                                               DecideShared& shared) {
   const DecideRow& row = shared.row;
   const float best = sums.bounds.best;
-  const bool is_finite = fabsf(best) < INFINITY;
-  const bool is_filtered = is_finite && !plan.greedy && plan.filtered();
-  const bool is_narrow = is_filtered && cuda::MayBeNarrow(plan, row.vocab);
-  // Whether nothing is left to others once a token is found.
-  if (tell && !is_filtered) followers.Tell(0);
-  sums.has_total = is_finite && (!plan.greedy || call.WantsSums());
-  if (is_narrow && plan.top_n_sigma > 0.0f) {
-    sums.moments = ReadMoments(call, index, room);
-    if (cuda::SigmaIsFirst(plan)) {
-      cuda::WaitForCopies<0>();
-      __syncthreads();
-      if (threadIdx.x < 32) {
-        FindSigmaFloor(sums.moments, sums.bounds, shared);
-      }
-      __syncthreads();
-    }
-  }
-  const bool sums_can_wait = is_narrow && !cuda::TopPIsFirst(plan);
-  if (!sums_can_wait &&
-      (sums.has_total || (kRich && sums.raw_tiles != nullptr))) {
-    sums.Post(block, row, plan, arrays);
-    __syncthreads();
-    sums.Take(block, shared);
-  }
-  if (is_filtered) {
-    if (!is_narrow) return -1;
-    return cuda::DrawFiltered<kRich>(block, candidates, arrays, room, edits,
-                                     tell, followers, sums, shared);
-  }
   if (isnan(best) || best == -INFINITY) {
     if (threadIdx.x == 0) {
       shared.outcome.status =
           isnan(best) ? SampleStatus::kNonFinite : SampleStatus::kNoSupport;
     }
-  } else if (is_finite && !plan.greedy) {
+  } else if (best < INFINITY && !is_greedy) {
     cuda::DrawPlain<kRich>(block, row, arrays, best, sums.total, shared);
   } else {
     if (threadIdx.x == kDecideThreads - 1 && sums.has_total) {
@@ -263,6 +251,52 @@ __device__ __forceinline__ int Draw(const SamplerCall& call, int64_t index,
       shared.outcome.drawn.x = best;
     }
   }
+}
+
+// Finds the row's token. Returns the number of candidates for it, -1 if they
+// are many, which leaves the row to all of its blocks; 0 where it needs none.
+template <bool kRich>
+__device__ __forceinline__ int Draw(const SamplerCall& call, int64_t index,
+                                    Block& block, Candidates& candidates,
+                                    const TileArrays& arrays, Room room,
+                                    const ThreadEdits& edits, bool tell,
+                                    Followers& followers,
+                                    cuda::RowSums<kRich>& sums,
+                                    DecideShared& shared) {
+  const DecideRow& row = shared.row;
+  const float best = sums.bounds.best;
+  const uint32_t kind = shared.kind;
+  const bool is_finite = fabsf(best) < INFINITY;
+  const bool is_greedy = (kind & cuda::kIsGreedy) != 0;
+  const bool is_filtered = is_finite && (kind & cuda::kIsFiltered) != 0;
+  const bool is_narrow = is_filtered && (kind & cuda::kIsNarrow) != 0;
+  // Whether nothing is left to others once a token is found.
+  if (tell && !is_filtered) followers.Tell(0);
+  sums.has_total = is_finite && (!is_greedy || call.WantsSums());
+  if (is_narrow && (kind & (cuda::kSigmaIsFirst | cuda::kSigmaIsLater)) != 0) {
+    sums.moments = ReadMoments(call, index, room);
+    if ((kind & cuda::kSigmaIsFirst) != 0) {
+      cuda::WaitForCopies<0>();
+      __syncthreads();
+      if (threadIdx.x < 32) {
+        FindSigmaFloor(sums.moments, sums.bounds, shared);
+      }
+      __syncthreads();
+    }
+  }
+  const bool sums_can_wait = is_narrow && (kind & cuda::kTopPIsFirst) == 0;
+  if (!sums_can_wait &&
+      (sums.has_total || (kRich && sums.raw_tiles != nullptr))) {
+    sums.Post(block, row, shared.plan, arrays);
+    __syncthreads();
+    sums.Take(block, shared);
+  }
+  if (is_filtered) {
+    if (!is_narrow) return -1;
+    return cuda::DrawFiltered<kRich>(block, candidates, arrays, room, edits,
+                                     tell, followers, sums, shared);
+  }
+  DrawUnfiltered<kRich>(block, arrays, is_greedy, sums, shared);
   return 0;
 }
 
@@ -304,17 +338,7 @@ __device__ __forceinline__ uint32_t Decide(const SamplerCall& call,
                          tell, followers, sums, shared);
   uint32_t tasks = count < 0 ? cuda::kDrawRow : 0;
   if constexpr (kRich) {
-    // While one warp draws.
-    const bool has_top =
-        count > 0 && call.top_tokens != nullptr &&
-        call.top_kind == LogprobKind::kUnfiltered &&
-        count >= min(call.top_columns, shared.plan.num_top_logprobs);
-    if (has_top && threadIdx.x / 32 == 1) {
-      WriteTopCandidates(call, index, sums.bounds.best, shared);
-    }
-    if (threadIdx.x == 64 && call.raw_logprobs != nullptr) {
-      shared.log_raw_total = LogOfMass(sums.raw_total, kMassBits);
-    }
+    const bool has_top = FinishWhileDrawing(call, index, count, sums, shared);
     __syncthreads();
     tasks = FinishRich(call, index, block, arrays, sums.bounds, count, has_top,
                        edits, room, tasks, shared);

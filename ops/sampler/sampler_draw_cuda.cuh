@@ -11,11 +11,40 @@ namespace tenon::cuda {
 // Where top-p comes first, the tokens of so many sub-tiles are tried.
 inline constexpr int kTopPTiles = 48;
 
+// What kind of row one is, as bits: asked of its plan before the summaries are
+// there, for each question takes a while.
+enum RowKind : uint32_t {
+  kIsGreedy = 1u << 0,
+  kIsFiltered = 1u << 1,
+  kIsNarrow = 1u << 2,     // filters may choose from few tokens
+  kTopPIsFirst = 1u << 3,  // it needs the total, and many sub-tiles
+  kMinPIsFirst = 1u << 4,
+  kSigmaIsFirst = 1u << 5,  // the k best are found without top-n-sigma
+  kSigmaIsLater = 1u << 6,
+};
+__device__ __forceinline__ uint32_t KindOf(const RowPlan& plan, int vocab) {
+  const bool top_p_is_first =
+      plan.top_p < 1.0f && !plan.narrowed() && !plan.typical_first();
+  const bool has_sigma = plan.top_n_sigma > 0.0f;
+  uint32_t kind = 0;
+  if (plan.greedy) kind |= kIsGreedy;
+  if (!plan.greedy && plan.filtered()) kind |= kIsFiltered;
+  if (plan.narrowed() || top_p_is_first || plan.min_p_first() ||
+      vocab <= kMaxCandidates) {
+    kind |= kIsNarrow;
+  }
+  if (top_p_is_first) kind |= kTopPIsFirst;
+  if (plan.min_p_first()) kind |= kMinPIsFirst;
+  if (has_sigma) kind |= plan.top_k == 0 ? kSigmaIsFirst : kSigmaIsLater;
+  return kind;
+}
+
 struct DecideShared {
   Block::Scratch block;
   CandidateScratch candidates;
   RowPlan plan;
   RowPlan raw_plan;
+  uint32_t kind;  // RowKind
   DecideRow row;  // one copy: functions that are not inlined take it by address
   DecideRow raw;
   DrawInputs inputs;
@@ -63,6 +92,24 @@ __device__ __forceinline__ int FirstBestToken(const DecideRow& row,
   return min(shared.first_id, row.vocab - 1);
 }
 
+// The masses of sub-tiles [begin, end) together.
+__device__ __forceinline__ uint64_t MassOfTiles(const TileArrays& arrays,
+                                                int begin, int end, int bits) {
+  constexpr int kAtOnce = 4;
+  uint64_t sum = 0;
+  for (int base = begin; base < end; base += kAtOnce) {
+    // Without branches, so that none of them waits for another.
+    uint64_t masses[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      masses[u] = arrays.Mass(min(base + u, end - 1), bits);
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) sum += base + u < end ? masses[u] : 0;
+  }
+  return sum;
+}
+
 // Ends with the one warp that has drawn; the others are ahead of it.
 template <bool kRich>
 __device__ __forceinline__ void DrawPlain(Block& block, const DecideRow& row,
@@ -73,17 +120,7 @@ __device__ __forceinline__ void DrawPlain(Block& block, const DecideRow& row,
   const int each = CeilDiv(row.num_tiles, kDecideThreads);
   const int begin = min(static_cast<int>(threadIdx.x) * each, row.num_tiles);
   const int end = min(begin + each, row.num_tiles);
-  uint64_t own = 0;
-  constexpr int kAtOnce = 4;
-  for (int base = begin; base < end; base += kAtOnce) {
-    uint64_t masses[kAtOnce];
-#pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      masses[u] = arrays.Mass(min(base + u, end - 1), bits);
-    }
-#pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) own += base + u < end ? masses[u] : 0;
-  }
+  const uint64_t own = MassOfTiles(arrays, begin, end, bits);
   uint64_t total;
   const uint64_t upto = block.InclusiveSum(own, &total);
   const uint64_t target = DrawTarget(shared.inputs.numerator, total);
@@ -188,16 +225,6 @@ struct RowSums {
   }
 };
 
-// top-p is the first filter: it needs the row's total, and has many sub-tiles
-// to look at.
-__device__ __forceinline__ bool TopPIsFirst(const RowPlan& plan) {
-  return plan.top_p < 1.0f && !plan.narrowed() && !plan.typical_first();
-}
-// The k best are found without top-n-sigma.
-__device__ __forceinline__ bool SigmaIsFirst(const RowPlan& plan) {
-  return plan.top_n_sigma > 0.0f && plan.top_k == 0;
-}
-
 // By one warp; others see it after a barrier.
 __device__ __forceinline__ void FindSigmaFloor(const Moments* moments,
                                                const TileBounds& bounds,
@@ -205,12 +232,6 @@ __device__ __forceinline__ void FindSigmaFloor(const Moments* moments,
   const float floor =
       SigmaFloor(moments, shared.row.num_tiles, shared.plan, bounds.best);
   if (threadIdx.x % 32 == 0) shared.sigma_floor = floor;
-}
-
-// Whether a row's filters may choose from few tokens.
-__device__ __forceinline__ bool MayBeNarrow(const RowPlan& plan, int vocab) {
-  return plan.top_k != 0 || plan.top_n_sigma > 0.0f || TopPIsFirst(plan) ||
-         plan.min_p_first() || vocab <= kMaxCandidates;
 }
 
 // Finds the tokens that filters choose from; a count of -1 where they may be
@@ -227,10 +248,11 @@ __device__ __forceinline__ Found FindCandidates(
   const RowPlan& plan = shared.plan;
   const DecideRow& row = shared.row;
   const TileBounds& bounds = sums.bounds;
-  const bool top_p_first = TopPIsFirst(plan);
+  const uint32_t kind = shared.kind;
+  const bool top_p_first = (kind & kTopPIsFirst) != 0;
   float floor_value = -INFINITY;
-  if (SigmaIsFirst(plan)) floor_value = shared.sigma_floor;
-  if (plan.min_p_first()) {
+  if ((kind & kSigmaIsFirst) != 0) floor_value = shared.sigma_floor;
+  if ((kind & kMinPIsFirst) != 0) {
     floor_value = fmaxf(floor_value, shared.inputs.MinPThreshold(bounds.best));
   }
   uint32_t floor = kLowestKey;
@@ -244,7 +266,7 @@ __device__ __forceinline__ Found FindCandidates(
     from = max(from, FloorOfBest(candidates, row.num_tiles, bounds,
                                  plan.top_k != 0 ? plan.top_k : kTopPTiles));
   }
-  const bool sigma_waits = plan.top_n_sigma > 0.0f && !SigmaIsFirst(plan);
+  const bool sigma_waits = (kind & kSigmaIsLater) != 0;
   if (sigma_waits) WaitForCopies<0>();  // and the barriers of Collect()
   Found found;
   found.count = candidates.Collect<kRich>(row, from, edits, [&] {
