@@ -314,12 +314,13 @@ __global__ void __launch_bounds__(kDecideThreads, 2)
 }
 
 // The logarithm of how many blocks a row has, in case its filters choose from
-// many tokens: as many as there is room for.
+// many tokens: as many as there is room for and have a sub-tile for each warp.
 int Log2Blocks(const SamplerCall& call) {
   constexpr int64_t kMultiprocessors = 132;
   int log2 = 0;
   if (call.is_hopper) {
     while ((2 << log2) <= cuda::kTeamBlocks &&
+           call.num_tiles >> (log2 + 1) >= cuda::kDecideWarps &&
            (int64_t{call.rows} << (log2 + 1)) <= kMultiprocessors) {
       ++log2;
     }

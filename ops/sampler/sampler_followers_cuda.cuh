@@ -53,8 +53,9 @@ class Followers {
   // What the other blocks are told.
   __device__ __forceinline__ uint32_t Wait() {
 #if TENON_SM90A
-    __syncthreads();  // the barrier is made
-    cuda::Wait(SharedAddress(&scratch_->barrier), 0);
+    // The thread that made the barrier asks for all of the block.
+    if (threadIdx.x == 0) cuda::Wait(SharedAddress(&scratch_->barrier), 0);
+    __syncthreads();
 #endif
     return scratch_->tasks;
   }
