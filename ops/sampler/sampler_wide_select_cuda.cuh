@@ -7,13 +7,41 @@
 
 namespace tenon::cuda {
 
-__device__ __forceinline__ void WidePasses::AddToBin(uint32_t bin,
-                                                     uint64_t weight) {
+// A 64-bit sum in shared memory as two words, the second of which changes less
+// often.
+__device__ __forceinline__ void AddToSum(uint64_t* sum, uint64_t weight) {
+  uint32_t* const words = reinterpret_cast<uint32_t*>(AsShared(sum));
   const uint32_t low = static_cast<uint32_t>(weight);
-  const uint32_t before = atomicAdd(&s().bins[0][bin], low);
+  const uint32_t before = atomicAdd(&words[0], low);
   const uint32_t carry = before + low < before ? 1 : 0;
   const uint32_t high = static_cast<uint32_t>(weight >> 32) + carry;
-  if (high != 0) atomicAdd(&s().bins[1][bin], high);
+  if (high != 0) atomicAdd(&words[1], high);
+}
+
+__device__ __forceinline__ void WidePasses::AddToBins(
+    uint64_t* bins, const uint32_t (&bin)[kIdsPerLane],
+    const uint64_t (&weight)[kIdsPerLane]) {
+  uint32_t lowest = kNoBin;
+  uint32_t highest = 0;
+  uint64_t sum = 0;
+#pragma unroll
+  for (int e = 0; e < kIdsPerLane; ++e) {
+    lowest = min(lowest, bin[e]);
+    highest = max(highest, bin[e] == kNoBin ? 0 : bin[e]);
+    sum += bin[e] == kNoBin ? 0 : weight[e];
+  }
+  lowest = __reduce_min_sync(~0u, lowest);
+  if (lowest == kNoBin) return;
+  // Those of one bin as one: they would take turns at it.
+  if (__reduce_max_sync(~0u, highest) == lowest) {
+    sum = WarpSum64(sum);
+    if (threadIdx.x % 32 == 0) AddToSum(&bins[lowest], sum);
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < kIdsPerLane; ++e) {
+    if (bin[e] != kNoBin) AddToSum(&bins[bin[e]], weight[e]);
+  }
 }
 
 // This block's share of a histogram.
@@ -21,42 +49,62 @@ __device__ __noinline__ inline void WidePasses::FillBins(Measure measure,
                                                          uint32_t lowest,
                                                          uint32_t range,
                                                          int shift) {
-  uint4* const words = reinterpret_cast<uint4*>(s().bins);
+  WideScratch& scratch = s();
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < WideScratch::kBins / 2;
+  for (int i = static_cast<int>(threadIdx.x); i < WideScratch::kBins;
        i += kDecideThreads) {
-    words[i] = {0, 0, 0, 0};
+    scratch.bins[i] = 0;
   }
   __syncthreads();
-  const float best = row_.best;
-  const float scale = plan_.scale;
-  ForEach(
-      false, FloorOf(measure, lowest),
-      [&](float x, int id, bool kept) {
-        const uint32_t offset = KeyOf(measure, x, id) - lowest;
-        const bool active = kept && offset <= range;
-        const uint32_t bin = offset >> shift;
-        const uint32_t low = __reduce_min_sync(~0u, active ? bin : ~0u);
-        if (low == ~0u) return;
-        uint64_t weight = 1;
-        if (!measure.counts) weight = FixedMass(strict::Weight(x, best, scale));
-        // Tokens of one bin, as one: they would take turns at it.
-        if (__reduce_max_sync(~0u, active ? bin : 0) == low) {
-          weight = WarpSum64(active ? weight : 0);
-          if (threadIdx.x % 32 == 0) AddToBin(low, weight);
-        } else if (active) {
-          AddToBin(bin, weight);
-        }
-      },
-      [](int) {});
+  const Weighing weighing = {row_.best, plan_.scale};
+  ForEach(FloorOf(measure, lowest), filled_, [&](const LaneTokens& tokens) {
+    uint32_t bin[kIdsPerLane];
+    uint64_t weight[kIdsPerLane];
+    KeysOf(measure, tokens.x, bin);
+#pragma unroll
+    for (int e = 0; e < kIdsPerLane; ++e) {
+      const uint32_t offset = bin[e] - lowest;
+      bin[e] = offset <= range ? offset >> shift : kNoBin;
+      const uint64_t mass = weighing.Mass(tokens.x[e]);
+      weight[e] = measure.counts ? 1 : mass;
+    }
+    AddToBins(scratch.bins, bin, weight);
+    return true;
+  });
   __syncthreads();
 }
 
-// Adds up all blocks' bins and finds the one, from the last, at which the sum
-// reaches the target, and the sum before it; -1 where it does not. Of a target
-// that is negative: all of the sum but so much.
-__device__ __noinline__ inline int WidePasses::PickBin(uint64_t target,
-                                                       uint64_t* before) {
+// Each `each` neighbouring threads have a sum together. Finds the first of
+// these groups whose sum, added to those before it, reaches the target, and
+// leaves what it takes of that one; -1 where none does. Of a target that is
+// negative: all of the sum but so much. The same on all threads.
+__device__ __noinline__ inline int WidePasses::FindReached(uint64_t sum,
+                                                           int each,
+                                                           uint64_t* target) {
+  WideScratch& scratch = s();
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread == 0) scratch.reached = -1;
+  uint64_t total;
+  const uint64_t upto = team_.InclusiveSum(sum, &total);
+  if (static_cast<int64_t>(*target) < 0) *target += total;
+  const uint64_t upto_last =
+      __shfl_sync(~0u, upto, thread % 32 / each * each + each - 1);
+  const uint64_t before = upto - sum;
+  if (thread % each == 0 && before < *target && *target <= upto_last) {
+    scratch.reached = thread / each;
+    scratch.before_reached = before;
+  }
+  __syncthreads();
+  const int reached = scratch.reached;
+  if (reached >= 0) *target -= scratch.before_reached;
+  __syncthreads();  // before it is used again
+  return reached;
+}
+
+// Adds up the bins of `num_blocks` blocks, all or the own one, and finds the
+// one, from the last, at which the sum reaches the target, as FindReached().
+__device__ __noinline__ inline int WidePasses::PickBin(uint64_t* target,
+                                                       int num_blocks) {
   constexpr int kGroups = WideScratch::kGroups;
   constexpr int kBinsOfGroup = WideScratch::kBinsOfGroup;
   constexpr int kThreadsOfGroup = kDecideThreads / kGroups;
@@ -65,28 +113,11 @@ __device__ __noinline__ inline int WidePasses::PickBin(uint64_t target,
   static_assert(kThreadsOfBin >= kTeamBlocks, "a thread for each block's bin");
   const int thread = static_cast<int>(threadIdx.x);
   WideScratch& scratch = s();
-  const auto in_block = [&](int r, int bin) {
-    return (uint64_t{*team_.In(r, &scratch.bins[1][bin])} << 32) +
-           *team_.In(r, &scratch.bins[0][bin]);
-  };
-  // Of `each` neighbouring threads that have a sum together: whether it takes
-  // the sum of all before it to the target.
-  uint64_t before_own;
-  const auto reaches = [&](uint64_t sum, int each) {
-    uint64_t total;
-    const uint64_t upto = team_.InclusiveSum(sum, &total);
-    if (static_cast<int64_t>(target) < 0) target += total;
-    const int lane = thread % 32;
-    const int first = lane / each * each;
-    before_own = __shfl_sync(~0u, upto - sum, first);
-    const uint64_t upto_last = __shfl_sync(~0u, upto, first + each - 1);
-    return before_own < target && target <= upto_last;
-  };
+  const int first = num_blocks > 1 ? 0 : team_.rank();
   uint64_t sum = 0;
-#pragma unroll 1
+#pragma unroll
   for (int i = 0; i < kBinsOfThread; ++i) {
-    const int bin = thread * kBinsOfThread + i;
-    sum += (uint64_t{scratch.bins[1][bin]} << 32) + scratch.bins[0][bin];
+    sum += scratch.bins[thread * kBinsOfThread + i];
   }
 #pragma unroll
   for (int mask = 1; mask < kThreadsOfGroup; mask *= 2) {
@@ -95,34 +126,24 @@ __device__ __noinline__ inline int WidePasses::PickBin(uint64_t target,
   if (thread % kThreadsOfGroup == 0) {
     scratch.groups[thread / kThreadsOfGroup] = sum;
   }
-  if (thread == 0) scratch.picked = -1;
-  team_.Sync();
+  if (num_blocks > 1) {
+    team_.Sync();
+  } else {
+    __syncthreads();
+  }
   const int group = kGroups - 1 - thread / kThreadsOfGroup;
   sum = 0;
-#pragma unroll 1
-  for (int r = thread % kThreadsOfGroup; r < team_.size();
-       r += kThreadsOfGroup) {
-    sum += *team_.In(r, &scratch.groups[group]);
+  for (int r = thread % kThreadsOfGroup; r < num_blocks; r += kThreadsOfGroup) {
+    sum += *team_.In(first + r, &scratch.groups[group]);
   }
-  if (reaches(sum, kThreadsOfGroup)) {
-    scratch.picked = group;
-    scratch.before_picked = before_own;
-  }
-  __syncthreads();
-  const int picked = scratch.picked;
-  if (picked < 0) return -1;
-  const uint64_t before_group = scratch.before_picked;
-  target -= before_group;
-  const int bin =
-      picked * kBinsOfGroup + kBinsOfGroup - 1 - thread / kThreadsOfBin;
+  const int group_reached = FindReached(sum, kThreadsOfGroup, target);
+  if (group_reached < 0) return -1;
+  const int last = (kGroups - group_reached) * kBinsOfGroup - 1;
   const int r = thread % kThreadsOfBin;
-  if (reaches(r < team_.size() ? in_block(r, bin) : 0, kThreadsOfBin)) {
-    scratch.picked = bin;
-    scratch.before_picked = before_own;
-  }
-  __syncthreads();
-  *before = before_group + scratch.before_picked;
-  return scratch.picked;
+  sum = r < num_blocks
+            ? *team_.In(first + r, &scratch.bins[last - thread / kThreadsOfBin])
+            : 0;
+  return last - FindReached(sum, kThreadsOfBin, target);
 }
 
 // Lists the kept tokens with keys from `lowest` to `highest`, and makes these
@@ -134,29 +155,37 @@ __device__ __noinline__ inline int WidePasses::Gather(Measure measure,
   WideScratch& scratch = s();
   if (threadIdx.x == 0) scratch.num_members = 0;
   __syncthreads();
-  const int lane = static_cast<int>(threadIdx.x % 32);
   const uint32_t low = *lowest;
   const uint32_t range = *highest - low;
   Block::Pair keys = {0, 0};  // of the first of them, the largest and smallest
-  ForEach(
-      false, FloorOf(measure, low),
-      [&](float x, int id, bool kept) {
-        const uint32_t key = KeyOf(measure, x, id);
-        const bool active = kept && key - low <= range;
-        const unsigned lanes = __ballot_sync(~0u, active);
-        if (lanes == 0) return;
-        int at = 0;
-        if (lane == 0) at = atomicAdd(&scratch.num_members, __popc(lanes));
-        at = __shfl_sync(~0u, at, 0) + __popc(lanes & ((1u << lane) - 1));
-        if (!active) return;
-        keys.a = max(keys.a, key);
-        keys.b = max(keys.b, ~key);
-        if (at < WideScratch::kMaxMembers) {
-          scratch.members[at] = CandidateKey(key, id);
-          scratch.member_logits[at] = x;
-        }
-      },
-      [](int) {});
+  ForEach(FloorOf(measure, low), filled_, [&](const LaneTokens& tokens) {
+    unsigned mask = 0;
+    uint32_t key[kIdsPerLane];
+    KeysOf(measure, tokens.x, key);
+#pragma unroll
+    for (int e = 0; e < kIdsPerLane; ++e) {
+      const bool is = key[e] - low <= range;
+      mask |= is ? 1u << e : 0;
+      keys.a = max(keys.a, is ? key[e] : 0);
+      keys.b = max(keys.b, is ? ~key[e] : 0);
+    }
+    if (!__any_sync(~0u, mask != 0)) return true;
+    const int count = __popc(mask);
+    const int upto = WarpInclusiveSum(count);
+    int at = 0;
+    if (threadIdx.x % 32 == 31) at = atomicAdd(&scratch.num_members, upto);
+    at = __shfl_sync(~0u, at, 31) + upto - count;
+#pragma unroll
+    for (int e = 0; e < kIdsPerLane; ++e) {
+      if ((mask >> e & 1) == 0) continue;
+      if (at < WideScratch::kMaxMembers) {
+        scratch.members[at] = CandidateKey(key[e], tokens.id[e]);
+        scratch.member_logits[at] = tokens.x[e];
+      }
+      ++at;
+    }
+    return true;
+  });
   team_.Sync();
   int count = 0;
 #pragma unroll 1
@@ -218,27 +247,18 @@ __device__ __noinline__ inline WidePasses::Selection WidePasses::PickMember(
 __device__ __noinline__ inline WidePasses::Selection WidePasses::Select(
     Measure measure, uint32_t lowest, uint32_t highest, uint64_t target) {
   for (;;) {
-    // Which of them, ids tell sooner.
-    if (lowest == highest && measure.key != Measure::kId) {
-      return {true, lowest, -1, target};
-    }
+    // Which of them, counts by chunk tell sooner.
+    if (lowest == highest) return {true, lowest, -1, target};
     if (!filled_) Fill();
-    const uint32_t range = highest - lowest;
-    if (range != 0) {
-      const int shift = ShiftOf(range);
-      FillBins(measure, lowest, range, shift);
-      uint64_t before;
-      const int bin = PickBin(target, &before);
-      if (bin < 0) {
-        team_.Sync();  // before the next histogram
-        return {};
-      }
-      target -= before;
-      lowest += static_cast<uint32_t>(bin) << shift;
-      highest = min(lowest + ((1u << shift) - 1), highest);
-    } else {
-      team_.Sync();  // before what Gather() leaves is reset
+    const int shift = ShiftOf(highest - lowest);
+    FillBins(measure, lowest, highest - lowest, shift);
+    const int bin = PickBin(&target, team_.size());
+    if (bin < 0) {
+      team_.Sync();  // before the next histogram
+      return {};
     }
+    lowest += static_cast<uint32_t>(bin) << shift;
+    highest = min(lowest + ((1u << shift) - 1), highest);
     const int count = Gather(measure, &lowest, &highest);
     if (count <= WideScratch::kMaxMembers) {
       return PickMember(measure, count, target);
