@@ -110,9 +110,13 @@ Status LaunchType(const AttentionArgs& args, Stream stream) {
 }  // namespace
 
 Status LaunchHopperPrefill(const AttentionArgs& args, Stream stream) {
-  return args.params.q.dtype == DType::kFloat16
-             ? LaunchType<__half>(args, stream)
-             : LaunchType<__nv_bfloat16>(args, stream);
+  AttentionArgs a = args;
+  if (args.plan.widened_keys > 0) {
+    TENON_RETURN_IF_ERROR(LaunchWidenCaches(args, stream, &a.params));
+  }
+  return a.params.q.dtype == DType::kFloat16
+             ? LaunchType<__half>(a, stream)
+             : LaunchType<__nv_bfloat16>(a, stream);
 }
 
 }  // namespace tenon::cuda
