@@ -25,6 +25,10 @@ constexpr int64_t kCpuPassFloats = int64_t{4} << 20;
 // heads of 128. Calls with more are served without one.
 constexpr int64_t kMaxWidenedBytes = int64_t{128} << 20;
 
+// Calls of so few tokens over so few keys do better without that copy, which is
+// a launch of its own.
+constexpr int64_t kFewKeys = 512;
+
 // Leaves room for a tile past the end in 32-bit arithmetic.
 constexpr int64_t kMaxContext = int64_t{1} << 30;
 
@@ -122,11 +126,15 @@ size_t RoundUp(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 // Keys of each sequence in a widened copy; 0 where none is of use.
 int64_t WidenedKeys(const AttentionParams& p) {
-  const bool widens = !OnCpu(p) && p.k_cache.dtype == DType::kFloat8E4M3 &&
-                      SelectAttentionKernel(p) == AttentionKernel::kPrefill &&
-                      CanUseHopperPrefill(p);
+  const int64_t keys = MaxKvLen(p);
+  const bool is_small = keys <= kFewKeys && p.q.shape[0] <= kFewKeys;
+  if (OnCpu(p) || is_small || p.k_cache.dtype != DType::kFloat8E4M3 ||
+      SelectAttentionKernel(p) != AttentionKernel::kPrefill ||
+      !CanUseHopperPrefill(p)) {
+    return 0;
+  }
   constexpr int64_t kUnit = 128;  // a tile
-  return widens ? CeilDiv(MaxKvLen(p), kUnit) * kUnit : 0;
+  return CeilDiv(keys, kUnit) * kUnit;
 }
 
 // K, V, and a block table. More than kMaxWidenedBytes may be any such number.

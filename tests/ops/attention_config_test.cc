@@ -154,11 +154,12 @@ TEST(AttentionConfigTest, WidensFloat8CachesWhereThereIsRoom) {
   EXPECT_EQ(AttentionWorkspaceBytes(p),
             plan.widened_at + 4 * (8064 * 2 * 4 * 128 * 2 + 4));
   size_t previous = 0;
-  for (int32_t max_kv_len : {1, 128, 129, 8000, 16256, 16257, 20000, 40960}) {
+  for (int32_t max_kv_len : {1, 512, 513, 8000, 16256, 16257, 20000, 40960}) {
     p.max_kv_len = max_kv_len;
     EXPECT_GE(AttentionWorkspaceBytes(p), previous) << max_kv_len;
     previous = AttentionWorkspaceBytes(p);
-    EXPECT_EQ(PlanAttention(p).widened_keys > 0, max_kv_len <= 16256);
+    EXPECT_EQ(PlanAttention(p).widened_keys > 0,
+              max_kv_len > 512 && max_kv_len <= 16256);
   }
   p.max_kv_len = 1000;
   const auto widens = [&](auto&& change) {
@@ -170,6 +171,11 @@ TEST(AttentionConfigTest, WidensFloat8CachesWhereThereIsRoom) {
   EXPECT_TRUE(widens([](P&) {}));
   EXPECT_FALSE(widens([](P& p) { p.batch_invariant = true; }));
   EXPECT_FALSE(widens([](P& p) { p.max_query_len = 8; }));
+  EXPECT_FALSE(widens([](P& p) { p.max_kv_len = 512; }));
+  EXPECT_TRUE(widens([](P& p) {
+    p.max_kv_len = 512;
+    p.q.shape[0] = p.out.shape[0] = 513;
+  }));
   EXPECT_FALSE(widens([](P& p) { p.q.shape[2] = 256; }));
 }
 
