@@ -10,6 +10,9 @@
 // three) multiply with wgmma. A row sees tiles of keys that begin at multiples
 // of kKeys, and a tile that is masked for it leaves its state as it is: so its
 // bits do not depend on the rows it shares a tile with.
+//
+// float8 caches are widened ahead, to a copy that all tiles of rows read, or,
+// with the same bits, by the loading warpgroup.
 
 namespace tenon::cuda {
 namespace {

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = blockIdx.x; i < num_seqs * pieces; i += gridDim.x) {
     const int64_t sequence = i / pieces;
     const int64_t queries = NumQueries(p, sequence);
-    if (queries == 0 ||
+    if (queries <= 0 ||
         (args.plan.num_rows > 0 && queries <= kMaxDecodeQueries)) {
       continue;  // not served by tiles
     }
