@@ -75,8 +75,11 @@ size_t AttentionBytes(const Shapes& s) {
   const int64_t dim = s.config.head_dim;
   AttentionParams p;
   p.q = p.out = Shaped(s.dtype(), s.device(), {tokens, s.q_width() / dim, dim});
+  const DType cache_dtype = s.limits.kv_cache_dtype == DType::kInvalid
+                                ? s.dtype()
+                                : s.limits.kv_cache_dtype;
   p.k_cache = p.v_cache =
-      Shaped(s.dtype(), s.device(),
+      Shaped(cache_dtype, s.device(),
              {rows * pages, s.limits.page_size, s.kv_width() / dim, dim});
   p.block_table = Shaped(DType::kInt32, s.device(), {rows, pages});
   p.query_start = Shaped(DType::kInt32, s.device(), {rows + 1});

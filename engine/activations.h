@@ -14,15 +14,16 @@ namespace tenon {
 
 // The largest step that a session runs.
 struct StepLimits {
-  int32_t max_tokens = 0;         // new tokens of all rows together
-  int32_t max_rows = 0;           // sequences in a step
-  int32_t max_logit_rows = 0;     // tokens whose logits are computed
-  int32_t max_context = 0;        // tokens of one sequence
-  int32_t page_size = 0;          // of the KV cache, in tokens
-  int32_t max_pages_per_row = 0;  // columns of the block table
-  int32_t max_logit_edits = 0;    // of all rows together
-  int32_t bitmask_words = 0;      // of a row; 0: rows have no bitmask
-  int32_t max_top_logprobs = 0;   // of a row
+  int32_t max_tokens = 0;                  // new tokens of all rows together
+  int32_t max_rows = 0;                    // sequences in a step
+  int32_t max_logit_rows = 0;              // tokens whose logits are computed
+  int32_t max_context = 0;                 // tokens of one sequence
+  int32_t page_size = 0;                   // of the KV cache, in tokens
+  int32_t max_pages_per_row = 0;           // columns of the block table
+  int32_t max_logit_edits = 0;             // of all rows together
+  int32_t bitmask_words = 0;               // of a row; 0: rows have no bitmask
+  int32_t max_top_logprobs = 0;            // of a row
+  DType kv_cache_dtype = DType::kInvalid;  // kInvalid: that of the weights
 };
 
 // Every intermediate of a step, in one arena that is allocated when the session

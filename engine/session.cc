@@ -167,6 +167,7 @@ StatusOr<std::unique_ptr<Session>> Session::Create(
     impl->limits.bitmask_words = (m.config.vocab_size + 31) / 32;
   }
   impl->limits.max_top_logprobs = o.max_top_logprobs;
+  impl->limits.kv_cache_dtype = c.dtype;
   StatusOr<Activations> activations =
       Activations::Create(m.config, m.weights, impl->limits, o.count_experts,
                           impl->cublas_lt.get(), o.batch_invariant);

@@ -91,7 +91,8 @@ struct AttentionParams {
 Status ValidateAttentionShapes(const AttentionParams& params);
 
 // An upper bound that grows with tokens and max_kv_len; depends on shapes,
-// dtypes, bounds and device alone. 0 for invalid params.
+// dtypes, bounds and device alone. On CUDA, sequences of many queries over
+// float8 caches may take 128 MiB of it. 0 for invalid params.
 size_t AttentionWorkspaceBytes(const AttentionParams& params);
 
 Status Attention(const AttentionParams& params, Stream stream);

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "ops/attention/attention_hopper_prefill.h"
+
 namespace tenon {
 namespace {
 
@@ -18,6 +20,14 @@ constexpr int32_t kMaxTargetParts = 32;
 // Partial results of one pass, in floats.
 constexpr int64_t kCudaPassFloats = int64_t{16} << 20;
 constexpr int64_t kCpuPassFloats = int64_t{4} << 20;
+
+// The most that a widened copy of float8 caches may take: 32k keys of 4 KV
+// heads of 128. Calls with more are served without one.
+constexpr int64_t kMaxWidenedBytes = int64_t{128} << 20;
+
+// Calls of so few tokens over so few keys do better without that copy, which is
+// a launch of its own.
+constexpr int64_t kFewKeys = 512;
 
 // Leaves room for a tile past the end in 32-bit arithmetic.
 constexpr int64_t kMaxContext = int64_t{1} << 30;
@@ -89,6 +99,55 @@ int64_t PassFloats(const AttentionParams& p) {
   return OnCpu(p) ? kCpuPassFloats : kCudaPassFloats;
 }
 
+// What comes ahead of a widened copy.
+size_t PartialBytes(const AttentionParams& p) {
+  const int64_t rows = p.q.shape[0];
+  const int32_t max_kv_len = MaxKvLen(p);
+  AttentionParts parts = SelectParts(p, 1);
+  const int64_t parts_of_one = std::max(1, parts.MaxCount(max_kv_len));
+  if (!OnCpu(p) && parts_of_one == 1) return 0;  // written to `out` at once
+  int64_t parts_of_all = rows * parts_of_one;
+  if (!OnCpu(p) && !p.batch_invariant) {
+    // rows * target < kTargetBlocks / blocks + rows; the right side, unlike the
+    // left, never falls with more rows.
+    parts.target = 1;
+    parts_of_all = std::min(
+        parts_of_all, std::max(CeilDiv(kTargetBlocks, BlocksPerQuery(p)) + rows,
+                               rows * parts.MaxCount(max_kv_len)));
+  }
+  const int64_t all = rows * FloatsPerRow(p) + parts_of_all * FloatsPerPart(p);
+  const int64_t one = FloatsPerRow(p) + parts_of_one * FloatsPerPart(p);
+  return static_cast<size_t>(std::min(all, std::max(one, PassFloats(p)))) *
+         sizeof(float);
+}
+
+// To what the copy engine can address.
+size_t RoundUp(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+// Keys of each sequence in a widened copy; 0 where none is of use.
+int64_t WidenedKeys(const AttentionParams& p) {
+  const int64_t keys = MaxKvLen(p);
+  const bool is_small = keys <= kFewKeys && p.q.shape[0] <= kFewKeys;
+  if (OnCpu(p) || is_small || p.k_cache.dtype != DType::kFloat8E4M3 ||
+      SelectAttentionKernel(p) != AttentionKernel::kPrefill ||
+      !CanUseHopperPrefill(p)) {
+    return 0;
+  }
+  constexpr int64_t kUnit = 128;  // a tile
+  return CeilDiv(keys, kUnit) * kUnit;
+}
+
+// K, V, and a block table. More than kMaxWidenedBytes may be any such number.
+int64_t WidenedBytes(const AttentionParams& p, int64_t keys) {
+  const int64_t num_seqs = p.block_table.shape[0];
+  const int64_t key_bytes = 2 * p.k_cache.shape[2] * p.k_cache.shape[3] *
+                            static_cast<int64_t>(DTypeSize(p.q.dtype));
+  if (num_seqs > kMaxWidenedBytes || num_seqs * keys > kMaxWidenedBytes) {
+    return kMaxWidenedBytes + 1;
+  }
+  return num_seqs * (keys * key_bytes + static_cast<int64_t>(sizeof(int32_t)));
+}
+
 }  // namespace
 
 AttentionKernel SelectAttentionKernel(const AttentionParams& p) {
@@ -121,28 +180,20 @@ AttentionPlan PlanAttention(const AttentionParams& p) {
       FloatsPerRow(p) + plan.max_parts * FloatsPerPart(p);
   plan.rows_per_pass =
       std::clamp<int64_t>(PassFloats(p) / row_floats, 1, kMaxRowsPerPass);
+  const int64_t keys = WidenedKeys(p);
+  if (keys > 0 && WidenedBytes(p, keys) <= kMaxWidenedBytes) {
+    plan.widened_keys = keys;
+    plan.widened_at = RoundUp(PartialBytes(p));
+  }
   return plan;
 }
 
 size_t PlannedWorkspaceBytes(const AttentionParams& p) {
-  const int64_t rows = p.q.shape[0];
-  const int32_t max_kv_len = MaxKvLen(p);
-  AttentionParts parts = SelectParts(p, 1);
-  const int64_t parts_of_one = std::max(1, parts.MaxCount(max_kv_len));
-  if (!OnCpu(p) && parts_of_one == 1) return 0;  // written to `out` at once
-  int64_t parts_of_all = rows * parts_of_one;
-  if (!OnCpu(p) && !p.batch_invariant) {
-    // rows * target < kTargetBlocks / blocks + rows; the right side, unlike the
-    // left, never falls with more rows.
-    parts.target = 1;
-    parts_of_all = std::min(
-        parts_of_all, std::max(CeilDiv(kTargetBlocks, BlocksPerQuery(p)) + rows,
-                               rows * parts.MaxCount(max_kv_len)));
-  }
-  const int64_t all = rows * FloatsPerRow(p) + parts_of_all * FloatsPerPart(p);
-  const int64_t one = FloatsPerRow(p) + parts_of_one * FloatsPerPart(p);
-  return static_cast<size_t>(std::min(all, std::max(one, PassFloats(p)))) *
-         sizeof(float);
+  const size_t bytes = PartialBytes(p);
+  const int64_t keys = WidenedKeys(p);
+  if (keys == 0) return bytes;
+  return RoundUp(bytes) +
+         static_cast<size_t>(std::min(WidenedBytes(p, keys), kMaxWidenedBytes));
 }
 
 }  // namespace tenon

@@ -89,6 +89,11 @@ struct AttentionPlan {
   // Rows whose partial results fit the workspace together. More are served in
   // several passes, which does not change their bits.
   int64_t rows_per_pass = 0;
+  // For kPrefill on Hopper over float8 caches: the keys of each sequence in a
+  // widened copy of them, which lies at widened_at of the workspace. 0: no
+  // copy, which changes no bit.
+  int64_t widened_keys = 0;
+  size_t widened_at = 0;
 };
 
 // Of valid params with at least one token.

@@ -34,6 +34,11 @@ Status LaunchHopperDecodeAttention(const AttentionArgs& args, Stream stream);
 // The same, where CanUseHopperPrefill(), on a GPU of sm_90.
 Status LaunchHopperPrefill(const AttentionArgs& args, Stream stream);
 
+// Copies float8 caches as the plan says (widened_keys > 0); *widened is the
+// call that reads the copy.
+Status LaunchWidenCaches(const AttentionArgs& args, Stream stream,
+                         AttentionParams* widened);
+
 // Blocks over the query heads: x of the grids of rows.
 inline unsigned HeadBlocks(const AttentionParams& p) {
   const int64_t kv_heads = p.k_cache.shape[2];
@@ -59,6 +64,16 @@ __device__ __forceinline__ int32_t ContextLength(const AttentionArgs& args,
   kv_len = min(kv_len, int64_t{args.plan.max_kv_len});
   return static_cast<int32_t>(
       max(int64_t{0}, min(kv_len, kv_len - count + index + 1)));
+}
+
+// Of a sequence, of those that exist.
+__device__ __forceinline__ int64_t NumQueries(const AttentionParams& p,
+                                              int64_t sequence) {
+  const auto* start = p.query_start.As<const int32_t>();
+  const auto token = [&](int64_t s) {
+    return max(int64_t{0}, min(p.q.shape[0], int64_t{start[s]}));
+  };
+  return token(sequence + 1) - token(sequence);
 }
 
 // The sequence that `token` belongs to: the last that starts at or before it.

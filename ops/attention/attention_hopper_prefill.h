@@ -6,9 +6,9 @@
 namespace tenon {
 
 // Whether the kernel for Hopper's wgmma can serve what a plan gives to
-// kPrefill: a pure function of shapes, strides and dtypes. It can where the
-// caches have q's dtype, head_dim is 64 or 128, page_size a multiple of 8, and
-// KV heads of a slot are whole times 64 elements apart.
+// kPrefill: a pure function of shapes, strides and dtypes. It can where
+// head_dim is 64 or 128 (with float8 caches 128), page_size a multiple of 8,
+// and KV heads of a slot are whole times 128 bytes apart.
 bool CanUseHopperPrefill(const AttentionParams& params);
 
 }  // namespace tenon

@@ -39,14 +39,13 @@ class Attender {
 
  private:
   using T = typename S::T;
-  using V = typename S::V;
   using Scores = float[S::kKeys / 2];
   using Weights = uint32_t[S::kKeys / 16][4];
   using Out = float[S::kDim / 2];
   static constexpr int kTurnBarrier = 1;  // and the next
   static constexpr int kGroupBarrier = 3;
-  // Of the largest weight: half precision ends at 2^-24.
-  static constexpr float kWeightExponent = S::kWiden ? 8.0f : 0.0f;
+  // Weights are up to 2 to the power of this.
+  static constexpr float kMaxExponent = 6.0f;
 
   __device__ __forceinline__ void AttendTile(const Tile& tile) {
     const int count = tile.key_tiles;
@@ -54,7 +53,7 @@ class Attender {
     for (int r = 0; r < 2; ++r) {
       length_[r] = cuda::RowLength(p_.args, tile.rows, p_.group,
                                    warp_row_ + lane_ / 4 + 8 * r);
-      max_[r] = -INFINITY;
+      base_[r] = -INFINITY;
       sum_[r] = 0.0f;
     }
     // Tiles from the first one that any of the group's rows sees the end of.
@@ -124,8 +123,10 @@ class Attender {
     cuda::WaitForWgmma<0>();
     ReleaseValues();
     Round(scores, weights);
+    if (__any_sync(~0u, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
 #pragma unroll
-    for (int i = 0; i < S::kDim / 2; ++i) out[i] *= rescale[i / 2 % 2];
+      for (int i = 0; i < S::kDim / 2; ++i) out[i] *= rescale[i / 2 % 2];
+    }
   }
 
   // scores = q * k^T.
@@ -149,7 +150,7 @@ class Attender {
                                               S::kEightBytes, S::kBlockBytes);
 #pragma unroll
     for (int c = 0; c < S::kKeys / 16; ++c) {
-      cuda::WgmmaColumns<V, S::kDim>(out, weights[c],
+      cuda::WgmmaColumns<T, S::kDim>(out, weights[c],
                                      b + c * (2 * S::kEightBytes >> 4));
     }
   }
@@ -173,13 +174,15 @@ class Attender {
     }
   }
 
-  // Turns scores into weights 2^(score * scale - max + kWeightExponent), and
-  // tells by how much what was summed before is to be rescaled.
+  // Turns scores into weights 2^(score * scale - base), and tells by how much
+  // what was summed before is to be rescaled. The base is a largest score, of
+  // now or before: it stays until one is ahead of it by more than kMaxExponent,
+  // so that there is seldom anything to rescale.
   __device__ __forceinline__ void Weigh(Scores& scores, float (&rescale)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float odd = scores[4 + 2 * r];
-      float max = max_[r];
+      float max = -INFINITY;
 #pragma unroll
       for (int j = 0; j < S::kKeys / 2; j += 8) {
         max = fmaxf(max, fmaxf(scores[j + 2 * r], scores[j + 2 * r + 1]));
@@ -188,16 +191,17 @@ class Attender {
       max = fmaxf(max, odd);
       max = fmaxf(max, __shfl_xor_sync(~0u, max, 1));
       max = fmaxf(max, __shfl_xor_sync(~0u, max, 2));
-      // A row without keys so far has no maximum to subtract.
-      const float base = max == -INFINITY ? 0.0f : max * scale_;
-      rescale[r] = cuda::Exp2(max_[r] * scale_ - base);
-      max_[r] = max;
+      const float top = max * scale_;
+      const float kept = top > base_[r] + kMaxExponent ? top : base_[r];
+      // A row without keys so far has no base to subtract.
+      const float base = kept == -INFINITY ? 0.0f : kept;
+      rescale[r] = cuda::Exp2(base_[r] - base);
+      base_[r] = kept;
       float sum = sum_[r] * rescale[r];
-      const float shifted = base - kWeightExponent;
 #pragma unroll
       for (int j = 2 * r; j < S::kKeys / 2; j += 4) {
-        scores[j] = cuda::Exp2(scores[j] * scale_ - shifted);
-        scores[j + 1] = cuda::Exp2(scores[j + 1] * scale_ - shifted);
+        scores[j] = cuda::Exp2(scores[j] * scale_ - base);
+        scores[j + 1] = cuda::Exp2(scores[j + 1] * scale_ - base);
         sum += scores[j] + scores[j + 1];
       }
       sum_[r] = sum;
@@ -209,7 +213,7 @@ class Attender {
                                         Weights& weights) const {
 #pragma unroll
     for (int i = 0; i < S::kKeys / 4; ++i) {
-      weights[i / 4][i % 4] = cuda::Pack<V>(scores[2 * i], scores[2 * i + 1]);
+      weights[i / 4][i % 4] = cuda::Pack<T>(scores[2 * i], scores[2 * i + 1]);
     }
   }
 
@@ -277,10 +281,10 @@ class Attender {
   const float scale_;
   Turn<S::kStages> keys_, values_;
   Turn<S::kQueryBuffers> queries_;
-  // Of this lane's two rows: keys that it attends to; largest score so far; sum
-  // of the weights of this lane's columns.
+  // Of this lane's two rows: keys that it attends to; the base of its weights;
+  // their sum in this lane's columns.
   int32_t length_[2];
-  float max_[2];
+  float base_[2];
   float sum_[2];
 };
 

@@ -10,6 +10,9 @@
 // three) multiply with wgmma. A row sees tiles of keys that begin at multiples
 // of kKeys, and a tile that is masked for it leaves its state as it is: so its
 // bits do not depend on the rows it shares a tile with.
+//
+// float8 caches are widened ahead, to a copy that all tiles of rows read, or,
+// with the same bits, by the loading warpgroup.
 
 namespace tenon::cuda {
 namespace {
@@ -110,9 +113,13 @@ Status LaunchType(const AttentionArgs& args, Stream stream) {
 }  // namespace
 
 Status LaunchHopperPrefill(const AttentionArgs& args, Stream stream) {
-  return args.params.q.dtype == DType::kFloat16
-             ? LaunchType<__half>(args, stream)
-             : LaunchType<__nv_bfloat16>(args, stream);
+  AttentionArgs a = args;
+  if (args.plan.widened_keys > 0) {
+    TENON_RETURN_IF_ERROR(LaunchWidenCaches(args, stream, &a.params));
+  }
+  return a.params.q.dtype == DType::kFloat16
+             ? LaunchType<__half>(a, stream)
+             : LaunchType<__nv_bfloat16>(a, stream);
 }
 
 }  // namespace tenon::cuda

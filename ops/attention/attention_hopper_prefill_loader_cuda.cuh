@@ -2,7 +2,6 @@
 #define TENON_OPS_ATTENTION_ATTENTION_HOPPER_PREFILL_LOADER_CUDA_CUH_
 
 #include <cstdint>
-#include <type_traits>
 
 #include "ops/attention/attention_cuda_rows.cuh"
 #include "ops/core/hopper_cuda.cuh"
@@ -29,9 +28,6 @@ template <class T_, class C, int kDim_, int kGroups_>
 struct Shape {
   using T = T_;
   static constexpr bool kWiden = sizeof(C) == 1;
-  // Of values and weights: half precision holds any float8, and the weights
-  // better than bfloat16.
-  using V = std::conditional_t<kWiden, __half, T>;
   static constexpr int kDim = kDim_;
   // Warpgroups that multiply, 64 rows each; one more loads.
   static constexpr int kGroups = kGroups_;

@@ -123,15 +123,15 @@ class WideningLoader {
         cuda::Wait(shared_.ValuesEmpty(values_.index), values_.parity ^ 1);
         const uint32_t to = shared_.Values(values_.index);
         if (oldest_.rows < S::kRawKeys) {
-          Widen<typename S::V, true>(to);
+          Widen<true>(to);
         } else {
-          Widen<typename S::V, false>(to);
+          Widen<false>(to);
         }
         cuda::Arrive(shared_.ValuesFull(values_.index));
         values_.Next();
       } else {
         cuda::Wait(shared_.KeysEmpty(keys_.index), keys_.parity ^ 1);
-        Widen<typename S::T, false>(shared_.Keys(keys_.index));
+        Widen<false>(shared_.Keys(keys_.index));
         cuda::Arrive(shared_.KeysFull(keys_.index));
         keys_.Next();
       }
@@ -142,7 +142,7 @@ class WideningLoader {
     oldest_buffer_ = 1 - oldest_buffer_;
   }
 
-  // Widens the oldest part to T, at its place in a tile. kCut: zeros after the
+  // Widens the oldest part, at its place in a tile. kCut: zeros after the
   // end of the sequence, where there may be NaN in memory: a weight of zero
   // would not keep that out.
   //
@@ -150,7 +150,7 @@ class WideningLoader {
   // each of two rows. Rows r and r ^ 5 differ in bit 2, so that these are
   // different chunks of 128 bytes in the buffer, and in bit 0, so that their
   // even chunks of 8 elements are in a tile.
-  template <class T, bool kCut>
+  template <bool kCut>
   __device__ __forceinline__ void Widen(uint32_t tile) const {
     const int half = lane_ / 16 ^ (lane_ / 4 % 2) * 5;
     const int chunk = lane_ % 4 + lane_ / 8 % 2 * 4;
@@ -168,7 +168,7 @@ class WideningLoader {
       uint32_t wide[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        wide[j] = cuda::WidenFloat8<T>(
+        wide[j] = cuda::WidenFloat8<typename S::T>(
             static_cast<uint16_t>(words[j / 2] >> (j % 2 * 16)));
       }
       const uint32_t at = to + shared_.ChunkOffset(row, 2 * chunk);

@@ -141,6 +141,44 @@ TEST(AttentionConfigTest, WorkspaceIsEnoughAndNeverShrinks) {
   }
 }
 
+TEST(AttentionConfigTest, WidensFloat8CachesWhereThereIsRoom) {
+  AttentionParams p = ShapeOnly(DeviceType::kCuda, 512, 4, 8000);
+  const size_t without = AttentionWorkspaceBytes(p);
+  EXPECT_EQ(PlanAttention(p).widened_keys, 0);
+  p.k_cache.dtype = p.v_cache.dtype = DType::kFloat8E4M3;
+  const AttentionPlan plan = PlanAttention(p);
+  EXPECT_EQ(plan.widened_keys, 8064);
+  EXPECT_GE(plan.widened_at, without);
+  EXPECT_EQ(plan.widened_at % 256, 0u);
+  // Four sequences, K and V of 4 heads of 128, and a block table.
+  EXPECT_EQ(AttentionWorkspaceBytes(p),
+            plan.widened_at + 4 * (8064 * 2 * 4 * 128 * 2 + 4));
+  size_t previous = 0;
+  for (int32_t max_kv_len : {1, 512, 513, 8000, 16256, 16257, 20000, 40960}) {
+    p.max_kv_len = max_kv_len;
+    EXPECT_GE(AttentionWorkspaceBytes(p), previous) << max_kv_len;
+    previous = AttentionWorkspaceBytes(p);
+    EXPECT_EQ(PlanAttention(p).widened_keys > 0,
+              max_kv_len > 512 && max_kv_len <= 16256);
+  }
+  p.max_kv_len = 1000;
+  const auto widens = [&](auto&& change) {
+    AttentionParams changed = p;
+    change(changed);
+    return PlanAttention(changed).widened_keys > 0;
+  };
+  using P = AttentionParams;
+  EXPECT_TRUE(widens([](P&) {}));
+  EXPECT_FALSE(widens([](P& p) { p.batch_invariant = true; }));
+  EXPECT_FALSE(widens([](P& p) { p.max_query_len = 8; }));
+  EXPECT_FALSE(widens([](P& p) { p.max_kv_len = 512; }));
+  EXPECT_TRUE(widens([](P& p) {
+    p.max_kv_len = 512;
+    p.q.shape[0] = p.out.shape[0] = 513;
+  }));
+  EXPECT_FALSE(widens([](P& p) { p.q.shape[2] = 256; }));
+}
+
 TEST(AttentionConfigTest, InvalidParamsNeedNoWorkspace) {
   AttentionParams p = ShapeOnly(DeviceType::kCpu, 4, 4, 0);
   EXPECT_GT(AttentionWorkspaceBytes(p), 0u);

@@ -203,6 +203,46 @@ TEST_P(AttentionPrefillTest, ChunksGiveTheSameBits) {
   }
 }
 
+// On Hopper, a copy of float8 caches that is widened ahead, or where bounds are
+// too large for one, tiles widened as they are read.
+TEST_P(AttentionPrefillTest, LargeBoundsChangeNoBitOverFloat8) {
+  if (!OnCuda() || dtype() == DType::kFloat32) {
+    GTEST_SKIP() << "tiles are of CUDA and half precision";
+  }
+  for (int64_t page_size : {8, 16, 24, 64, 256}) {
+    for (bool heads_outside : {false, true}) {
+      SCOPED_TRACE(
+          StrCat("pages of ", page_size, ", heads outside ", heads_outside));
+      Shape shape;
+      shape.num_heads = 32;
+      shape.num_kv_heads = 4;
+      shape.head_dim = 128;
+      shape.page_size = page_size;
+      shape.float8_cache = true;
+      shape.heads_outside = heads_outside;
+      shape.sequences = {{37, 300}, {0, 9},   {20, 20},  {130, 515}, {9, 128},
+                         {12, 0},   {64, 64}, {17, 129}, {40, 31}};
+      shape.uncovered_tokens = 3;
+      Problem problem(device(), dtype(), shape);
+      const std::vector<uint8_t> expected = OutBytes(problem);
+      const auto num_seqs = static_cast<int64_t>(shape.sequences.size());
+      const int64_t columns = problem.params().block_table.shape[1];
+      const int64_t wide = (int64_t{1} << 16) / page_size;
+      std::vector<int64_t> entries(num_seqs * wide, 0x7fffffff);
+      const std::vector<int64_t> used = problem.TableEntries();
+      for (int64_t s = 0; s < num_seqs; ++s) {
+        std::copy_n(&used[s * columns], columns, &entries[s * wide]);
+      }
+      TestTensor table = TestTensor::FromIntegers(device(), DType::kInt32,
+                                                  {num_seqs, wide}, entries);
+      problem.params().block_table = table.view();
+      ASSERT_EQ(OutBytes(problem), expected);
+      ASSERT_EQ(problem.out().NumStrayWrites(), 0);
+      ASSERT_EQ(problem.workspace().NumStrayWrites(), 0);
+    }
+  }
+}
+
 // A key or a value that is not a number shows in all queries that attend to it;
 // those far before it do not see it.
 TEST_P(AttentionPrefillTest, NanInTheCacheShows) {
