@@ -76,9 +76,10 @@ struct Shape {
   static constexpr int kWeightBytes = kGroups * 2 * kBlockBytes;
   static constexpr int kTokenBytes = kTokens * 128;
   static constexpr int kStageBytes = kWeightBytes + kTokenBytes;
-  // Scales of a stage, of its tokens. Narrow: then one for each block of
-  // weights, which would be late if it were read when it is needed.
-  static constexpr int kWeightScales = kFp8 && !kWide ? kGroups * 2 : 0;
+  // Scales of a stage, of its tokens, then those of its weights, which would be
+  // late if they were read when they are needed: one for each block; wide, for
+  // each two blocks.
+  static constexpr int kWeightScales = !kFp8 ? 0 : kWide ? 2 : kGroups * 2;
   static constexpr int kScaleBytes =
       kFp8 ? (kTokens + kWeightScales + 3) / 4 * 16 : 0;
   // Results on their way out, of a warpgroup. Narrow: buffers of kOutTokens
@@ -117,11 +118,11 @@ struct Shape {
   static constexpr int kFullArrivals =
       1 + kWeightScales +
       (kGateUp ? kTokenThreads : (kFp8 ? 1 + kTokenThreads : 1));
-  // At an empty one: every thread that read scales there; or, where only wgmma
-  // reads, one for each warp; of a pair, one for each warp of both blocks.
-  static constexpr int kEmptyArrivals = kGroups * (kPaired ? 2 * 4
-                                                   : kFp8  ? 128
-                                                           : 4);
+  // At an empty one: one for each warp, of a pair for each warp of both blocks;
+  // narrow, fp8: every thread, as each reads scales there.
+  static constexpr int kEmptyArrivals = kGroups * (kPaired          ? 2 * 4
+                                                   : kFp8 && !kWide ? 128
+                                                                    : 4);
 };
 
 #if TENON_SM90A
@@ -276,9 +277,9 @@ class Ring {
   __device__ __forceinline__ uint32_t Scales(int stage) const {
     return shared_ + S::kScalesAt + stage * S::kScaleBytes;
   }
-  // Of a block of weights of the stage.
-  __device__ __forceinline__ uint32_t WeightScale(int stage, int block) const {
-    return Scales(stage) + (S::kTokens + block) * 4;
+  // The one with that number of the stage's scales of weights.
+  __device__ __forceinline__ uint32_t WeightScale(int stage, int index) const {
+    return Scales(stage) + (S::kTokens + index) * 4;
   }
   __device__ __forceinline__ uint32_t Out(int group) const {
     return shared_ + S::kOutAt + group * S::kOutBytes;
@@ -426,11 +427,13 @@ class Loader : private Ring<S> {
     }
   }
 
-  // The scales along the depth of the block of weights that this lane has to
-  // fetch them of; null where there is none.
+  // The scales along the depth of the weights that this lane has to fetch them
+  // of; null where there is none.
   __device__ __forceinline__ const float* WeightScales(const Tile& tile) const {
     if constexpr (S::kWeightScales > 0) {
-      const int row = tile.row + (S::kGateUp ? lane_ / 2 : lane_) * 64;
+      const int block = S::kWide ? (S::kGateUp ? 0 : lane_ * 2)
+                                 : (S::kGateUp ? lane_ / 2 : lane_);
+      const int row = tile.row + block * 64;
       if (lane_ < S::kWeightScales) {
         return BlockScales(p_, tile.expert, row, lane_ % 2);
       }

@@ -50,12 +50,13 @@ class MultiplierBase : protected Ring<S> {
 
   // The thread is done with a stage; see Shape::kEmptyArrivals.
   __device__ __forceinline__ void Release(int stage) const {
+    constexpr bool kByWarp = S::kEmptyArrivals < 128 * S::kGroups;
     const uint32_t empty = this->Empty(stage);
+    if (S::kFp8 && kByWarp) __syncwarp();  // scales are read
     if constexpr (S::kPaired) {
-      if (S::kFp8) __syncwarp();  // scales are read
       if (lane_ < 2) cuda::ArriveInCluster(cuda::ClusterAddress(empty, lane_));
     } else {
-      if (S::kFp8 || lane_ == 0) cuda::Arrive(empty);
+      if (!kByWarp || lane_ == 0) cuda::Arrive(empty);
     }
   }
   // Goes on past the stages of a tile without tokens.

@@ -26,6 +26,9 @@ class WideMultiplier : private MultiplierBase<S> {
     Stage<kStages> stage;
     Tile tile;
     while (NextTile(&tile)) {
+      if (group_ == 1 && tile.count > 0 && IsStaggered()) {
+        cuda::SyncThreads(kStartBarrier, 256);
+      }
       if (group_ * 64 < tile.count) {
         MultiplyTile(tile, &stage);
       } else {
@@ -47,6 +50,7 @@ class WideMultiplier : private MultiplierBase<S> {
   using MultiplierBase<S>::SkipTile;
   using MultiplierBase<S>::SlotOf;
   using MultiplierBase<S>::Release;
+  using MultiplierBase<S>::WeightScale;
   using MultiplierBase<S>::p_;
   using MultiplierBase<S>::lane_;
   using MultiplierBase<S>::group_;
@@ -87,33 +91,29 @@ class WideMultiplier : private MultiplierBase<S> {
     }
   }
 
-  // The operands of a stage: this group's tokens; weights, the second block
-  // kCols rows further on.
-  struct Operands {
-    uint64_t a, b;
-  };
-  __device__ __forceinline__ Operands
-  WaitFor(const Stage<kStages>& stage) const {
+  __device__ __forceinline__ void WaitFor(const Stage<kStages>& stage) const {
     cuda::Wait(Full(stage.index), stage.parity);
     if (S::kGateUp) cuda::FenceAsyncProxy();  // tokens came by cp.async
-    return {cuda::MatrixDescriptor(Tokens(stage.index) + group_ * 64 * 128),
-            cuda::MatrixDescriptor(Weights(stage.index))};
   }
-  static constexpr uint64_t kNextBlock = kCols * 128 >> 4;
+  // From the first kCols rows of weights of a stage to the others.
+  static constexpr uint32_t kNextBlock = kCols * 128 >> 4;
 
   __device__ __forceinline__ void AddProducts(Stage<kStages>* stage,
                                               Accumulators& acc) const {
     int previous = 0;
 #pragma unroll 1
     for (int step = 0; step < p_.depth_steps; ++step) {
-      const Operands operands = WaitFor(*stage);
+      WaitFor(*stage);
+      const uint64_t tokens =
+          cuda::MatrixDescriptor(Tokens(stage->index) + group_ * 64 * 128);
+      const uint64_t weights = cuda::MatrixDescriptor(Weights(stage->index));
       cuda::FenceWgmma();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
 #pragma unroll
         for (int q = 0; q < 2; ++q) {
-          cuda::Wgmma<T, kCols>(acc[q], operands.a + 2 * k,
-                                operands.b + q * kNextBlock + 2 * k, true);
+          cuda::Wgmma<T, kCols>(acc[q], tokens + 2 * k,
+                                weights + q * kNextBlock + 2 * k, true);
         }
       }
       cuda::CommitWgmma();
@@ -126,49 +126,86 @@ class WideMultiplier : private MultiplierBase<S> {
     Release(previous);
   }
 
-  // fp8: each step is a block of the scales.
+  // The lower word of a descriptor, which is all that they differ in. It is the
+  // same in all lanes, and the compiler knows: descriptors are made by
+  // instructions of the warp, not of its lanes.
+  static __device__ __forceinline__ uint32_t LowWord(uint32_t shared) {
+    return __shfl_sync(
+        ~0u, static_cast<uint32_t>(cuda::MatrixDescriptor(shared)), 0);
+  }
+  static __device__ __forceinline__ uint64_t Descriptor(uint32_t low) {
+    constexpr uint32_t kHighWord = 0x40000040;
+    return uint64_t{kHighWord} << 32 | low;
+  }
+
+  // fp8: each step is a block of the scales, which are read while the first
+  // product is made. Between two products of a warpgroup there is time for the
+  // scaling and hardly more before the tensor cores have nothing to do.
   __device__ __forceinline__ void AddScaledProducts(const Tile& tile,
                                                     Stage<kStages>* stage,
                                                     Accumulators& acc) const {
-    const float* scales[2];
-#pragma unroll
-    for (int q = 0; q < 2; ++q) {
-      scales[q] = BlockScales(p_, tile.expert, FirstRow(tile, q), q);
-    }
+    const bool has_blocks = p_.weight_scales[0].block_rows > 1;
 #pragma unroll 1
     for (int step = 0; step < p_.depth_steps; ++step) {
-      const float scale[2] = {scales[0] != nullptr ? scales[0][step] : 1.0f,
-                              scales[1] != nullptr ? scales[1][step] : 1.0f};
-      const Operands operands = WaitFor(*stage);
-      const uint32_t token_scales = Scales(stage->index);
-      const float token_scale[2] = {
-          cuda::LoadShared<float>(token_scales + TokenOf(0) * 4),
-          cuda::LoadShared<float>(token_scales + TokenOf(1) * 4)};
+      WaitFor(*stage);
+      const uint32_t tokens = LowWord(Tokens(stage->index) + group_ * 64 * 128);
+      const uint32_t weights = LowWord(Weights(stage->index));
+      float scales[2][2];
 #pragma unroll
       for (int q = 0; q < 2; ++q) {
         float products[kCols / 2];
         cuda::FenceWgmma();
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          cuda::Wgmma<T, kCols>(products, operands.a + 2 * k,
-                                operands.b + q * kNextBlock + 2 * k, k > 0);
+          cuda::Wgmma<T, kCols>(products, Descriptor(tokens + 2 * k),
+                                Descriptor(weights + q * kNextBlock + 2 * k),
+                                k > 0);
         }
         cuda::CommitWgmma();
+        if (q == 0) LoadScales(stage->index, has_blocks, scales);
         cuda::WaitForWgmma<0>();
         if (q == 1) Release(stage->index);
-        const float s0 = token_scale[0] * scale[q];
-        const float s1 = token_scale[1] * scale[q];
-#pragma unroll
-        for (int i = 0; i < kCols / 2; i += 4) {
-          acc[q][i] = fmaf(products[i], s0, acc[q][i]);
-          acc[q][i + 1] = fmaf(products[i + 1], s0, acc[q][i + 1]);
-          acc[q][i + 2] = fmaf(products[i + 2], s1, acc[q][i + 2]);
-          acc[q][i + 3] = fmaf(products[i + 3], s1, acc[q][i + 3]);
-        }
+        AddScaled(products, scales[q], acc[q]);
       }
       stage->Next();
+      if (step == 0 && group_ == 0 && IsStaggered()) {
+        cuda::ArriveThreads(kStartBarrier, 256);
+      }
     }
     ScaleRows(tile, acc);
+  }
+
+  // fp8: the second warpgroup begins a tile when the first one is done with its
+  // first step. In step with each other both would wait for products, and scale
+  // them, and write results, at the same time. With fewer steps than stages the
+  // first one could be a tile ahead.
+  static constexpr int kStartBarrier = 1;
+  __device__ __forceinline__ bool IsStaggered() const {
+    return S::kFp8 && p_.depth_steps >= kStages;
+  }
+
+  // Of both products, for the lane's two tokens.
+  __device__ __forceinline__ void LoadScales(int stage, bool has_blocks,
+                                             float (&scales)[2][2]) const {
+    const float tokens[2] = {
+        cuda::LoadShared<float>(Scales(stage) + TokenOf(0) * 4),
+        cuda::LoadShared<float>(Scales(stage) + TokenOf(1) * 4)};
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+      const float stored = cuda::LoadShared<float>(WeightScale(stage, q));
+      const float weights = has_blocks ? stored : 1.0f;
+      scales[q][0] = tokens[0] * weights;
+      scales[q][1] = tokens[1] * weights;
+    }
+  }
+
+  static __device__ __forceinline__ void AddScaled(
+      const float (&products)[kCols / 2], const float (&scales)[2],
+      float (&sums)[kCols / 2]) {
+#pragma unroll
+    for (int i = 0; i < kCols / 2; ++i) {
+      sums[i] = fmaf(products[i], scales[i / 2 % 2], sums[i]);
+    }
   }
 
   // First row of weights of product q.
