@@ -169,6 +169,18 @@ inline std::vector<int64_t> RandomIds(int64_t count, int64_t num_experts,
   return UniformIntegers(count, seed, 0, num_experts - 1);
 }
 
+// Tokens with top_k random experts each.
+inline Problem RandomProblem(int64_t tokens, int64_t top_k, int64_t num_experts,
+                             int64_t rows, int64_t cols) {
+  Problem problem;
+  problem.num_experts = num_experts;
+  problem.rows = rows;
+  problem.cols = cols;
+  problem.ids = RandomIds(tokens * top_k, num_experts);
+  problem.slots_per_row = top_k;
+  return problem;
+}
+
 inline std::vector<int64_t> AllSlots(int64_t count) {
   std::vector<int64_t> slots(static_cast<size_t>(count));
   for (int64_t i = 0; i < count; ++i) slots[i] = i;

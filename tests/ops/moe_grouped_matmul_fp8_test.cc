@@ -14,23 +14,12 @@ class MoeGroupedMatmulFp8Test : public Fixture {};
 
 TEST_P(MoeGroupedMatmulFp8Test, MatchesReference) {
   for (Experts experts : kScalings) {
-    for (const auto& [tokens, top_k, num_experts, rows, cols] :
-         std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>>{
-             {1, 1, 1, 9, 1},
-             {1, 8, 16, 64, 192},
-             {3, 2, 5, 13, 7},
-             {13, 8, 16, 40, 192},
-             {111, 1, 3, 130, 72},
-             {40, 4, 16, 65, 111},
-             {30, 2, 2, 272, 640},
-             {70, 4, 2, 96, 200},
-             {150, 2, 2, 136, 64}}) {
-      Problem problem;
-      problem.num_experts = num_experts;
-      problem.rows = rows;
-      problem.cols = cols;
-      problem.ids = RandomIds(tokens * top_k, num_experts);
-      problem.slots_per_row = top_k;
+    for (Problem problem :
+         {RandomProblem(1, 1, 1, 9, 1), RandomProblem(1, 8, 16, 64, 192),
+          RandomProblem(3, 2, 5, 13, 7), RandomProblem(13, 8, 16, 40, 192),
+          RandomProblem(111, 1, 3, 130, 72), RandomProblem(40, 4, 16, 65, 111),
+          RandomProblem(30, 2, 2, 272, 640), RandomProblem(70, 4, 2, 96, 200),
+          RandomProblem(150, 2, 2, 136, 64)}) {
       problem.experts = experts;
       ExpectMatches(problem);
       problem.slots_per_row = 1;
@@ -104,12 +93,7 @@ TEST_P(MoeGroupedMatmulFp8Test, RowsDoNotDependOnOthers) {
 }
 
 TEST_P(MoeGroupedMatmulFp8Test, SameCallSameBits) {
-  Problem problem;
-  problem.num_experts = 9;
-  problem.rows = 136;
-  problem.cols = 192;
-  problem.ids = RandomIds(129 * 4, 9);
-  problem.slots_per_row = 4;
+  Problem problem = RandomProblem(129, 4, 9, 136, 192);
   problem.experts = Experts::kFp8Blocks;
   ExpectSameBitsAgain(problem);
 }

@@ -40,22 +40,11 @@ TEST_P(MoeGroupedMatmulTest, Acceptance17_SeedCase) {
 }
 
 TEST_P(MoeGroupedMatmulTest, Acceptance17_MatchesReference) {
-  for (const auto& [tokens, top_k, experts, rows, cols] :
-       std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>>{
-           {1, 1, 1, 1, 1},
-           {1, 8, 160, 64, 192},
-           {3, 2, 5, 13, 7},
-           {13, 8, 160, 40, 192},
-           {111, 1, 3, 130, 72},
-           {111, 8, 16, 65, 111},
-           {70, 4, 2, 96, 200},
-           {500, 2, 2, 136, 64}}) {
-    Problem problem;
-    problem.num_experts = experts;
-    problem.rows = rows;
-    problem.cols = cols;
-    problem.ids = RandomIds(tokens * top_k, experts);
-    problem.slots_per_row = top_k;
+  for (Problem problem :
+       {RandomProblem(1, 1, 1, 1, 1), RandomProblem(1, 8, 160, 64, 192),
+        RandomProblem(3, 2, 5, 13, 7), RandomProblem(13, 8, 160, 40, 192),
+        RandomProblem(111, 1, 3, 130, 72), RandomProblem(111, 8, 16, 65, 111),
+        RandomProblem(70, 4, 2, 96, 200), RandomProblem(500, 2, 2, 136, 64)}) {
     ExpectMatches(problem);
     problem.slots_per_row = 1;
     problem.bias = problem.routing = true;
@@ -165,13 +154,7 @@ TEST_P(MoeGroupedMatmulTest, Acceptance17_UnequalLoads) {
 }
 
 TEST_P(MoeGroupedMatmulTest, Acceptance17_SameCallSameBits) {
-  Problem problem;
-  problem.num_experts = 9;
-  problem.rows = 136;
-  problem.cols = 192;
-  problem.ids = RandomIds(129 * 4, 9);
-  problem.slots_per_row = 4;
-  ExpectSameBitsAgain(problem);
+  ExpectSameBitsAgain(RandomProblem(129, 4, 9, 136, 192));
 }
 
 INSTANTIATE_TEST_SUITE_P(Targets, MoeGroupedMatmulTest,
