@@ -20,7 +20,10 @@ namespace {
 
 using linear_fp8::PackedX;
 
-constexpr int kSlices = 4;  // of the depth: the blocks of a cluster
+constexpr int kMaxSlices = 4;
+// Up to this depth, in blocks of 128, two blocks share it: then they have half
+// of x each, and half as many sums to exchange as four would.
+constexpr int kBlocksOfTwoSlices = 16;
 constexpr int kTeams = 2;
 constexpr int kTeamThreads = 128;
 constexpr int kMultiplyThreads = kTeams * kTeamThreads;
@@ -37,9 +40,10 @@ constexpr int kInFlightBytes = 64 * 1024;
 struct Args {
   linear_stream::Args linear;
   PackedX x;
+  int slices;  // of the depth: the blocks of a cluster
   int blocks;  // of 128 columns
   int passes;  // over the depth, of kTeams * kCols rows of weight
-  // Tokens that a block finishes: 8 or 16.
+  // Tokens that a block finishes: whole eights.
   int finished;
   int stages, in_flight;
   // Floats from token to token of what a block receives.
@@ -58,18 +62,14 @@ struct Barriers {
   uint64_t received;
 };
 
-__host__ __device__ __forceinline__ int SliceBegin(int blocks, int slice) {
-  return blocks * slice / kSlices;
-}
-
 // `passes`: of a cluster.
 __host__ __device__ __forceinline__ Layout MakeLayout(const Args& a, int cols,
                                                       int passes) {
-  const int blocks = (a.blocks + kSlices - 1) / kSlices;
+  const int blocks = (a.blocks + a.slices - 1) / a.slices;
   Layout l;
   l.ring = blocks * a.x.rows * kBlockBytes;
   l.received = l.ring + a.stages * cols * kBlockBytes;
-  l.x_scales = l.received + kSlices * a.finished * a.received_pitch * 4;
+  l.x_scales = l.received + a.slices * a.finished * a.received_pitch * 4;
   l.weight_scales = l.x_scales + blocks * a.x.rows * 4;
   l.barriers = l.weight_scales + blocks * passes * kTeams * cols / 8 * 4;
   l.barriers = (l.barriers + 7) / 8 * 8;
@@ -89,11 +89,11 @@ using linear_stream::SyncMultiplying;
 // What a block has to do.
 struct Work {
   __device__ __forceinline__ explicit Work(const Args& a) {
-    rank = blockIdx.x % kSlices;
-    cluster = blockIdx.x / kSlices;
-    clusters = gridDim.x / kSlices;
-    begin = SliceBegin(a.blocks, rank);
-    blocks = SliceBegin(a.blocks, rank + 1) - begin;
+    rank = blockIdx.x % a.slices;
+    cluster = blockIdx.x / a.slices;
+    clusters = gridDim.x / a.slices;
+    begin = a.blocks * rank / a.slices;
+    blocks = a.blocks * (rank + 1) / a.slices - begin;
     passes = (a.passes - cluster + clusters - 1) / clusters;
   }
 
@@ -309,7 +309,7 @@ __device__ __forceinline__ void SendSums(const Args& a, const Work& work,
   for (int half = 0; half < 2; ++half) {
     const int first = threadIdx.x % kTeamThreads / 32 * 16 + half * 8;
     const int block = first / a.finished;
-    if (block >= kSlices) continue;
+    if (block >= a.slices) continue;
     const int row = work.rank * a.finished + first % a.finished + lane / 4;
     const uint32_t to = cuda::ClusterAddress(
         received + (row * a.received_pitch + col) * 4, block);
@@ -352,7 +352,8 @@ __device__ __forceinline__ void Finish(const Args& a, const Work& work,
         if (!outputs[i].exists) continue;
         float sum = sums[begin + 32 * i];
 #pragma unroll
-        for (int s = 1; s < kSlices; ++s) {
+        for (int s = 1; s < kMaxSlices; ++s) {
+          if (s >= a.slices) break;
           sum = __fadd_rn(sum, sums[s * slice + begin + 32 * i]);
         }
         outputs[i].Store(a.linear, sum);
@@ -380,7 +381,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) char memory[];
   const Work work(a);
   const Layout layout = MakeLayout(
-      a, kCols, cuda::CeilDiv(a.passes, static_cast<int>(gridDim.x) / kSlices));
+      a, kCols,
+      cuda::CeilDiv(a.passes, static_cast<int>(gridDim.x) / a.slices));
   auto& barriers = *reinterpret_cast<Barriers*>(memory + layout.barriers);
   if (!a.linear.weights_are_constant) cuda::WaitForPreviousKernels();
   if (threadIdx.x == kMultiplyThreads) {
@@ -396,7 +398,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     cuda::FenceBarrierInit();
     cuda::ArriveExpectBytes(
         At(barriers.received),
-        kSlices * a.finished * work.passes * kTeams * kCols * 4);
+        a.slices * a.finished * work.passes * kTeams * kCols * 4);
   }
   __syncthreads();
   ArriveAtCluster();
@@ -462,7 +464,7 @@ Plan MakePlan(Args* a, int most_clusters) {
   plan.clusters = cuda::CeilDiv(plan.passes, passes);
   a->passes = plan.passes;
   a->received_pitch = (passes * kTeams * plan.cols + 31) / 32 * 32 + 8;
-  const int blocks = cuda::CeilDiv(a->blocks, kSlices);
+  const int blocks = cuda::CeilDiv(a->blocks, a->slices);
   const int stage = plan.cols * kBlockBytes;
   a->stages = 0;
   const Layout fixed = MakeLayout(*a, plan.cols, passes);
@@ -481,12 +483,12 @@ Plan MakePlan(Args* a, int most_clusters) {
 
 // A launch in clusters.
 struct ClusterLaunch {
-  ClusterLaunch(Stream stream, int clusters, int shared_bytes)
+  ClusterLaunch(Stream stream, int slices, int clusters, int shared_bytes)
       : config(cuda::LaunchConfig(
-            stream, dim3(static_cast<unsigned>(clusters * kSlices)),
+            stream, dim3(static_cast<unsigned>(clusters * slices)),
             dim3(kThreads), static_cast<size_t>(shared_bytes))) {
     attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim.x = kSlices;
+    attributes[0].val.clusterDim.x = static_cast<unsigned>(slices);
     attributes[0].val.clusterDim.y = 1;
     attributes[0].val.clusterDim.z = 1;
     attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -505,7 +507,7 @@ template <class T, int kCols>
 Status Launch(const Args& a, const Plan& plan, const CUtensorMap& weight,
               Stream stream) {
   const ClusterLaunch launch(
-      stream, plan.clusters,
+      stream, a.slices, plan.clusters,
       std::max(plan.bytes, linear_stream::kMinSharedBytes));
   return cuda::LaunchWithConfig("Linear", launch.config,
                                 Fp8ClusterKernel<T, kCols>, a, weight);
@@ -530,9 +532,9 @@ Status Launch(const Args& a, const Plan& plan, const CUtensorMap& weight,
 
 // How many clusters run side by side: multiprocessors come in parts of a GPU
 // that are not multiples of a cluster, and differ from one to the next.
-Status MostClusters(int* clusters) {
+Status MostClusters(int slices, int* clusters) {
   auto* const kernel = Fp8ClusterKernel<__nv_bfloat16, 40>;
-  ClusterLaunch launch(Stream(), 1, linear_stream::kMaxSharedBytes);
+  ClusterLaunch launch(Stream(), slices, 1, linear_stream::kMaxSharedBytes);
   launch.config.numAttrs = 1;
   TENON_RETURN_IF_ERROR(cuda::ToStatus(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -544,12 +546,13 @@ Status MostClusters(int* clusters) {
 }
 
 Status Prepare(const LinearParams& p, Args* a, Plan* plan) {
-  int most_clusters = 0;
-  TENON_RETURN_IF_ERROR(MostClusters(&most_clusters));
   a->linear = linear_stream::MakeArgs(p, 1);
   a->blocks = static_cast<int>(p.x.shape[1] / kFp8GroupSize);
+  a->slices = a->blocks <= kBlocksOfTwoSlices ? 2 : kMaxSlices;
   a->x.rows = static_cast<int>((p.x.shape[0] + 7) / 8 * 8);
-  a->finished = a->x.rows > 8 * kSlices ? 16 : 8;
+  a->finished = cuda::CeilDiv(a->x.rows, 8 * a->slices) * 8;
+  int most_clusters = 0;
+  TENON_RETURN_IF_ERROR(MostClusters(a->slices, &most_clusters));
   *plan = MakePlan(a, std::max(1, most_clusters));
   return Status();
 }
@@ -564,7 +567,7 @@ bool LinearFp8Clusters(const LinearParams& p) {
          !p.batch_invariant && tokens > kLinearFp8QuantizingTokens &&
          tokens <= kLinearFewFp8Tokens && !p.terms.present() &&
          p.x.dtype != DType::kFloat32 && p.x.shape[1] % kFp8GroupSize == 0 &&
-         p.x.shape[1] >= kSlices * kFp8GroupSize &&
+         p.x.shape[1] >= kMaxSlices * kFp8GroupSize &&
          cuda::RowsAreWholeChunks(p.x) && cuda::RowsAreWholeChunks(p.weight) &&
          (!p.norm.present() || linear_fp8::PackTakesNorm(p)) &&
          cuda::IsHopper(p.x.device) && Prepare(p, &a, &plan).ok() &&
