@@ -177,15 +177,25 @@ Status MostClusters(int slices, int* clusters) {
       "Linear");
 }
 
+// Two blocks have half as many sums to exchange as four, but more of x to read,
+// and longer sums. Measured.
+int Slices(int blocks, int64_t out_features) {
+  const int most = out_features >= 4096 ? 16 : 8;
+  return blocks <= most ? 2 : kMaxSlices;
+}
+
 Status Prepare(const LinearParams& p, Args* a, Plan* plan) {
   a->linear = linear_stream::MakeArgs(p, 1);
   a->blocks = static_cast<int>(p.x.shape[1] / kFp8GroupSize);
-  a->slices = a->blocks <= kBlocksOfTwoSlices ? 2 : kMaxSlices;
+  a->slices = Slices(a->blocks, p.weight.shape[0]);
   a->x.rows = static_cast<int>((p.x.shape[0] + 7) / 8 * 8);
   a->finished = cuda::CeilDiv(a->x.rows, 8 * a->slices) * 8;
   int most_clusters = 0;
   TENON_RETURN_IF_ERROR(MostClusters(a->slices, &most_clusters));
-  *plan = MakePlan(a, std::max(1, most_clusters));
+  if (most_clusters < 1) {
+    return UnavailableError("Linear: no cluster of blocks fits the GPU");
+  }
+  *plan = MakePlan(a, most_clusters);
   return Status();
 }
 
@@ -224,10 +234,13 @@ Status LinearFp8Cluster(const LinearParams& p, Stream stream) {
   const LinearFp8Workspace workspace = CutLinearFp8Workspace(p, nullptr);
   a.x.q = workspace.q;
   a.x.scales = workspace.scales;
+  // The distance of rows of which there is one may be anything.
+  const int64_t rows = p.weight.shape[0];
+  const int64_t stride = rows > 1 ? p.weight.stride[0] : p.weight.shape[1];
   CUtensorMap weight;
-  TENON_RETURN_IF_ERROR(cuda::MakeTensorMap(
-      "Linear", p.weight.dtype, p.weight.data, 1, 0, p.weight.shape[0],
-      p.weight.stride[0], p.weight.shape[1], plan.cols, &weight));
+  TENON_RETURN_IF_ERROR(
+      cuda::MakeTensorMap("Linear", p.weight.dtype, p.weight.data, 1, 0, rows,
+                          stride, p.weight.shape[1], plan.cols, &weight));
   TENON_RETURN_IF_ERROR(linear_fp8::LaunchPack(p, a.x, stream));
   return p.x.dtype == DType::kFloat16
              ? linear_fp8_cluster::Launch<__half>(a, plan, weight, stream)

@@ -10,22 +10,19 @@
 // its own does that (linear_fp8_pack_cuda.cu) and leaves x as tensor cores want
 // it in shared memory, while the weights of this one are already on their way.
 //
-// Clusters of four blocks, a block to a multiprocessor: a cluster takes rows of
-// the weight, each of its blocks a quarter of the depth, so that no block reads
-// more than a quarter of x. In a block one warp fills a ring with boxes of
-// weight, and two teams (warpgroups) multiply: 64 tokens by kCols rows of the
-// weight, a block of 128 columns at a time, scaled and added in float32. Then
-// the quarters meet: each block finishes a quarter of the tokens, for which all
-// blocks send it their sums.
+// Clusters of two or four blocks, a block to a multiprocessor: a cluster takes
+// rows of the weight, each of its blocks a slice of the depth, so that no block
+// reads all of x. In a block one warp fills a ring with boxes of weight, and
+// two teams (warpgroups) multiply: 64 tokens by kCols rows of the weight, a
+// block of 128 columns at a time, scaled and added in float32. Then the slices
+// meet: each block finishes some of the tokens, for which all blocks send it
+// their sums.
 
 namespace tenon::linear_fp8_cluster {
 
 using linear_fp8::PackedX;
 
 inline constexpr int kMaxSlices = 4;
-// Up to this depth, in blocks of 128, two blocks share it: then they have half
-// of x each, and half as many sums to exchange as four would.
-inline constexpr int kBlocksOfTwoSlices = 16;
 inline constexpr int kTeams = 2;
 inline constexpr int kTeamThreads = 128;
 inline constexpr int kMultiplyThreads = kTeams * kTeamThreads;
@@ -37,7 +34,7 @@ inline constexpr int kMaxStages = 32;
 inline constexpr int kMaxSliceBlocks = 16;
 
 // Of weights on their way to one multiprocessor at a time.
-inline constexpr int kInFlightBytes = 64 * 1024;
+inline constexpr int kInFlightBytes = 32 * 1024;
 
 struct Args {
   linear_stream::Args linear;

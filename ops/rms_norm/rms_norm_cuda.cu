@@ -93,12 +93,6 @@ __global__ void __launch_bounds__(kThreads) RmsNormKernel(RmsNormParams p) {
     }
     return v;
   };
-  // The first weights are on their way while squares are added up.
-  float first_weights[kVec];
-  if (static_cast<int>(threadIdx.x) < num_vecs) {
-    LoadWeights<kAligned>(p.weight.As<const W>(), threadIdx.x, hidden,
-                          first_weights);
-  }
   Vec<T, kVec> kept[kKept];
   float sum = 0.0f;
 #pragma unroll
@@ -118,12 +112,7 @@ __global__ void __launch_bounds__(kThreads) RmsNormKernel(RmsNormParams p) {
   const bool cast_first = p.rounding == NormRounding::kCastThenMultiply;
   const auto store = [&](int i, Vec<T, kVec> v) {
     float weight[kVec];
-    if (i == static_cast<int>(threadIdx.x)) {
-#pragma unroll
-      for (int j = 0; j < kVec; ++j) weight[j] = first_weights[j];
-    } else {
-      LoadWeights<kAligned>(p.weight.As<const W>(), i, hidden, weight);
-    }
+    LoadWeights<kAligned>(p.weight.As<const W>(), i, hidden, weight);
 #pragma unroll
     for (int j = 0; j < kVec; ++j) {
       v.v[j] = cuda::FromFloat<T>(cuda::Normalized<T>(

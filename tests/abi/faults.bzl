@@ -29,6 +29,7 @@ _CUDA = [
     "cudaMemGetInfo",
     "cudaMemcpyAsync",
     "cudaMemsetAsync",
+    "cudaOccupancyMaxActiveClusters",
     "cudaSetDevice",
     "cudaStreamBeginCapture",
     "cudaStreamCreateWithFlags",
