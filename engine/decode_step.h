@@ -65,8 +65,9 @@ struct StepContext {
   Stream stream;
   const MoeKernelTable* moe_kernels = nullptr;  // optional
   uint32_t ops = ~0u;  // Bit() of those that run; the others do nothing
-  // DecodeStep: up to kFusedStepTokens tokens, norms and sums of the residual
-  // stream are part of the ops next to them. Changes no bit.
+  // DecodeStep: up to kFusedStepTokens tokens (fp8 weights: also from 9 to
+  // kLinearFewFp8Tokens), norms and sums of the residual stream are part of the
+  // ops next to them. Changes no bit.
   bool fuse = true;
 
   bool Runs(StepOp op) const { return (ops & Bit(op)) != 0; }

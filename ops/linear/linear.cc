@@ -116,6 +116,8 @@ Status ValidateTerms(const LinearParams& p) {
       t.rows.stride[1] != in_features) {
     return InvalidArgumentError(kOp, ": terms.rows have gaps");
   }
+  TENON_RETURN_IF_ERROR(CheckRange(kOp, "terms.num_ids", t.num_ids, 0,
+                                   std::numeric_limits<int32_t>::max()));
   return CheckOutput(kOp, "terms.sum", t.sum, {tokens, in_features}, same,
                      p.x.device);
 }

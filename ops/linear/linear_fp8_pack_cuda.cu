@@ -50,7 +50,8 @@ constexpr int kKept = 4;
 
 template <class T>
 __global__ void __launch_bounds__(kNormThreads)
-    NormPackKernel(TensorView x, LinearNorm norm, PackedX to) {
+    NormPackKernel(TensorView x, LinearNorm norm, bool weights_are_constant,
+                   PackedX to) {
   using V = cuda::Vec<T, kVec>;
   __shared__ float shared[kNormThreads / 32];
   cuda::LetNextKernelStart();
@@ -61,12 +62,22 @@ __global__ void __launch_bounds__(kNormThreads)
   const float inverse_cols = 1.0f / static_cast<float>(cols);
   const bool cast_first = norm.rounding == NormRounding::kCastThenMultiply;
   const auto* const weights = norm.weight.As<const V>();
+  V kept[kKept];
+  V weight[kKept];
+  const auto load_weights = [&] {
+#pragma unroll
+    for (int k = 0; k < kKept; ++k) {
+      const int i = threadIdx.x + k * kNormThreads;
+      if (i < num_vecs) weight[k] = weights[i];
+    }
+  };
+  if (weights_are_constant) load_weights();
   cuda::WaitBeforeReading();
+  if (!weights_are_constant) load_weights();
   const auto* const from =
       reinterpret_cast<const V*>(x.As<const T>() + row * x.stride[0]);
   auto* const normed =
       reinterpret_cast<V*>(norm.out.As<T>() + row * norm.out.stride[0]);
-  V kept[kKept];
   float sum = 0.0f;
 #pragma unroll
   for (int k = 0; k < kKept; ++k) {
@@ -82,13 +93,12 @@ __global__ void __launch_bounds__(kNormThreads)
     const int i = threadIdx.x + k * kNormThreads;
     float values[kVec] = {};
     if (i < num_vecs && exists) {
-      const V weight = weights[i];
       V v;
 #pragma unroll
       for (int j = 0; j < kVec; ++j) {
         v.v[j] = cuda::FromFloat<T>(
             cuda::Normalized<T>(cuda::ToFloat(kept[k].v[j]), inverse,
-                                cuda::ToFloat(weight.v[j]), cast_first));
+                                cuda::ToFloat(weight[k].v[j]), cast_first));
         values[j] = cuda::ToFloat(v.v[j]);
       }
       normed[i] = v;
@@ -101,9 +111,10 @@ __global__ void __launch_bounds__(kNormThreads)
 template <class T>
 Status LaunchType(const LinearParams& p, const PackedX& to, Stream stream) {
   if (p.norm.present()) {
-    return cuda::LaunchDependent(
-        "Linear", stream, dim3(static_cast<unsigned>(to.rows)),
-        dim3(kNormThreads), 0, NormPackKernel<T>, p.x, p.norm, to);
+    return cuda::LaunchDependent("Linear", stream,
+                                 dim3(static_cast<unsigned>(to.rows)),
+                                 dim3(kNormThreads), 0, NormPackKernel<T>, p.x,
+                                 p.norm, p.weights_are_constant, to);
   }
   const int64_t blocks = to.rows * (p.x.shape[1] / kVec) / kPackThreads;
   return cuda::LaunchDependent("Linear", stream,

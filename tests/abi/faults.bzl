@@ -30,6 +30,7 @@ _CUDA = [
     "cudaMemGetInfo",
     "cudaMemcpyAsync",
     "cudaMemsetAsync",
+    "cudaOccupancyMaxActiveClusters",
     "cudaSetDevice",
     "cudaStreamBeginCapture",
     "cudaStreamCreateWithFlags",

@@ -75,6 +75,9 @@ TENON_WRAP(cudaErrorLaunchFailure, 0, cudaMemcpyAsync,
 TENON_WRAP(cudaErrorLaunchFailure, 0, cudaMemsetAsync,
            (void* to, int value, size_t size, cudaStream_t stream),
            (to, value, size, stream))
+TENON_WRAP(cudaErrorUnknown, 0, cudaOccupancyMaxActiveClusters,
+           (int* count, const void* function, const cudaLaunchConfig_t* config),
+           (count, function, config))
 TENON_WRAP(cudaErrorUnknown, 0, cudaSetDevice, (int device), (device))
 TENON_WRAP(cudaErrorMemoryAllocation, 1, cudaStreamCreateWithFlags,
            (cudaStream_t * stream, unsigned int flags), (stream, flags))

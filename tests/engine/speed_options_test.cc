@@ -24,7 +24,7 @@ constexpr int32_t kMaxContext = 48;
 // Wide enough for the kernels of large models.
 constexpr char kWideModel[] = R"({
   "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe",
-  "hidden_size": 256, "num_hidden_layers": 3, "vocab_size": 512,
+  "hidden_size": 512, "num_hidden_layers": 3, "vocab_size": 512,
   "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128,
   "num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128,
   "intermediate_size": 256, "norm_topk_prob": true, "hidden_act": "silu",

@@ -44,6 +44,9 @@ TEST_P(LinearFp8NeighboursTest, NeighboursGiveTheBitsOfSeparateOperations) {
                          {{40, 72, 336}, {true, true, false, 0}},
                          {{9, 72, 640}, {true, true, true, 16}},
                          {{33, 24, 2048}, {false, false, false, 0}},
+                         {{16, 24, 5120}, {false, false, true, 0}},
+                         {{9, 24, 8192}, {false, false, false, 0}},
+                         {{9, 24, 8320}, {false, false, false, 0}},
                          {{64, 200, 512},
                           {false, true, false, 16},
                           NormRounding::kCastThenMultiply}}) {

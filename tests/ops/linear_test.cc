@@ -350,6 +350,8 @@ TEST_P(LinearTest, RejectsBadArguments) {
                [](LinearParams& p) { p.terms.rows.stride[0] = 64; });
   expect_terms({"terms.ids"},
                [](LinearParams& p) { p.terms.ids = TensorView(); });
+  expect_terms({"terms.num_ids", "-1"},
+               [](LinearParams& p) { p.terms.num_ids = -1; });
   expect_terms({"terms.sum is missing"},
                [](LinearParams& p) { p.terms.sum = TensorView(); });
   expect_terms({"terms.sum overlaps x"},

@@ -72,8 +72,7 @@ TEST_P(MoeValidationTest, RejectsBadArguments) {
     p.residual.data =
         p.out.As<char>() + static_cast<int64_t>(DTypeSize(p.out.dtype));
   });
-  expect({"rows has rank 2, expected 3"},
-         [](MoeParams& p) { p.rows = p.out; });
+  expect({"rows has rank 2, expected 3"}, [](MoeParams& p) { p.rows = p.out; });
   expect({"out or residual is given beside rows"}, [](MoeParams& p) {
     p.rows = MakeTensor(p.workspace, p.x.dtype, p.x.device, {6, 2, 32});
   });
