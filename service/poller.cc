@@ -1,6 +1,7 @@
 #include "service/poller.h"
 
 #include <grpcpp/grpcpp.h>
+#include <pthread.h>
 
 #include <utility>
 
@@ -12,6 +13,8 @@ Poller::Poller(std::unique_ptr<grpc::ServerCompletionQueue> queue)
 void Poller::Start() {
   first_ = std::thread(&Poller::Poll, this);
   second_ = std::thread(&Poller::StandBy, this);
+  pthread_setname_np(first_.native_handle(), "tenon-poll");
+  pthread_setname_np(second_.native_handle(), "tenon-standby");
 }
 
 Poller::~Poller() {

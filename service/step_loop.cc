@@ -2,6 +2,8 @@
 
 #include "service/step_loop.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <utility>
 
@@ -46,6 +48,7 @@ StepLoop::StepLoop(std::unique_ptr<Session> engine,
   results_.reserve(rows);
   UpdateGauges();
   thread_ = std::thread(&StepLoop::Thread, this);
+  pthread_setname_np(thread_.native_handle(), "tenon-steps");
 }
 
 StepLoop::~StepLoop() {
