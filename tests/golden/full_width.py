@@ -6,8 +6,11 @@
 
 "make" writes a 4-layer checkpoint of random bf16 weights, 6 GB in the published layout, and the
 logits that transformers computes from it for 256 tokens: in fp32, taken as the truth, and in bf16.
-"compare" then computes them with libtenon.so, through examples/python/tenon.py, and tells how far
-they are from the truth, in units of how far transformers' bf16 ones are.
+Then it quantises the projections to fp8, and computes the same from the dequantised weights: in
+fp32, and in bf16 with every projection's input quantised too.
+"compare" then computes them with libtenon.so, through examples/python/tenon.py, with weights as
+they are and quantised on load, and tells how far each is from its truth, in units of how far
+transformers' bf16 ones are.
 "make" wants a GPU with 40 GB; with --tiny it runs anywhere.
 """
 
@@ -27,6 +30,7 @@ import safetensors.numpy
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 POSITIONS = 256
 
@@ -145,7 +149,24 @@ def write_checkpoint(config: dict, seed: int, device: str, directory: pathlib.Pa
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def quantize_weights(model: PreTrainedModel) -> None:
+    """Replaces projections by what their fp8 form, 128 x 128 blocks with a scale, stands for."""
+    import make_golden
+
+    for name, parameter in model.named_parameters():
+        if not make_golden.is_quantized(name):
+            continue
+        *_, rows, cols = parameter.shape
+        rows //= 2 if "gate_up_proj" in name else 1  # two matrices, published apart
+        for matrix in parameter.data.view(-1, rows, cols):
+            values, scales = make_golden.quantize(
+                matrix, make_golden.FP8_BLOCK, make_golden.FP8_BLOCK
+            )
+            matrix.copy_(make_golden.dequantize(values, scales))
+
+
 def make(args: argparse.Namespace) -> None:
+    import make_golden  # imports torch
     import torch
     import transformers
 
@@ -181,6 +202,13 @@ def make(args: argparse.Namespace) -> None:
         fp32_logits = model(batch, use_cache=False).logits[0].cpu()
         assert fp32_logits.dtype == torch.float32
         report("fp32 logits")
+        quantize_weights(model)
+        fp8_truth = model(batch, use_cache=False).logits[0].cpu()
+        for parameter in model.parameters():  # and no buffers: angles stay in fp32
+            parameter.data = parameter.data.bfloat16()
+        with make_golden.quantized_activations(model):
+            fp8_logits = model(batch, use_cache=False).logits[0].float().cpu()
+        report("the same in fp8")
     # Made in fp32 whatever the model's type; in bf16 the far positions would turn by wrong angles.
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
 
@@ -188,6 +216,8 @@ def make(args: argparse.Namespace) -> None:
         "tokens": tokens.int().numpy(),
         "fp32_logits": fp32_logits.numpy(),
         "bf16_logits": bf16_logits.numpy(),
+        "fp8_truth": fp8_truth.numpy(),
+        "fp8_logits": fp8_logits.numpy(),
     }
     metadata = {
         "seed": str(args.seed),
@@ -197,7 +227,9 @@ def make(args: argparse.Namespace) -> None:
     }
     safetensors.numpy.save_file(tensors, args.reference, metadata=metadata)
     report(f"reference written to {args.reference}")
-    print(json.dumps({"bf16": distance(tensors["bf16_logits"], tensors["fp32_logits"])}, indent=2))
+    bf16 = distance(tensors["bf16_logits"], tensors["fp32_logits"])
+    fp8 = distance(tensors["fp8_logits"], tensors["fp8_truth"])
+    print(json.dumps({"bf16": bf16, "fp8": fp8}, indent=2))
 
 
 def distance(logits: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -217,7 +249,10 @@ def distance(logits: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     }
 
 
-def tenon_logits(directory: pathlib.Path, device: str, tokens: np.ndarray) -> np.ndarray:
+def tenon_logits(
+    directory: pathlib.Path, device: str, tokens: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of the weights as they are stored, and of these quantised to fp8 on load."""
     root = pathlib.Path(__file__).resolve().parents[2]
     sys.path.insert(0, str(root / "examples/python"))
     if (library := root / "abi/libtenon.so.1").exists():  # of a bundle
@@ -225,20 +260,27 @@ def tenon_logits(directory: pathlib.Path, device: str, tokens: np.ndarray) -> np
     import tenon  # finds its library when imported
 
     count = len(tokens)
-    with tenon.Model.load(directory, device) as model, model.session(
-        max_sequences=1, max_tokens=count, max_logit_rows=count, max_context=count
-    ) as session, session.sequence() as sequence:
-        row = tenon.StepRow(sequence, tokens.tolist(), logits=tenon.LOGITS_ALL)
-        return np.asarray(session.step([row]).logits[0])
+
+    def logits(weights: int) -> np.ndarray:
+        with tenon.Model.load(directory, device, weights=weights) as model, model.session(
+            max_sequences=1, max_tokens=count, max_logit_rows=count, max_context=count
+        ) as session, session.sequence() as sequence:
+            row = tenon.StepRow(sequence, tokens.tolist(), logits=tenon.LOGITS_ALL)
+            return np.asarray(session.step([row]).logits[0])
+
+    return logits(tenon.WEIGHTS_STORED), logits(tenon.WEIGHTS_FP8)
 
 
 def compare(args: argparse.Namespace) -> None:
     reference = safetensors.numpy.load_file(args.reference)
-    truth = reference["fp32_logits"]
-    ours = distance(tenon_logits(args.dir, args.device, reference["tokens"]), truth)
-    bf16 = distance(reference["bf16_logits"], truth)
-    ratio = ours["relative_frobenius"] / bf16["relative_frobenius"]
-    print(json.dumps({"ours": ours, "transformers_bf16": bf16, "ratio": ratio}, indent=2))
+    bf16, fp8 = tenon_logits(args.dir, args.device, reference["tokens"])
+    report = {}
+    for name, logits, truth in (("bf16", bf16, "fp32_logits"), ("fp8", fp8, "fp8_truth")):
+        ours = distance(logits, reference[truth])
+        theirs = distance(reference[f"{name}_logits"], reference[truth])
+        ratio = ours["relative_frobenius"] / theirs["relative_frobenius"]
+        report[name] = {"ours": ours, "transformers": theirs, "ratio": ratio}
+    print(json.dumps(report, indent=2))
 
 
 def main() -> None:

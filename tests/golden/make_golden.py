@@ -374,9 +374,9 @@ def quantized_activations(model: PreTrainedModel) -> Iterator[None]:
     ) -> torch.Tensor:
         if weight.untyped_storage().data_ptr() in quantized and x.numel() > 0:
             rows = x.reshape(-1, x.shape[-1])
-            values, scales = quantize(rows, 1, FP8_BLOCK)
+            values, scales = quantize(rows.float(), 1, FP8_BLOCK)
             whole = scales.repeat_interleave(FP8_BLOCK, 1)[:, : rows.shape[1]]
-            x = (values.float() * whole).reshape(x.shape)
+            x = (values.float() * whole).reshape(x.shape).to(x.dtype)
         return linear(x, weight, bias)
 
     torch.nn.functional.linear = quantizing_linear
