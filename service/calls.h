@@ -18,6 +18,8 @@ class Call {
  public:
   virtual ~Call() = default;
   virtual void Finish(const Failure& failure) = 0;
+  // The thread of Submit is about to run a step itself.
+  virtual void WillRun() {}
 
   // Set when nobody waits for the answer any more. Before its launch a call
   // then has no effect; a step that was launched goes on and can be replayed.

@@ -1,5 +1,4 @@
-// RPCs to calls of the step loop, by gRPC's callback API. A reactor is a call:
-// it deletes itself when gRPC is done with it, which is after its Finish.
+// RPCs to calls of the step loop.
 
 #include "service/rpc.h"
 
@@ -11,18 +10,23 @@
 #include "engine/model_config.h"
 #include "service/grpc_status.h"
 #include "service/proto/decode.grpc.pb.h"
+#include "service/rpc_call.h"
 #include "service/version.h"
 
 namespace tenon::service {
 namespace {
 
-using grpc::CallbackServerContext;
-using grpc::ServerUnaryReactor;
+// Who may call a service: the bearer token is one of `allowed`; one of `other`
+// alone is known but not allowed.
+struct Access {
+  const TokenFile* allowed;
+  const TokenFile* other;
+};
 
-// OK if the bearer token is one of `allowed`; one of `other` alone is known but
-// not allowed.
-grpc::Status Authorize(const CallbackServerContext& context,
-                       const TokenFile& allowed, const TokenFile& other) {
+grpc::Status Authorize(const grpc::ServerContext& context,
+                       const Access& access) {
+  const TokenFile& allowed = *access.allowed;
+  const TokenFile& other = *access.other;
   if (!allowed.enabled()) return grpc::Status::OK;
   constexpr char kScheme[] = "Bearer ";
   const auto& metadata = context.client_metadata();
@@ -42,7 +46,7 @@ grpc::Status Authorize(const CallbackServerContext& context,
                       "a valid bearer token is needed");
 }
 
-Time Deadline(const CallbackServerContext& context, Time fallback) {
+Time Deadline(const grpc::ServerContext& context, Time fallback) {
   using std::chrono::system_clock;
   const system_clock::time_point deadline = context.deadline();
   if (deadline == system_clock::time_point::max()) return fallback;
@@ -52,275 +56,269 @@ Time Deadline(const CallbackServerContext& context, Time fallback) {
              : Clock::now() + std::chrono::duration_cast<Clock::duration>(left);
 }
 
-// A unary RPC that the loop answers.
-template <class CallType>
-class UnaryCall final : public ServerUnaryReactor, public CallType {
+// A unary call that the loop answers.
+template <class CallType, class Service, class Request, class Response>
+class LoopCall final : public UnaryCall<Service, Request, Response>,
+                       public CallType {
  public:
-  void OnCancel() override { CallType::cancelled = true; }
-  void OnDone() override { delete this; }
+  using Accept = UnaryAccept<Service, Request, Response>;
+  LoopCall(Poller* poller, Service* service, Accept accept,
+           const RpcContext& rpc, const Access& access)
+      : UnaryCall<Service, Request, Response>(poller, service, accept),
+        rpc_(rpc),
+        access_(access) {}
+
   void Finish(const Failure& failure) override {
-    ServerUnaryReactor::Finish(ToGrpcStatus(failure));
+    this->FinishWith(ToGrpcStatus(failure));
   }
+  void WillRun() override { this->poller()->StandIn(); }
+
+ private:
+  void Renew() override {
+    (new LoopCall(this->poller(), this->service_, this->accept_, rpc_, access_))
+        ->Wait();
+  }
+
+  void Begin() override {
+    CallType::request = &this->request_;
+    CallType::response = &this->response_;
+    CallType::arrival = Clock::now();
+    CallType::deadline = Deadline(
+        *this->context(), CallType::arrival + rpc_.limits->default_deadline);
+    const grpc::Status authorized = Authorize(*this->context(), access_);
+    if (!authorized.ok()) return this->FinishWith(authorized);
+    const Failure failure = rpc_.validator->Check(this->request_);
+    if (!failure.ok()) return Finish(failure);
+    rpc_.loop->Submit(static_cast<CallType*>(this));
+  }
+
+  void Cancel() override { CallType::cancelled = true; }
+
+  const RpcContext& rpc_;
+  const Access access_;
 };
 
-template <class CallType, class Request, class Response>
-ServerUnaryReactor* StartUnary(const RpcContext& rpc,
-                               CallbackServerContext* context,
-                               const Request* request, Response* response,
-                               const grpc::Status& authorized) {
-  auto* call = new UnaryCall<CallType>;
-  call->request = request;
-  call->response = response;
-  call->deadline =
-      Deadline(*context, call->arrival + rpc.limits->default_deadline);
-  if (!authorized.ok()) {
-    call->ServerUnaryReactor::Finish(authorized);
-    return call;
-  }
-  const Failure failure = rpc.validator->Check(*request);
-  if (failure.ok()) {
-    rpc.loop->Submit(static_cast<CallType*>(call));
-  } else {
-    call->Finish(failure);
-  }
-  return call;
+template <class CallType, class Service, class Request, class Response>
+void Submit(Poller* poller, std::common_type_t<Service>* service,
+            UnaryAccept<Service, Request, Response> accept,
+            const RpcContext& rpc, const Access& access) {
+  (new LoopCall<CallType, Service, Request, Response>(poller, service, accept,
+                                                      rpc, access))
+      ->Wait();
 }
 
-// Answered at once.
-ServerUnaryReactor* Reply(CallbackServerContext* context,
-                          const grpc::Status& status) {
-  ServerUnaryReactor* reactor = context->DefaultReactor();
-  reactor->Finish(status);
-  return reactor;
-}
+using AsyncDecode = v1::Decode::AsyncService;
+using AsyncControl = v1::Control::AsyncService;
 
 // One step after the other. The next request is read while the last reply is
 // written; it waits for the end of that.
-class StepStreamCall final
-    : public grpc::ServerBidiReactor<v1::StepRequest, v1::StepResponse>,
-      public StepCall {
+class StepStreamCall final : public RpcCall, public StepCall {
  public:
-  StepStreamCall(const RpcContext& rpc, CallbackServerContext* context)
-      : rpc_(rpc), stream_(rpc.streams->Add(context)) {
+  StepStreamCall(Poller* poller, AsyncDecode* service, const RpcContext& rpc,
+                 const Access& access)
+      : RpcCall(poller),
+        service_(service),
+        rpc_(rpc),
+        access_(access),
+        stream_(context()) {
     request = &own_request_;
     response = &own_response_;
-    StartRead(&own_request_);
+  }
+  ~StepStreamCall() override {
+    if (is_open_) rpc_.streams->Remove(open_);
   }
 
-  void OnReadDone(bool ok) override {
-    if (!ok) {  // the client has no more steps, or is gone
-      return ServerBidiReactor::Finish(grpc::Status::OK);
-    }
-    arrival = Clock::now();
-    deadline = arrival + rpc_.limits->default_deadline;
-    // The last of this and OnWriteDone goes on.
-    if (waiting_for_.fetch_sub(1) == 1) RunStep();
-  }
-
-  void OnWriteDone(bool ok) override {
-    // The read fails as well where the client is gone.
-    (void)ok;
-    if (waiting_for_.fetch_sub(1) == 1) RunStep();
+  void Wait() override {
+    service_->RequestStepStream(context(), &stream_, poller()->queue(),
+                                poller()->queue(), arrival_tag());
   }
 
   // By the loop.
   void Finish(const Failure& failure) override {
-    stream_->last_use = Clock::now().time_since_epoch().count();
+    open_->last_use = Clock::now().time_since_epoch().count();
     if (!failure.ok()) {
-      return ServerBidiReactor::Finish(ToGrpcStatus(failure));
+      return stream_.Finish(ToGrpcStatus(failure), finish_tag());
     }
     waiting_for_ = 2;
-    StartWrite(&own_response_);
-    StartRead(&own_request_);
+    stream_.Write(own_response_, static_cast<Event*>(&written_));
+    stream_.Read(&own_request_, static_cast<Event*>(&read_));
   }
-
-  void OnCancel() override { cancelled = true; }
-  void OnDone() override {
-    rpc_.streams->Remove(stream_);
-    delete this;
-  }
+  void WillRun() override { poller()->StandIn(); }
 
  private:
-  void RunStep() {
-    stream_->last_use = Time::max().time_since_epoch().count();
+  void Renew() override {
+    (new StepStreamCall(poller(), service_, rpc_, access_))->Wait();
+  }
+
+  void Begin() override {
+    const grpc::Status authorized = Authorize(*context(), access_);
+    if (!authorized.ok()) return stream_.Finish(authorized, finish_tag());
+    open_ = rpc_.streams->Add(context());
+    is_open_ = true;
+    stream_.Read(&own_request_, static_cast<Event*>(&read_));
+  }
+
+  void OnRead(bool ok) {
+    has_request_ = ok;  // or the client has no more steps, or is gone
+    arrival = Clock::now();
+    deadline = arrival + rpc_.limits->default_deadline;
+    GoOn();
+  }
+  // The read fails as well where the client is gone.
+  void OnWritten(bool) { GoOn(); }
+
+  // The last of the two events runs the step.
+  void GoOn() {
+    if (waiting_for_.fetch_sub(1) != 1) return;
+    if (!has_request_) return stream_.Finish(grpc::Status::OK, finish_tag());
+    open_->last_use = Time::max().time_since_epoch().count();
     own_response_.Clear();
     const Failure failure = rpc_.validator->Check(own_request_);
     if (!failure.ok()) return Finish(failure);
     rpc_.loop->Submit(static_cast<StepCall*>(this));
   }
 
+  void Cancel() override { cancelled = true; }
+
+  AsyncDecode* const service_;
   const RpcContext& rpc_;
-  std::list<OpenStreams::Stream>::iterator stream_;
+  const Access access_;
+  std::list<OpenStreams::Stream>::iterator open_;
+  bool is_open_ = false;
+  bool has_request_ = false;
   std::atomic<int> waiting_for_{1};  // events until the next step
   v1::StepRequest own_request_;
   v1::StepResponse own_response_;
+  grpc::ServerAsyncReaderWriter<v1::StepResponse, v1::StepRequest> stream_;
+  EventOf<StepStreamCall, &StepStreamCall::OnRead> read_{this};
+  EventOf<StepStreamCall, &StepStreamCall::OnWritten> written_{this};
 };
 
 // Tokens that are drawn while a message is written go into the next one.
-class GenerateStream final
-    : public grpc::ServerWriteReactor<v1::GenerateResponse>,
-      public GenerateCall {
+class GenerateStream final : public RpcCall, public GenerateCall {
  public:
-  GenerateStream(uint64_t epoch, uint32_t want) : epoch_(epoch), want_(want) {}
+  GenerateStream(Poller* poller, AsyncDecode* service, const RpcContext& rpc,
+                 const Access& access)
+      : RpcCall(poller),
+        service_(service),
+        rpc_(rpc),
+        access_(access),
+        stream_(context()) {}
+  // The last user has left.
+  ~GenerateStream() override { std::lock_guard<std::mutex> lock(mutex_); }
+
+  void Wait() override {
+    service_->RequestGenerate(context(), &own_request_, &stream_,
+                              poller()->queue(), poller()->queue(),
+                              arrival_tag());
+  }
 
   void Emit(uint32_t token, const StepRowResult& result,
             v1::RowStatus status) override {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      pending_.set_server_epoch(epoch_);
-      pending_.add_token(token);
-      if ((want_ & v1::WANT_LOGPROB) != 0) {
-        pending_.add_logprob(result.logprob);
-      }
-      if ((want_ & v1::WANT_TOP_N) != 0) FillTop(result, pending_.add_top());
-      pending_.set_row_status(status);
-      if (writing_) return;
-      BeginWrite();
-    }
-    StartWrite(&message_);
-  }
-
-  void OnWriteDone(bool ok) override {
-    if (!ok) cancelled = true;
-    bool finish = false;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      writing_ = false;
-      if (ok && pending_.token_size() != 0) {
-        BeginWrite();
-      } else {
-        if (!finished_) return;
-        finish = true;
-      }
-    }
-    if (finish) {
-      ServerWriteReactor::Finish(status_);
-    } else {
-      StartWrite(&message_);
-    }
+    const uint32_t want = own_request_.want();
+    std::lock_guard<std::mutex> lock(mutex_);
+    pending_.set_server_epoch(rpc_.loop->epoch());
+    pending_.add_token(token);
+    if ((want & v1::WANT_LOGPROB) != 0) pending_.add_logprob(result.logprob);
+    if ((want & v1::WANT_TOP_N) != 0) FillTop(result, pending_.add_top());
+    pending_.set_row_status(status);
+    if (!is_writing_) Write();
   }
 
   void Finish(const Failure& failure) override {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      finished_ = true;
-      status_ = ToGrpcStatus(failure);
-      if (writing_) return;
-    }
-    ServerWriteReactor::Finish(status_);
+    std::lock_guard<std::mutex> lock(mutex_);
+    is_over_ = true;
+    status_ = ToGrpcStatus(failure);
+    if (!is_writing_) stream_.Finish(status_, finish_tag());
   }
-
-  void OnCancel() override { cancelled = true; }
-  void OnDone() override {
-    { std::lock_guard<std::mutex> lock(mutex_); }  // the last user has left
-    delete this;
-  }
+  void WillRun() override { poller()->StandIn(); }
 
  private:
-  void BeginWrite() {
-    message_.Swap(&pending_);
-    pending_.Clear();
-    writing_ = true;
+  void Renew() override {
+    (new GenerateStream(poller(), service_, rpc_, access_))->Wait();
   }
 
-  const uint64_t epoch_;
-  const uint32_t want_;
-  std::mutex mutex_;
-  v1::GenerateResponse pending_;  // guarded by mutex_
-  bool writing_ = false;          // guarded by mutex_
-  bool finished_ = false;         // guarded by mutex_
-  grpc::Status status_;
-  v1::GenerateResponse message_;  // what is being written
-};
+  void Begin() override {
+    request = &own_request_;
+    arrival = Clock::now();
+    deadline = Deadline(*context(), Time::max());
+    const grpc::Status authorized = Authorize(*context(), access_);
+    if (!authorized.ok()) return stream_.Finish(authorized, finish_tag());
+    const Failure failure = rpc_.validator->Check(own_request_);
+    if (!failure.ok()) return Finish(failure);
+    rpc_.loop->Submit(static_cast<GenerateCall*>(this));
+  }
 
-class FailedStream final
-    : public grpc::ServerBidiReactor<v1::StepRequest, v1::StepResponse> {
- public:
-  explicit FailedStream(const grpc::Status& status) { Finish(status); }
-  void OnDone() override { delete this; }
+  void OnWritten(bool ok) {
+    if (!ok) cancelled = true;
+    std::lock_guard<std::mutex> lock(mutex_);
+    is_writing_ = false;
+    if (ok && pending_.token_size() != 0) {
+      Write();
+    } else if (is_over_) {
+      stream_.Finish(status_, finish_tag());
+    }
+  }
+
+  void Write() {
+    message_.Swap(&pending_);
+    pending_.Clear();
+    is_writing_ = true;
+    stream_.Write(message_, static_cast<Event*>(&written_));
+  }
+
+  void Cancel() override { cancelled = true; }
+
+  AsyncDecode* const service_;
+  const RpcContext& rpc_;
+  const Access access_;
+  v1::GenerateRequest own_request_;
+  std::mutex mutex_;  // guards what follows
+  v1::GenerateResponse pending_;
+  v1::GenerateResponse message_;  // what is being written
+  bool is_writing_ = false;
+  bool is_over_ = false;
+  grpc::Status status_;
+  grpc::ServerAsyncWriter<v1::GenerateResponse> stream_;
+  EventOf<GenerateStream, &GenerateStream::OnWritten> written_{this};
 };
 
 uint32_t Unsigned(int64_t value) { return static_cast<uint32_t>(value); }
 
-class DecodeService final : public v1::Decode::CallbackService {
+class DecodeService final : public RpcService {
  public:
-  explicit DecodeService(const RpcContext& rpc) : rpc_(rpc) {}
+  explicit DecodeService(const RpcContext& rpc)
+      : rpc_(rpc), access_{rpc.decode_tokens, rpc.control_tokens} {}
 
-  ServerUnaryReactor* GetCapabilities(
-      CallbackServerContext* context, const v1::GetCapabilitiesRequest*,
-      v1::GetCapabilitiesResponse* response) override {
-    const grpc::Status authorized = Check(*context);
-    if (authorized.ok()) FillCapabilities(response);
-    return Reply(context, authorized);
-  }
+  grpc::Service* service() override { return &service_; }
 
-  ServerUnaryReactor* CreateSequences(
-      CallbackServerContext* context, const v1::CreateSequencesRequest* request,
-      v1::CreateSequencesResponse* response) override {
-    return Start<CreateCall>(context, request, response);
-  }
-
-  ServerUnaryReactor* Step(CallbackServerContext* context,
-                           const v1::StepRequest* request,
-                           v1::StepResponse* response) override {
-    return Start<StepCall>(context, request, response);
-  }
-
-  grpc::ServerBidiReactor<v1::StepRequest, v1::StepResponse>* StepStream(
-      CallbackServerContext* context) override {
-    const grpc::Status authorized = Check(*context);
-    if (!authorized.ok()) return new FailedStream(authorized);
-    return new StepStreamCall(rpc_, context);
-  }
-
-  grpc::ServerWriteReactor<v1::GenerateResponse>* Generate(
-      CallbackServerContext* context,
-      const v1::GenerateRequest* request) override {
-    auto* call = new GenerateStream(rpc_.loop->epoch(), request->want());
-    call->request = request;
-    call->deadline = Deadline(*context, Time::max());
-    const grpc::Status authorized = Check(*context);
-    if (!authorized.ok()) {
-      call->grpc::ServerWriteReactor<v1::GenerateResponse>::Finish(authorized);
-      return call;
-    }
-    const Failure failure = rpc_.validator->Check(*request);
-    if (failure.ok()) {
-      rpc_.loop->Submit(static_cast<GenerateCall*>(call));
-    } else {
-      call->Finish(failure);
-    }
-    return call;
-  }
-
-  ServerUnaryReactor* ForkSequences(
-      CallbackServerContext* context, const v1::ForkSequencesRequest* request,
-      v1::ForkSequencesResponse* response) override {
-    return Start<ForkCall>(context, request, response);
-  }
-
-  ServerUnaryReactor* ReleaseSequences(
-      CallbackServerContext* context,
-      const v1::ReleaseSequencesRequest* request,
-      v1::ReleaseSequencesResponse* response) override {
-    return Start<ReleaseCall>(context, request, response);
+  void Start(Poller* poller) override {
+    Answer(poller, &service_, &AsyncDecode::RequestGetCapabilities,
+           [this](const grpc::ServerContext& context,
+                  const v1::GetCapabilitiesRequest&,
+                  v1::GetCapabilitiesResponse* response) {
+             grpc::Status authorized = Authorize(context, access_);
+             if (authorized.ok()) FillCapabilities(response);
+             return authorized;
+           });
+    Submit<CreateCall>(poller, &service_, &AsyncDecode::RequestCreateSequences,
+                       rpc_, access_);
+    Submit<StepCall>(poller, &service_, &AsyncDecode::RequestStep, rpc_,
+                     access_);
+    Submit<ForkCall>(poller, &service_, &AsyncDecode::RequestForkSequences,
+                     rpc_, access_);
+    Submit<ReleaseCall>(poller, &service_,
+                        &AsyncDecode::RequestReleaseSequences, rpc_, access_);
+    (new StepStreamCall(poller, &service_, rpc_, access_))->Wait();
+    (new GenerateStream(poller, &service_, rpc_, access_))->Wait();
   }
 
  private:
-  grpc::Status Check(const CallbackServerContext& context) const {
-    return Authorize(context, *rpc_.decode_tokens, *rpc_.control_tokens);
-  }
-
-  template <class CallType, class Request, class Response>
-  ServerUnaryReactor* Start(CallbackServerContext* context,
-                            const Request* request, Response* response) {
-    return StartUnary<CallType>(rpc_, context, request, response,
-                                Check(*context));
-  }
-
   void FillCapabilities(v1::GetCapabilitiesResponse* response) const;
 
   const RpcContext rpc_;
+  const Access access_;
+  AsyncDecode service_;
 };
 
 void DecodeService::FillCapabilities(
@@ -372,66 +370,63 @@ void DecodeService::FillCapabilities(
   out->set_connections(Unsigned(limits.connections));
 }
 
-class ControlService final : public v1::Control::CallbackService {
+class ControlService final : public RpcService {
  public:
-  explicit ControlService(const RpcContext& rpc) : rpc_(rpc) {}
+  explicit ControlService(const RpcContext& rpc)
+      : rpc_(rpc), access_{rpc.control_tokens, rpc.decode_tokens} {}
 
-  ServerUnaryReactor* GetLoad(CallbackServerContext* context,
-                              const v1::GetLoadRequest*,
-                              v1::Load* response) override {
-    const grpc::Status authorized = Check(*context);
-    if (authorized.ok()) rpc_.loop->FillLoad(response);
-    return Reply(context, authorized);
-  }
+  grpc::Service* service() override { return &service_; }
 
-  ServerUnaryReactor* Drain(CallbackServerContext* context,
-                            const v1::DrainRequest* request,
-                            v1::DrainResponse* response) override {
-    const grpc::Status authorized = Check(*context);
-    if (authorized.ok()) {
-      rpc_.drain->BeginDrain(
-          request->has_grace_ms()
-              ? std::chrono::milliseconds(request->grace_ms())
-              : rpc_.drain->default_grace());
-      rpc_.loop->FillLoad(response->mutable_load());
-    }
-    return Reply(context, authorized);
-  }
-
-  ServerUnaryReactor* Resume(CallbackServerContext* context,
-                             const v1::ResumeRequest*,
-                             v1::ResumeResponse* response) override {
-    const grpc::Status authorized = Check(*context);
-    if (authorized.ok()) {
-      rpc_.drain->EndDrain();
-      rpc_.loop->FillLoad(response->mutable_load());
-    }
-    return Reply(context, authorized);
-  }
-
-  ServerUnaryReactor* Abort(CallbackServerContext* context,
-                            const v1::AbortRequest* request,
-                            v1::AbortResponse* response) override {
-    return StartUnary<AbortCall>(rpc_, context, request, response,
-                                 Check(*context));
-  }
-
-  ServerUnaryReactor* GetStats(CallbackServerContext* context,
-                               const v1::GetStatsRequest*,
-                               v1::GetStatsResponse* response) override {
-    const grpc::Status authorized = Check(*context);
-    if (authorized.ok()) FillStats(response);
-    return Reply(context, authorized);
+  void Start(Poller* poller) override {
+    using Context = grpc::ServerContext;
+    Answer(poller, &service_, &AsyncControl::RequestGetLoad,
+           [this](const Context& context, const v1::GetLoadRequest&,
+                  v1::Load* response) {
+             return IfAuthorized(context,
+                                 [&] { rpc_.loop->FillLoad(response); });
+           });
+    Answer(poller, &service_, &AsyncControl::RequestDrain,
+           [this](const Context& context, const v1::DrainRequest& request,
+                  v1::DrainResponse* response) {
+             return IfAuthorized(context, [&] {
+               rpc_.drain->BeginDrain(
+                   request.has_grace_ms()
+                       ? std::chrono::milliseconds(request.grace_ms())
+                       : rpc_.drain->default_grace());
+               rpc_.loop->FillLoad(response->mutable_load());
+             });
+           });
+    Answer(poller, &service_, &AsyncControl::RequestResume,
+           [this](const Context& context, const v1::ResumeRequest&,
+                  v1::ResumeResponse* response) {
+             return IfAuthorized(context, [&] {
+               rpc_.drain->EndDrain();
+               rpc_.loop->FillLoad(response->mutable_load());
+             });
+           });
+    Answer(poller, &service_, &AsyncControl::RequestGetStats,
+           [this](const Context& context, const v1::GetStatsRequest&,
+                  v1::GetStatsResponse* response) {
+             return IfAuthorized(context, [&] { FillStats(response); });
+           });
+    Submit<AbortCall>(poller, &service_, &AsyncControl::RequestAbort, rpc_,
+                      access_);
   }
 
  private:
-  grpc::Status Check(const CallbackServerContext& context) const {
-    return Authorize(context, *rpc_.control_tokens, *rpc_.decode_tokens);
+  template <class Function>
+  grpc::Status IfAuthorized(const grpc::ServerContext& context,
+                            Function function) const {
+    grpc::Status authorized = Authorize(context, access_);
+    if (authorized.ok()) function();
+    return authorized;
   }
 
   void FillStats(v1::GetStatsResponse* response) const;
 
   const RpcContext rpc_;
+  const Access access_;
+  AsyncControl service_;
 };
 
 void ControlService::FillStats(v1::GetStatsResponse* response) const {
@@ -461,7 +456,7 @@ void ControlService::FillStats(v1::GetStatsResponse* response) const {
 }  // namespace
 
 std::list<OpenStreams::Stream>::iterator OpenStreams::Add(
-    CallbackServerContext* context) {
+    grpc::ServerContext* context) {
   std::lock_guard<std::mutex> lock(mutex_);
   ++*count_;
   streams_.emplace_back();
@@ -484,11 +479,11 @@ void OpenStreams::CancelIdle(std::chrono::milliseconds idle) {
   }
 }
 
-std::unique_ptr<grpc::Service> MakeDecodeService(const RpcContext& context) {
+std::unique_ptr<RpcService> MakeDecodeService(const RpcContext& context) {
   return std::make_unique<DecodeService>(context);
 }
 
-std::unique_ptr<grpc::Service> MakeControlService(const RpcContext& context) {
+std::unique_ptr<RpcService> MakeControlService(const RpcContext& context) {
   return std::make_unique<ControlService>(context);
 }
 

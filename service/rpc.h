@@ -11,22 +11,24 @@
 #include "service/validator.h"
 
 namespace grpc {
-class CallbackServerContext;
+class ServerContext;
 class Service;
 }  // namespace grpc
 
 namespace tenon::service {
 
+class Poller;
+
 // Streams that are open, so that idle ones can be ended. Thread-safe.
 class OpenStreams {
  public:
   struct Stream {
-    grpc::CallbackServerContext* context;
+    grpc::ServerContext* context;
     std::atomic<Clock::rep> last_use;  // max while a step is under way
   };
   explicit OpenStreams(std::atomic<int32_t>* count) : count_(count) {}
 
-  std::list<Stream>::iterator Add(grpc::CallbackServerContext* context);
+  std::list<Stream>::iterator Add(grpc::ServerContext* context);
   void Remove(std::list<Stream>::iterator stream);
   void CancelIdle(std::chrono::milliseconds idle);
 
@@ -57,8 +59,18 @@ struct RpcContext {
   Time start;
 };
 
-std::unique_ptr<grpc::Service> MakeDecodeService(const RpcContext& context);
-std::unique_ptr<grpc::Service> MakeControlService(const RpcContext& context);
+// A service and its calls.
+class RpcService {
+ public:
+  virtual ~RpcService() = default;
+  // To register.
+  virtual grpc::Service* service() = 0;
+  // Takes calls from now on; the server has started.
+  virtual void Start(Poller* poller) = 0;
+};
+
+std::unique_ptr<RpcService> MakeDecodeService(const RpcContext& context);
+std::unique_ptr<RpcService> MakeControlService(const RpcContext& context);
 
 }  // namespace tenon::service
 

@@ -2,7 +2,6 @@
 
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/grpcpp.h>
-#include <grpcpp/health_check_service_interface.h>
 #include <grpcpp/impl/codegen/service_type.h>
 #include <prometheus/exposer.h>
 #include <unistd.h>
@@ -13,7 +12,9 @@
 #include <utility>
 
 #include "service/connections.h"
+#include "service/health.h"
 #include "service/log.h"
+#include "service/poller.h"
 #include "service/prometheus_metrics.h"
 #include "service/rpc.h"
 
@@ -63,11 +64,15 @@ struct Server::Impl : DrainControl {
         control_tokens(o.control_tokens),
         streams(&l->mutable_metrics()->open_streams),
         connections(o.limits.connections, l->mutable_metrics()) {}
+  ~Impl();
 
   Status Start();
   Status StartMetrics();
   void Configure(grpc::ServerBuilder* builder);
   Status Listen(grpc::ServerBuilder* builder);
+  std::vector<RpcService*> Services() {
+    return {decode.get(), control.get(), &health};
+  }
   void Monitor();
   void UpdateHealth();
 
@@ -81,10 +86,12 @@ struct Server::Impl : DrainControl {
   TokenFile decode_tokens;
   TokenFile control_tokens;
   OpenStreams streams;
-  std::unique_ptr<grpc::Service> decode;
-  std::unique_ptr<grpc::Service> control;
+  HealthService health;
+  std::unique_ptr<RpcService> decode;
+  std::unique_ptr<RpcService> control;
   std::vector<std::unique_ptr<Acceptor>> acceptors;
   std::unique_ptr<grpc::Server> server;
+  std::unique_ptr<Poller> poller;
   Connections connections;
   std::unique_ptr<prometheus::Exposer> exposer;
   std::shared_ptr<prometheus::Collectable> collectable;
@@ -99,10 +106,24 @@ struct Server::Impl : DrainControl {
   std::thread monitor;
 };
 
+Server::Impl::~Impl() {
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    stopping = true;
+  }
+  wake.notify_all();
+  if (monitor.joinable()) monitor.join();
+  connections.Stop();
+  if (server != nullptr) server->Shutdown(std::chrono::system_clock::now());
+  poller.reset();
+}
+
 void Server::Impl::Configure(grpc::ServerBuilder* builder) {
   const Limits& limits = options.limits;
-  builder->RegisterService(decode.get());
-  builder->RegisterService(control.get());
+  for (RpcService* service : Services()) {
+    builder->RegisterService(service->service());
+  }
+  poller = std::make_unique<Poller>(builder->AddCompletionQueue());
   builder->SetMaxReceiveMessageSize(limits.request_bytes);
   builder->AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE,
                               limits.metadata_bytes);
@@ -157,8 +178,6 @@ Status Server::Impl::Start() {
   decode = MakeDecodeService(context);
   control = MakeControlService(context);
 
-  // Process-wide, and read when a server is built.
-  grpc::EnableDefaultHealthCheckService(true);
   grpc::ServerBuilder builder;
   if (options.reflection) {
     grpc::reflection::InitProtoReflectionServerBuilderPlugin();
@@ -167,9 +186,11 @@ Status Server::Impl::Start() {
   TENON_RETURN_IF_ERROR(Listen(&builder));
   server = builder.BuildAndStart();
   if (server == nullptr) return UnavailableError("gRPC does not start");
+  UpdateHealth();
+  for (RpcService* service : Services()) service->Start(poller.get());
+  poller->Start();
   TENON_RETURN_IF_ERROR(connections.Start());
   TENON_RETURN_IF_ERROR(StartMetrics());
-  UpdateHealth();
   monitor = std::thread(&Impl::Monitor, this);
   return Status();
 }
@@ -200,10 +221,9 @@ void Server::Impl::UpdateHealth() {
     changed = is_serving != serving;
     serving = is_serving;
   }
-  auto* health = server->GetHealthCheckService();
-  health->SetServingStatus("", is_serving);
-  health->SetServingStatus(kDecodeName, is_serving);
-  health->SetServingStatus(kControlName, true);
+  health.Set("", is_serving);
+  health.Set(kDecodeName, is_serving);
+  health.Set(kControlName, true);
   if (changed) Log("health", {{"serving", is_serving ? "true" : "false"}});
 }
 
@@ -288,17 +308,7 @@ StatusOr<std::unique_ptr<Server>> Server::Start(const ServerOptions& options,
 
 Server::Server(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
-Server::~Server() {
-  {
-    std::lock_guard<std::mutex> lock(impl_->mutex);
-    impl_->stopping = true;
-  }
-  impl_->wake.notify_all();
-  impl_->monitor.join();
-  impl_->connections.Stop();
-  impl_->server->Shutdown(std::chrono::system_clock::now());
-  impl_->server->Wait();
-}
+Server::~Server() = default;
 
 const std::vector<std::string>& Server::addresses() const {
   return impl_->addresses;

@@ -2,6 +2,8 @@
 
 #include "service/step_loop.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <utility>
 
@@ -46,6 +48,7 @@ StepLoop::StepLoop(std::unique_ptr<Session> engine,
   results_.reserve(rows);
   UpdateGauges();
   thread_ = std::thread(&StepLoop::Thread, this);
+  pthread_setname_np(thread_.native_handle(), "tenon-steps");
 }
 
 StepLoop::~StepLoop() {
@@ -94,11 +97,12 @@ void StepLoop::Submit(const AnyCall& any) {
         OverLimit(too_many ? "queued_requests" : "queued_rows",
                   "the server has as many calls waiting as it allows", 20));
   }
+  bool is_queued = false;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     if (!stopping_) {
       incoming_.push_back(any);
-      call = nullptr;
+      is_queued = true;
       if (running_) return;
       if (!options_.run_inline) {
         more_to_do_ = true;
@@ -108,7 +112,10 @@ void StepLoop::Submit(const AnyCall& any) {
       running_ = true;
     }
   }
-  if (call == nullptr) return RunAndRelease();
+  if (is_queued) {  // nobody else can finish it now
+    call->WillRun();
+    return RunAndRelease();
+  }
   m.queued_requests.fetch_sub(1);
   m.queued_rows.fetch_sub(rows);
   call->Finish(Unavailable("SHUTDOWN", "the server shuts down"));

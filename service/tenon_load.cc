@@ -23,11 +23,11 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <mutex>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -335,22 +335,57 @@ Json Overhead(const Flags& flags) {
 }
 
 // Steps that are due at fixed times, each sent by the first session that is
-// free then or later.
+// free then or later. One thread sends, one receives: it shares the machine
+// with the server, and every thread that waits for replies would be woken for
+// those of the others. A third one makes sessions' sequences anew.
 class OpenLoop {
  public:
   explicit OpenLoop(const Flags& flags)
       : flags_(flags), stub_(Connect(flags.target)) {}
 
   Json Run() {
-    std::vector<std::thread> threads;
-    begin_ = Clock::now() + std::chrono::milliseconds(200);
-    const int64_t total = static_cast<int64_t>(flags_.rate * flags_.seconds);
     for (int i = 0; i < flags_.sessions; ++i) {
-      threads.emplace_back([this, total] { RunSession(total); });
+      clients_.push_back(std::make_unique<Client>(flags_));
+      clients_.back()->session.Renew(stub_.get(), flags_.rows, kSteps);
+      free_.push_back(clients_.back().get());
     }
-    for (std::thread& thread : threads) thread.join();
+    begin_ = Clock::now() + std::chrono::milliseconds(200);
+    std::thread receiver(&OpenLoop::Receive, this);
+    std::thread renewer(&OpenLoop::Renew, this);
+    const int64_t total = static_cast<int64_t>(flags_.rate * flags_.seconds);
+    for (int64_t i = 0; i < total; ++i) Send(DueAt(i));
+    Stop();
+    receiver.join();
+    renewer.join();
     const double seconds =
         std::chrono::duration<double>(Clock::now() - begin_).count();
+    for (const auto& client : clients_) client->session.End(stub_.get());
+    return Report(seconds);
+  }
+
+ private:
+  static constexpr int kSteps = 200;
+
+  // A session and its step under way.
+  struct Client {
+    explicit Client(const Flags& flags) : session(flags) {}
+
+    LoadSession session;
+    Time due;
+    Time sent;
+    std::unique_ptr<Context> context;
+    std::unique_ptr<grpc::ClientAsyncResponseReader<v1::StepResponse>> reader;
+    v1::StepResponse response;
+    grpc::Status status;
+  };
+
+  Time DueAt(int64_t index) const {
+    return begin_ + std::chrono::duration_cast<Clock::duration>(
+                        std::chrono::duration<double>(
+                            static_cast<double>(index) / flags_.rate));
+  }
+
+  Json Report(double seconds) const {
     Json json;
     json["mode"] = "open";
     json["target"] = flags_.target;
@@ -362,58 +397,91 @@ class OpenLoop {
         static_cast<double>(accepted_.size()) / seconds;
     json["accepted"] = Summary(accepted_);
     json["accepted_from_sending"] = Summary(accepted_service_);
+    json["accepted_in_server"] = Summary(accepted_inside_);
+    json["engine"] = Summary(engine_);
     json["rejected"] = Summary(rejected_);
     json["rejected_without_retry_info"] = rejected_without_retry_;
     json["failed"] = failed_;
     return json;
   }
 
- private:
-  Time DueAt(int64_t index) const {
-    return begin_ + std::chrono::duration_cast<Clock::duration>(
-                        std::chrono::duration<double>(
-                            static_cast<double>(index) / flags_.rate));
-  }
-
-  void RunSession(int64_t total) {
-    constexpr int kSteps = 200;
-    LoadSession session(flags_);
-    session.Renew(stub_.get(), flags_.rows, kSteps);
-    uint64_t step = 0;
-    for (;;) {
-      const int64_t index = next_.fetch_add(1);
-      if (index >= total) break;
-      const Time due = DueAt(index);
-      std::this_thread::sleep_until(due);
-      if (session.steps_left == 0) {
-        session.Renew(stub_.get(), flags_.rows, kSteps);
-        step = 0;
-      }
-      session.request.set_step_id(step + 1);
-      Context context(flags_);
-      v1::StepResponse response;
-      const Time sent = Clock::now();
-      const grpc::Status status =
-          stub_->Step(&context, session.request, &response);
-      if (status.ok()) {
-        ++step;
-        --session.steps_left;
-      }
-      Record(status, due, sent);
+  void Send(Time due) {
+    std::this_thread::sleep_until(due);
+    Client* client = nullptr;
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      has_free_.wait(lock, [this] { return !free_.empty(); });
+      client = free_.front();
+      free_.pop_front();
     }
-    session.End(stub_.get());
+    client->due = due;
+    client->session.request.set_step_id(
+        static_cast<uint64_t>(kSteps - client->session.steps_left) + 1);
+    client->context = std::make_unique<Context>(flags_);
+    client->response.Clear();
+    client->sent = Clock::now();
+    client->reader = stub_->AsyncStep(client->context.get(),
+                                      client->session.request, &queue_);
+    client->reader->Finish(&client->response, &client->status, client);
   }
 
-  void Record(const grpc::Status& status, Time due, Time sent) {
+  void Receive() {
+    void* tag = nullptr;
+    bool ok = false;
+    while (queue_.Next(&tag, &ok)) {
+      auto* client = static_cast<Client*>(tag);
+      Record(*client);
+      if (client->status.ok()) --client->session.steps_left;
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (client->session.steps_left == 0) {
+        worn_out_.push_back(client);
+        has_worn_out_.notify_one();
+      } else {
+        free_.push_back(client);
+        has_free_.notify_one();
+      }
+    }
+  }
+
+  void Renew() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      has_worn_out_.wait(lock,
+                         [this] { return stopping_ || !worn_out_.empty(); });
+      if (worn_out_.empty()) return;
+      Client* client = worn_out_.front();
+      worn_out_.pop_front();
+      lock.unlock();
+      client->session.Renew(stub_.get(), flags_.rows, kSteps);
+      lock.lock();
+      free_.push_back(client);
+      has_free_.notify_one();
+    }
+  }
+
+  // Once every reply is there.
+  void Stop() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    has_free_.wait(lock, [this] { return free_.size() == clients_.size(); });
+    stopping_ = true;
+    has_worn_out_.notify_one();
+    queue_.Shutdown();
+  }
+
+  // By the receiver alone.
+  void Record(const Client& client) {
     const Time now = Clock::now();
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (status.ok()) {
-      accepted_.push_back(Microseconds(now - due));
-      accepted_service_.push_back(Microseconds(now - sent));
-    } else if (status.error_code() == grpc::StatusCode::RESOURCE_EXHAUSTED) {
-      rejected_.push_back(Microseconds(now - sent));
+    const v1::Timing& timing = client.response.timing();
+    if (client.status.ok()) {
+      accepted_.push_back(Microseconds(now - client.due));
+      accepted_service_.push_back(Microseconds(now - client.sent));
+      accepted_inside_.push_back(1e-3 * static_cast<double>(timing.total_ns()));
+      engine_.push_back(1e-3 * static_cast<double>(timing.step_ns()));
+    } else if (client.status.error_code() ==
+               grpc::StatusCode::RESOURCE_EXHAUSTED) {
+      rejected_.push_back(Microseconds(now - client.sent));
       rejected_without_retry_ +=
-          status.error_details().find("google.rpc.RetryInfo") ==
+          client.status.error_details().find("google.rpc.RetryInfo") ==
           std::string::npos;
     } else {
       ++failed_;
@@ -422,11 +490,19 @@ class OpenLoop {
 
   const Flags& flags_;
   std::unique_ptr<v1::Decode::Stub> stub_;
+  grpc::CompletionQueue queue_;
   Time begin_;
-  std::atomic<int64_t> next_{0};
-  std::mutex mutex_;  // guards what follows
+  std::vector<std::unique_ptr<Client>> clients_;
+  std::mutex mutex_;  // guards what follows, to stopping_
+  std::condition_variable has_free_;
+  std::condition_variable has_worn_out_;
+  std::deque<Client*> free_;
+  std::deque<Client*> worn_out_;
+  bool stopping_ = false;
   std::vector<double> accepted_;
   std::vector<double> accepted_service_;
+  std::vector<double> accepted_inside_;  // from its reading to its reply
+  std::vector<double> engine_;
   std::vector<double> rejected_;
   int64_t rejected_without_retry_ = 0;
   int64_t failed_ = 0;

@@ -2,6 +2,7 @@
 
 #include <sys/stat.h>
 
+#include <atomic>
 #include <thread>
 
 #include "tests/service/grpc_fixture.h"
@@ -392,6 +393,77 @@ TEST(ServerTest, ControlAbortsAndCounts) {
   ASSERT_TRUE(control->GetLoad(&load_context, {}, &load).ok());
   EXPECT_EQ(load.active_sequences(), 0u);
   EXPECT_EQ(load.free_pages(), 128u);
+}
+
+// One thread reads from clients, and runs steps as well.
+TEST(ServerTest, CallsAreAnsweredWhileAStepRunsOnTheThreadThatReads) {
+  constexpr int32_t kPrompts = 64;
+  Limits limits = TestLimits();
+  limits.rows_per_step = kPrompts;
+  limits.sequences = kPrompts;
+  limits.prefill_tokens_per_step = 60 * kPrompts;
+  auto model = Model::Load("examples/models/austen", {DeviceType::kCpu, 0});
+  ASSERT_TRUE(model.ok()) << model.status().message();
+  TestServer server(limits, {}, 16 * kPrompts, *model);
+  auto control = v1::Control::NewStub(Connect(server.unix_address()));
+  std::atomic<bool> is_over{false};
+  std::thread creates([&] {
+    auto stub = v1::Decode::NewStub(Connect(server.unix_address()));
+    v1::CreateSequencesRequest request;
+    for (int32_t i = 0; i < kPrompts; ++i) {
+      FillNew(60, i, request.add_sequences());
+      request.mutable_sequences(i)->set_max_tokens(1);
+    }
+    v1::CreateSequencesResponse response;
+    grpc::ClientContext context;
+    const grpc::Status status =
+        stub->CreateSequences(&context, request, &response);
+    EXPECT_TRUE(status.ok()) << status.error_message();
+    is_over = true;
+  });
+  bool answered = false;
+  while (!answered && !is_over) {
+    grpc::ClientContext context;
+    v1::GetStatsResponse stats;
+    ASSERT_TRUE(control->GetStats(&context, {}, &stats).ok());
+    answered = stats.requests() == 1 && stats.steps() == 0;
+  }
+  creates.join();
+  EXPECT_TRUE(answered);
+}
+
+TEST(ServerTest, WatchersOfHealthAreToldOfChanges) {
+  ServerOptions options;
+  options.drain_grace = milliseconds(0);
+  TestServer server(TestLimits(), options);
+  auto stub = grpc::health::v1::Health::NewStub(Connect(server.unix_address()));
+  using grpc::health::v1::HealthCheckResponse;
+  grpc::health::v1::HealthCheckRequest request;
+  HealthCheckResponse response;
+  request.set_service("no.such.Service");
+  grpc::ClientContext check_context;
+  EXPECT_EQ(stub->Check(&check_context, request, &response).error_code(),
+            grpc::StatusCode::NOT_FOUND);
+
+  grpc::ClientContext unknown_context;
+  auto unknown = stub->Watch(&unknown_context, request);
+  ASSERT_TRUE(unknown->Read(&response));
+  EXPECT_EQ(response.status(), HealthCheckResponse::SERVICE_UNKNOWN);
+  unknown_context.TryCancel();
+  EXPECT_FALSE(unknown->Read(&response));
+  EXPECT_EQ(unknown->Finish().error_code(), grpc::StatusCode::CANCELLED);
+
+  request.set_service("tenon.v1.Decode");
+  grpc::ClientContext context;
+  auto watch = stub->Watch(&context, request);
+  ASSERT_TRUE(watch->Read(&response));
+  EXPECT_EQ(response.status(), HealthCheckResponse::SERVING);
+  server.server().Drain();
+  ASSERT_TRUE(watch->Read(&response));
+  EXPECT_EQ(response.status(), HealthCheckResponse::NOT_SERVING);
+  server.Stop();  // with a watcher still there
+  EXPECT_FALSE(watch->Read(&response));
+  EXPECT_FALSE(watch->Finish().ok());
 }
 
 TEST(ServerTest, IdleStreamsAreEnded) {
