@@ -184,12 +184,7 @@ TEST_P(LinearFp8Test, SameCallGivesTheSameBits) {
 }
 
 TEST_P(LinearFp8Test, RowDoesNotDependOnTheContentOfOthers) {
-<<<<<<< HEAD
-  for (int64_t tokens : {2, 8, 16, 32, 64, 132}) {
-=======
-  constexpr int64_t kOut = 80;
   for (int64_t tokens : {2, 8, 9, 16, 32, 33, 64, 132}) {
->>>>>>> aaffbbd7bdb56adf2deee6a754d32a27b9ee0380
     for (Mode mode : Modes()) {
       const int64_t in = mode == Mode::kCublasLt ? 512 : 272;
       SCOPED_TRACE(StrCat(tokens, " tokens, ", LinearModeName(mode)));
