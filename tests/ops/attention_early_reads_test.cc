@@ -190,10 +190,8 @@ class Rounds {
   }
 
   Status Upload(int round, Stream stream) const {
-    // Each is the last one in turn, the nearest to whoever reads it.
-    const Uploaded* tensors[] = {&slots_, &block_table_, &kv_len_};
-    for (int i = 0; i < 3; ++i) {
-      TENON_RETURN_IF_ERROR(tensors[(round + i) % 3]->Upload(round, stream));
+    for (const Uploaded* tensor : {&slots_, &block_table_, &kv_len_}) {
+      TENON_RETURN_IF_ERROR(tensor->Upload(round, stream));
     }
     return Status();
   }
