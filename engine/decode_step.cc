@@ -287,10 +287,12 @@ bool Fuses(const StepContext& c) {
 }
 
 // Whether the next layer sums up what the experts of `layer` make: for one
-// token that is quicker than a launch of its own.
+// token that is quicker than a launch of its own, but for fp8 weights, whose
+// product has its input to quantise as well.
 bool LeavesExpertRows(const StepContext& c, int32_t layer) {
   return c.tokens() == 1 && layer >= 0 && layer + 1 < c.config.num_layers &&
-         c.config.IsMoeLayer(layer);
+         c.config.IsMoeLayer(layer) &&
+         c.weights.layers[layer + 1].qkv.dtype != DType::kFloat8E4M3;
 }
 
 // The layers of DecodeStep for few tokens, and the norm behind them.

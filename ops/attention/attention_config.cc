@@ -128,7 +128,8 @@ size_t RoundUp(size_t bytes) { return (bytes + 255) / 256 * 256; }
 int64_t WidenedKeys(const AttentionParams& p) {
   const int64_t keys = MaxKvLen(p);
   const bool is_small = keys <= kFewKeys && p.q.shape[0] <= kFewKeys;
-  if (OnCpu(p) || is_small || p.k_cache.dtype != DType::kFloat8E4M3 ||
+  if (OnCpu(p) || is_small || p.block_table.shape[0] == 0 ||
+      p.k_cache.dtype != DType::kFloat8E4M3 ||
       SelectAttentionKernel(p) != AttentionKernel::kPrefill ||
       !CanUseHopperPrefill(p)) {
     return 0;

@@ -280,8 +280,8 @@ constexpr int XScalesBytes(int64_t tokens, int64_t in_features) {
 }
 
 // kCount: vectors of x that a thread keeps at one time.
-template <class T, int kCount, bool kTerms>
-__global__ void __launch_bounds__(linear_stream::kThreads, kTerms ? 1 : 2)
+template <class T, int kCount>
+__global__ void __launch_bounds__(linear_stream::kThreads, 2)
     Fp8StreamKernel(const __grid_constant__ Args a) {
 #if TENON_SM90A
   extern __shared__ __align__(128) char memory[];
@@ -306,11 +306,11 @@ __global__ void __launch_bounds__(linear_stream::kThreads, kTerms ? 1 : 2)
   linear_stream::AwaitBarriers();
   cuda::WaitForPreviousKernels();
   if (a.x_vecs == 1) {
-    linear_stream::PrepareFp8X<true, kTerms, T, kCount>(a, shared.squares, xs,
-                                                        x_scales, norm_weights);
+    linear_stream::PrepareFp8X<true, T, kCount>(a, shared.squares, xs, x_scales,
+                                                norm_weights);
   } else {
-    linear_stream::PrepareFp8X<false, kTerms, T, kCount>(
-        a, shared.squares, xs, x_scales, norm_weights);
+    linear_stream::PrepareFp8X<false, T, kCount>(a, shared.squares, xs,
+                                                 x_scales, norm_weights);
   }
   Multiplier<T>(a, range, shared, xs, x_scales, ring).Run(scales);
 #endif
@@ -348,11 +348,10 @@ constexpr int Slots(int64_t tokens) { return tokens == 1 ? 4 : 8; }
 
 template <class T>
 Status Launch(const Args& args, const Plan& plan, int grid, Stream stream) {
-  return linear_stream::Launch(
-      args, plan.bytes, grid, 1, stream,
-      args.num_terms > 0 ? Fp8StreamKernel<T, Slots(1), true>
-      : args.tokens == 1 ? Fp8StreamKernel<T, Slots(1), false>
-                         : Fp8StreamKernel<T, Slots(kTokens), false>);
+  return linear_stream::Launch(args, plan.bytes, grid, 1, stream,
+                               args.tokens == 1
+                                   ? Fp8StreamKernel<T, Slots(1)>
+                                   : Fp8StreamKernel<T, Slots(kTokens)>);
 }
 
 }  // namespace
@@ -367,8 +366,7 @@ bool LinearFp8Streams(const LinearParams& p) {
   return p.weight.dtype == DType::kFloat8E4M3 && tokens <= kTokens &&
          p.x.dtype != DType::kFloat32 && cuda::RowsAreWholeChunks(p.x) &&
          cuda::RowsAreWholeChunks(p.weight) && takes_norm &&
-         in_features <= linear_stream::kMaxSharedBytes &&
-         linear_stream::TermsAreTaken(p) &&
+         in_features <= linear_stream::kMaxSharedBytes && !p.terms.present() &&
          MakePlan(tokens, in_features, kMaxStages).stages > 0 &&
          cuda::IsHopper(p.x.device);
 }

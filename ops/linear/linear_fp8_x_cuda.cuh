@@ -95,16 +95,6 @@ class XPreparer {
                                        const uint4& first_weights)
       : a_(a), first_weights_(Elements<T>(first_weights)) {}
 
-  // The next `count` vectors, of one token and with terms.
-  __device__ __forceinline__ void LoadWithTerms(int count) {
-    first_ = next_;
-    count_ = count;
-    next_ = ForEach([&](int i, XPlace at) {
-      v_[i] = at.Column() < a_.in_features ? WithTerms<T>(a_, at.Column() / 8)
-                                           : make_uint4(0, 0, 0, 0);
-    });
-  }
-
   // The next `count` vectors. All loads are under way before any is waited for.
   __device__ __forceinline__ void Load(int count) {
     first_ = next_;
@@ -231,19 +221,14 @@ class XPreparer {
 };
 
 // Brings x to shared memory, normalised if that is asked for, and quantised.
-template <bool kOneVec, bool kTerms, class T, int kCount>
+template <bool kOneVec, class T, int kCount>
 __device__ __forceinline__ void PrepareFp8X(
     const Args& a, float (&squares)[kLinearFp8StreamTokens][kWarps], char* xs,
     float* scales, const uint4& first_weights) {
   XPreparer<T, kCount, kOneVec> preparer(a, first_weights);
 #pragma unroll 1
   for (int left = a.tokens * a.x_vecs; left > 0; left -= a.x_vecs_at_once) {
-    const int count = min(left, a.x_vecs_at_once);
-    if constexpr (kTerms) {
-      preparer.LoadWithTerms(count);
-    } else {
-      preparer.Load(count);
-    }
+    preparer.Load(min(left, a.x_vecs_at_once));
     if (a.norm_weight != nullptr) preparer.Normalize(squares);
     preparer.Quantize(xs, scales);
   }
