@@ -1,0 +1,185 @@
+#include <cmath>
+#include <limits>
+
+#include "ops/sampler/sampler.h"
+#include "tests/ops/sampler_call.h"
+#include "tests/testing/random.h"
+
+// Rows of every kind through every filter, in numbers that take all ways
+// through the kernels: alone, shared by the blocks of a cluster of 8, 2 or 1.
+// Small enough for tools that watch each access.
+
+namespace tenon {
+namespace {
+
+using testing::Normal;
+using testing::SamplerCall;
+using testing::SamplerResult;
+using testing::TestTensor;
+
+constexpr int kKinds = 6;
+constexpr int kFilters = 12;
+
+class SamplerPathsTest : public testing::SamplerCallTest {
+ protected:
+  // Without logits. `first` tells which filters the rows have.
+  static SamplerCall MixedCall(int64_t vocab, int64_t rows, int64_t first,
+                               bool rich);
+};
+
+std::vector<float> RowOfKind(int64_t kind, int64_t vocab) {
+  std::vector<float> x = Normal(vocab, 40 + static_cast<uint64_t>(kind));
+  for (int64_t i = 0; i < vocab; ++i) {
+    const float id = static_cast<float>(i);
+    switch (kind) {
+      case 0:  // flat
+        break;
+      case 1:
+        x[i] *= 4.0f;
+        break;
+      case 2:  // all equal
+        x[i] = 1.25f;
+        break;
+      case 3:  // sorted by id
+        x[i] = -1.1f * std::log(id + 1.0f);
+        break;
+      case 4:  // masked but for a few
+        if (i % 100 != 99) x[i] = -std::numeric_limits<float>::infinity();
+        break;
+      default:  // many ties
+        x[i] = std::round(8.0f * x[i]) / 8.0f;
+    }
+  }
+  return x;
+}
+
+SamplingParams Filter(int64_t i) {
+  SamplingParams s;
+  s.seed = static_cast<uint64_t>(1000 + i);
+  switch (i % kFilters) {
+    case 0:
+      s.top_p = 0.9f;
+      break;
+    case 1:
+      s.min_p = 0.05f;
+      break;
+    case 2:
+      s.top_k = 700;
+      break;
+    case 3:
+      s.top_k = 50;
+      s.top_p = 0.9f;
+      s.min_p = 0.05f;
+      break;
+    case 4:
+      s.typical_p = 0.8f;
+      break;
+    case 5:
+      s.top_p = 0.8f;
+      s.xtc_probability = 1.0f;
+      s.xtc_threshold = 0.0002f;
+      break;
+    case 6:
+      s.filter_order = FilterOrder::kLlamaCpp;
+      s.temperature = 0.8f;
+      s.top_p = 0.95f;
+      s.typical_p = 0.9f;
+      break;
+    case 7:
+      s.mirostat_tau = 8.0f;
+      s.mirostat_eta = 0.1f;
+      break;
+    case 8:
+      s.top_n_sigma = 1.5f;
+      s.top_p = 0.9f;
+      break;
+    case 9:
+      s.top_k = 300;
+      s.top_p = 0.5f;
+      s.filter_order = FilterOrder::kJoint;
+      break;
+    case 10:
+      break;  // plain
+    default:
+      s.temperature = 0.0f;
+  }
+  s.num_top_logprobs = static_cast<int32_t>(i % 5);
+  return s;
+}
+
+SamplerCall SamplerPathsTest::MixedCall(int64_t vocab, int64_t rows,
+                                        int64_t first, bool rich) {
+  SamplerCall call;
+  call.bitmask_words = (vocab + 31) / 32;
+  if (rich) {
+    call.num_top = 4;
+    call.top_kind = static_cast<LogprobKind>(first % 3);
+    call.with_probabilities = rows <= 3;
+  }
+  for (int64_t i = first; i < first + rows; ++i) {
+    SamplingParams s = Filter(i);
+    call.mirostat_mu.push_back(12.0f);
+    if (rich) {
+      s.repetition_penalty = 1.2f;
+      if (i % 2 == 0) s.flags = kUseBitmask;
+      std::vector<LogitEdit> edits;
+      for (int32_t id = 3; id < vocab; id += 97) {
+        LogitEdit e;
+        e.id = id;
+        e.state = static_cast<uint32_t>(id % 4);
+        if (id % 5 == 0) e.bias = 0.5f;
+        if (id % 7 == 0) e.state |= LogitEdit::kBan;
+        edits.push_back(e);
+      }
+      SortEdits(&edits, vocab);
+      call.edits.push_back(edits);
+      for (int64_t w = 0; w < call.bitmask_words; ++w) {
+        call.bitmask.push_back(~(1u << (w + i) % 32));
+      }
+    }
+    call.params.push_back(s);
+  }
+  return call;
+}
+
+// Strict: the bits of the CPU, whatever the device.
+TEST_P(SamplerPathsTest, EveryFilterOfEveryKindOfRowGivesTheBitsOfTheCpu) {
+  const bool on_gpu = device().type == DeviceType::kCuda;
+  for (int64_t vocab : {600, 33000}) {
+    std::vector<float> kinds;
+    for (int64_t kind = 0; kind < kKinds; ++kind) {
+      const std::vector<float> x = RowOfKind(kind, vocab);
+      kinds.insert(kinds.end(), x.begin(), x.end());
+    }
+    for (int64_t rows : {1, 3, 40, 140}) {
+      // On the CPU it is the same code twice: that it says the same is enough.
+      if (!on_gpu && rows * vocab > 40000) continue;
+      // Each time round, kinds shift by one against filters.
+      const int64_t calls = rows < 40 ? kKinds * kFilters / rows : 2;
+      for (int64_t n = 0; n < calls; ++n) {
+        const int64_t first = n * rows;
+        const bool rich = (n + first / kFilters) % 2 == 1;
+        std::vector<float> x;
+        for (int64_t i = first; i < first + rows; ++i) {
+          const auto row = kinds.begin() + (i + i / kFilters) % kKinds * vocab;
+          x.insert(x.end(), row, row + vocab);
+        }
+        SamplerCall call = MixedCall(vocab, rows, first, rich);
+        const TestTensor logits(device(), dtype(), {rows, vocab}, x);
+        call.logits = logits.view();
+        const SamplerResult result = Run(call);
+        const TestTensor host(Device(), dtype(), {rows, vocab}, x);
+        call.logits = host.view();
+        EXPECT_TRUE(result == RunOn(call, Device()))
+            << "vocab " << vocab << ", rows " << rows << " from " << first;
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Targets, SamplerPathsTest,
+                         ::testing::ValuesIn(testing::Float32Targets()),
+                         testing::TargetName);
+
+}  // namespace
+}  // namespace tenon
