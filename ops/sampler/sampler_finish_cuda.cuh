@@ -150,7 +150,9 @@ __device__ __noinline__ inline void FinishRow(Team& team,
   const int64_t first_tile = index * call.num_tiles;
   uint64_t* const tile_mass = reinterpret_cast<uint64_t*>(arrays.weight);
   const int own_tiles = CeilDiv(call.num_tiles - team.rank(), team.size());
-  PrepareWide(call, index, arrays, TokenStore(room, own_tiles), shared);
+  const int most_tiles = CeilDiv(call.num_tiles, team.size());
+  PrepareWide(call, index, arrays, TokenStore(room, own_tiles, most_tiles),
+              shared);
   ReadRow(team.block(), call.scratch.tiles + first_tile, arrays, shared.row);
   if (draw) {
     const Drawn drawn = DrawWide(team, call, index, tile_mass, shared);

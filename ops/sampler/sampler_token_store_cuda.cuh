@@ -24,12 +24,14 @@ class TokenStore {
   }
 
   TokenStore() = default;
-  __device__ TokenStore(Room room, int own_tiles)
+  // `most_tiles`: that a block of the team has. All have the same capacity,
+  // from which they guess alike.
+  __device__ TokenStore(Room room, int own_tiles, int most_tiles)
       : shared_(static_cast<uint32_t>(__cvta_generic_to_shared(room.memory))),
         own_tiles_(own_tiles),
-        capacity_(min((room.bytes - LeastBytes(own_tiles)) /
+        capacity_(min((room.bytes - LeastBytes(most_tiles)) /
                           static_cast<int>(sizeof(Token)),
-                      own_tiles * kSubTile)) {}
+                      most_tiles * kSubTile)) {}
 
   // How many tokens wanted to be stored, and how many are.
   __device__ __forceinline__ int* wanted() const { return At<int>(0); }
