@@ -254,9 +254,9 @@ __device__ __noinline__ inline bool WideFilters::KeepBetween(Bounds bounds,
         Select({}, all ? OrderedKey(bounds.low) : ~split.keys.b,
                all ? OrderedKey(row_.best) : split.keys.a, target - split.top);
   }
+  filled_ = false;  // what is above the two logits is not stored
   if (!end.found) {
     range_.to = bound;
-    filled_ = false;
     return false;
   }
   const float cut = FromOrderedKey(end.key);
@@ -264,7 +264,6 @@ __device__ __noinline__ inline bool WideFilters::KeepBetween(Bounds bounds,
     range_.to = Cutoff{cut, end.id};
     AddByTile(filter_weighing(), bounds.from);
     summed_ = range_;
-    filled_ = false;  // what is above them is not stored
     return true;
   }
   range_.to = Cutoff{cut};
