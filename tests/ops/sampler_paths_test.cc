@@ -98,8 +98,9 @@ SamplingParams Filter(int64_t i) {
       s.top_p = 0.5f;
       s.filter_order = FilterOrder::kJoint;
       break;
-    case 10:
-      break;  // plain
+    case 10:  // nearly all: sums that differ in the last places decide
+      s.top_p = 0.9999999f;
+      break;
     default:
       s.temperature = 0.0f;
   }
