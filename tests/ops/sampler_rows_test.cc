@@ -384,45 +384,6 @@ TEST_P(SamplerRowsTest, RowsInUnevenSharesDrawWhatRowsOfABlockDo) {
   }
 }
 
-// On CUDA a few sub-tiles tell where top-p may end. Here they mislead: every
-// eighth (fourth, where a row has a block) has the likelier logit, as the ones
-// that are asked.
-TEST_P(SamplerRowsTest, TopPEndsWhereTheSubTilesThatAreAskedMislead) {
-  constexpr int64_t kWideVocab = 33000;
-  constexpr int64_t kTiles = 129;
-  for (const int64_t rows : {1, 70}) {
-    SCOPED_TRACE(rows);
-    const int64_t every = rows == 1 ? 8 : 4;
-    std::vector<float> x;
-    double total = 0.0;
-    int64_t likelier = 0;
-    for (int64_t id = 0; id < kWideVocab; ++id) {
-      const bool is_likelier = id / 16 % kTiles % every == 0;
-      x.push_back(id == 0 ? 0.0f : is_likelier ? -1.0f : -2.0f);
-      if (id > 0 && is_likelier) ++likelier;
-      total += std::exp(double{x.back()});
-    }
-    double kept = 1.0 + static_cast<double>(likelier) * std::exp(-1.0);
-    kept += std::ceil((0.9 * total - kept) * std::exp(2.0)) * std::exp(-2.0);
-    const TestTensor logits = Logits(x);
-    SamplerCall call;
-    const TensorView all = Repeat(logits.view(), rows);
-    call.logits = all;
-    for (int64_t i = 0; i < rows; ++i) {
-      SamplingParams s;
-      s.position = static_cast<uint64_t>(i);
-      s.top_p = 0.9f;
-      call.params.push_back(s);
-    }
-    const SamplerResult result = Run(call);
-    for (int64_t i = 0; i < rows; ++i) {
-      ASSERT_GE(result.tokens[i], 0);
-      EXPECT_NEAR(result.processed_logprobs[i],
-                  x[result.tokens[i]] - std::log(kept), 1e-4);
-    }
-  }
-}
-
 // Rows of every kind at once, in any order and number, give what each gives
 // alone.
 TEST_P(SamplerRowsTest, AnyMixInOneBatchGivesWhatEachRowGivesAlone) {
