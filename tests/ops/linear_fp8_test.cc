@@ -359,7 +359,7 @@ TEST_P(LinearFp8Test, RejectsBadArguments) {
   expect({"out", "float8_e4m3"},
          [](P& p) { p.out.dtype = DType::kFloat8E4M3; });
   expect({"out overlaps weight_scales"},
-         [](P& p) { p.out.data = p.weight_scales.data; });
+         [](P& p) { p.weight_scales.data = p.out.data; });
   expect({"workspace is null"}, [](P& p) { p.workspace = nullptr; });
   expect({"workspace_size"}, [](P& p) { p.workspace_size = 1000; });
   expect({"workspace overlaps x"}, [](P& p) { p.x.data = p.workspace; });
