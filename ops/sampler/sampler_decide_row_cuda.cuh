@@ -357,7 +357,7 @@ __device__ __forceinline__ TileBounds ReadTiles(Block& block,
 __device__ __forceinline__ uint64_t OwnTotal(const RowPlan& plan, float best,
                                              int num_tiles,
                                              const TileArrays& arrays) {
-  constexpr int kAtOnce = 3;
+  constexpr int kAtOnce = 2;
   const float scale = plan.scale;
   uint64_t own = 0;
   for (int base = static_cast<int>(threadIdx.x); base < num_tiles;

@@ -202,21 +202,6 @@ __device__ __forceinline__ uint4 Load16If(bool exists, const void* from,
   return words;
 }
 
-// The same of one byte.
-__device__ __forceinline__ uint32_t LoadByteIf(bool exists, const uint8_t* from,
-                                               uint32_t fill) {
-  uint32_t byte = fill;
-  asm volatile(
-      "{\n"
-      ".reg .pred exists;\n"
-      "setp.ne.u32 exists, %2, 0;\n"
-      "@exists ld.global.nc.u8 %0, [%1];\n"
-      "}\n"
-      : "+r"(byte)
-      : "l"(from), "r"(exists ? 1u : 0u));
-  return byte;
-}
-
 // -inf in all of a word.
 __device__ __forceinline__ uint32_t LowestWord(DType dtype) {
   return dtype == DType::kFloat32   ? 0xff800000u

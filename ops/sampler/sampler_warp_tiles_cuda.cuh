@@ -100,14 +100,10 @@ class WarpTiles {
   }
   // Whether masks let the lane's logits pass, as bits: asked for, then taken.
   __device__ __forceinline__ void LoadMasks(const DecideRow& row) {
-    const bool none = row.edits.only_allowed;
-    const uint8_t* const mask = none ? nullptr : row.edits.mask;
 #pragma unroll
     for (int u = 0; u < kMaxTilesAhead; ++u) {
       const int tile = __shfl_sync(~0u, tile_, u);
-      const int first = FirstIdOfLane(row, tile);
-      const bool exists = mask != nullptr && tile >= 0 && first < vocab_;
-      masks_[u] = LoadByteIf(exists, mask + first / 8, none ? 0 : 0xff);
+      masks_[u] = tile >= 0 ? AllowedOf(row, FirstIdOfLane(row, tile)) : 0;
     }
   }
   __device__ __forceinline__ uint64_t Allowed() const {
