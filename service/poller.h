@@ -37,7 +37,8 @@ class EventOf final : public Event {
 // The threads that read from clients and handle what gRPC's completion queue
 // has. It is one thread: what it reads, it handles, without waking another,
 // which would cost more than all else about a call that is refused. A second
-// one stands in while the first runs an engine step.
+// one stands in while the first runs an engine step, and then until the next
+// event that it gets: so two events of one call may be handled at once.
 class Poller {
  public:
   explicit Poller(std::unique_ptr<grpc::ServerCompletionQueue> queue);

@@ -17,7 +17,8 @@
 namespace tenon::service {
 
 // What all calls have. Each asks for OnArrival once; of those that began, both
-// the status's Finish and gRPC's "done" come back, in any order.
+// the status's Finish and gRPC's "done" come back, in any order, and perhaps to
+// another thread before Begin has returned, or is called.
 class RpcCall {
  public:
   explicit RpcCall(Poller* poller) : poller_(poller) {
@@ -49,6 +50,7 @@ class RpcCall {
     if (!ok) return delete this;  // the server shuts down; no "done" comes
     Renew();
     Begin();
+    End();
   }
   void OnDone(bool) {
     if (context_.IsCancelled()) Cancel();
@@ -61,7 +63,7 @@ class RpcCall {
 
   Poller* const poller_;
   grpc::ServerContext context_;
-  std::atomic<int> left_{2};
+  std::atomic<int> left_{3};  // of Begin, Finish and "done"
   EventOf<RpcCall, &RpcCall::OnArrival> arrival_{this};
   EventOf<RpcCall, &RpcCall::OnDone> done_{this};
   EventOf<RpcCall, &RpcCall::OnFinish> finish_{this};

@@ -213,14 +213,11 @@ Status Server::Impl::StartMetrics() {
 void Server::Impl::UpdateHealth() {
   const bool alive =
       !loop->is_broken() && Clock::now() - loop->heartbeat() < options.stall;
-  bool is_serving;
-  bool changed;
-  {
-    std::lock_guard<std::mutex> lock(mutex);
-    is_serving = alive && !drain;
-    changed = is_serving != serving;
-    serving = is_serving;
-  }
+  // Held to the end: what another thread found earlier is not set later.
+  std::lock_guard<std::mutex> lock(mutex);
+  const bool is_serving = alive && !drain;
+  const bool changed = is_serving != serving;
+  serving = is_serving;
   health.Set("", is_serving);
   health.Set(kDecodeName, is_serving);
   health.Set(kControlName, true);
