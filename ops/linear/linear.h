@@ -53,7 +53,8 @@ struct LinearTerms {
 // float32 of two rounded numbers, rounded. With `terms` as well as `norm`, x +
 // the sum of its rows (in float32, in order, rounded) is x, and is left in
 // terms.sum, which overlaps nothing. All give the bits of the separate
-// operations; for few tokens they save their launches (terms: for one).
+// operations; for few tokens they save their launches (terms: for one, of
+// weights that are not fp8).
 //
 // Numerics: products and sums in float32 (float32 inputs: no TF32), bias added
 // in float32, one rounding to out's dtype. The order of the sum over

@@ -99,22 +99,11 @@ TEST_P(LinearFp8NeighboursTest, FewTokensHaveTheBitsOfMany) {
 }
 
 TEST_P(LinearFp8NeighboursTest, TermsGiveTheBitsOfASeparateSum) {
-  for (LinearShape shape : std::vector<LinearShape>{{1, 136, 2048},
-                                                    {1, 24, 4096},
-                                                    {1, 40, 336},
-                                                    {1, 13, 111},
-                                                    {3, 72, 2048}}) {
-    const LinearFp8Call call(device(), dtype(), shape, {false, true, false, 0});
-    for (int64_t count : {1, 8, 11}) {
-      for (LinearMode mode : Modes()) {
-        SCOPED_TRACE(StrCat(shape.tokens, "x", shape.out_features, "x",
-                            shape.in_features, ", ", count, " terms, ",
-                            LinearModeName(mode)));
-        ExpectBitsOfSeparateSum(call.params(), call.X(), count, mode);
-        if (HasFailure()) return;
-      }
-    }
-  }
+  ExpectBitsOfSeparateSums(
+      [&](LinearShape shape) {
+        return LinearFp8Call(device(), dtype(), shape, {false, true, false, 0});
+      },
+      Modes());
 }
 
 INSTANTIATE_TEST_SUITE_P(Targets, LinearFp8NeighboursTest,
