@@ -51,7 +51,7 @@ __device__ __forceinline__ int BytesToCombine(const Args& a,
   const int rows = tile.num_queries * a.group;
   const int begin = static_cast<int>(blockIdx.x) << a.log2_slice;
   const int floats = max(0, min(1 << a.log2_slice, rows * S::kDim - begin));
-  return min(stages, decode::kParts) * (floats * 4 + rows * 8);
+  return decode::NumParts(stages) * (floats * 4 + rows * 8);
 }
 
 // Combines this block's slice of the tile's output.

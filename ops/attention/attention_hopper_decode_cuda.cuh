@@ -149,9 +149,15 @@ __device__ __forceinline__ Tile FindTile(const Args& a, int32_t index) {
 }
 
 // Stages of the keys before part `part` of a context of `stages`: parts differ
-// by a stage at most.
+// by a stage at most, and those of a short context have two stages, since the
+// end of a part takes longer than a stage.
 __device__ __forceinline__ int32_t PartBegin(int32_t stages, int32_t part) {
-  return static_cast<int32_t>(int64_t{stages} * part / kParts);
+  const int32_t begin = stages * part / kParts;  // stages are below 2^26
+  return stages > 2 * kParts ? begin : min(stages, (begin + 1) & ~1);
+}
+// Those that have a stage.
+__device__ __forceinline__ int32_t NumParts(int32_t stages) {
+  return min(CeilDiv(stages, 2), kParts);
 }
 
 struct Ring {
