@@ -14,6 +14,8 @@ namespace {
 using attention_test::Problem;
 using attention_test::Sequence;
 using attention_test::Shape;
+using testing::Fewer;
+using testing::SmallOr;
 using testing::TestTensor;
 
 using AttentionPrefillTest = attention_test::AttentionTest;
@@ -55,10 +57,11 @@ TEST_P(AttentionPrefillTest, MatchesReferenceAtTheEdgesOfTiles) {
 
 // Pages from a few keys to more than a tile; some need other kernels.
 TEST_P(AttentionPrefillTest, MatchesReferenceForPageSizes) {
-  for (int64_t page_size : {8, 20, 24, 32, 48, 96, 128, 256, 384}) {
-    if (!OnCuda() && page_size % 5 != 0) continue;
+  for (int64_t page_size :
+       Fewer<int64_t>({8, 20, 24, 32, 48, 96, 128, 256, 384}, 3)) {
+    if (!OnCuda() && page_size % 5 != 0 && !testing::SmallTests()) continue;
     for (bool heads_outside : {false, true}) {
-      for (int64_t head_padding : {0, 8, 64, 128}) {
+      for (int64_t head_padding : Fewer<int64_t>({0, 8, 64, 128})) {
         if (page_size % 16 == 0 && page_size > 32 && head_padding > 0) continue;
         if (!OnCuda() && head_padding == 128) continue;
         for (bool float8_cache : {false, true}) {
@@ -73,7 +76,10 @@ TEST_P(AttentionPrefillTest, MatchesReferenceForPageSizes) {
           shape.float8_cache = float8_cache;
           shape.heads_outside = heads_outside;
           shape.head_padding = head_padding;
-          shape.sequences = {{37, 300}, {1, 50}, {20, 20}, {130, 515}};
+          shape.sequences = {{37, SmallOr(100, 300)},
+                             {1, 50},
+                             {20, 20},
+                             {130, SmallOr(200, 515)}};
           Problem problem(device(), dtype(), shape);
           ASSERT_NO_FATAL_FAILURE(Check(problem, OnCuda() ? 29 : 37));
         }
@@ -83,7 +89,7 @@ TEST_P(AttentionPrefillTest, MatchesReferenceForPageSizes) {
 }
 
 TEST_P(AttentionPrefillTest, MatchesReferenceForGroups) {
-  for (int64_t group : {1, 2, 3, 5, 8, 12, 33}) {
+  for (int64_t group : Fewer<int64_t>({1, 2, 3, 5, 8, 12, 33}, 3)) {
     for (const auto [head_dim, float8_cache] : HeadsAndCaches()) {
       if (!OnCuda() && (group > 3 || head_dim > 64)) continue;
       SCOPED_TRACE(
@@ -93,7 +99,8 @@ TEST_P(AttentionPrefillTest, MatchesReferenceForGroups) {
       shape.num_kv_heads = 2;
       shape.head_dim = head_dim;
       shape.float8_cache = float8_cache;
-      shape.sequences = {{200, 333}, {9, 140}, {70, 70}};
+      shape.sequences = {
+          {SmallOr(100, 200), SmallOr(150, 333)}, {9, 140}, {70, 70}};
       Problem problem(device(), dtype(), shape);
       ASSERT_NO_FATAL_FAILURE(Check(problem, OnCuda() ? 43 : 7));
     }
@@ -102,8 +109,13 @@ TEST_P(AttentionPrefillTest, MatchesReferenceForGroups) {
 
 // Short sequences too are served where a call has one alone.
 TEST_P(AttentionPrefillTest, ServesOneSequenceOfAnyLength) {
-  for (const Sequence& s : std::vector<Sequence>{
-           {1, 1}, {1, 300}, {8, 200}, {0, 7}, {3, 2}, {40, 1000}, {30, 12}}) {
+  for (const Sequence& s : std::vector<Sequence>{{1, 1},
+                                                 {1, 300},
+                                                 {8, 200},
+                                                 {0, 7},
+                                                 {3, 2},
+                                                 {40, SmallOr(300, 1000)},
+                                                 {30, 12}}) {
     for (bool float8_cache : {false, true}) {
       SCOPED_TRACE(
           StrCat(s.queries, " of ", s.kv_len, float8_cache ? ", fp8" : ""));
@@ -131,11 +143,12 @@ TEST_P(AttentionPrefillTest, ServesTilesWithoutKeys) {
     shape.num_kv_heads = 4;
     shape.head_dim = 128;
     shape.float8_cache = float8_cache;
-    for (int i = 0; i < 60; ++i) {
+    const int count = SmallOr(10, 60);
+    for (int i = 0; i < count; ++i) {
       shape.sequences.push_back({40, i % 3 == 0 ? 40 + 8 * i : 0});
       shape.sequences.push_back({200, i % 4 == 0 ? 60 : 0});
     }
-    shape.uncovered_tokens = 900;
+    shape.uncovered_tokens = SmallOr(100, 900);
     Problem problem(device(), dtype(), shape);
     ASSERT_NO_FATAL_FAILURE(Check(problem, 97));
   }
@@ -145,7 +158,8 @@ TEST_P(AttentionPrefillTest, ServesTilesWithoutKeys) {
 TEST_P(AttentionPrefillTest, ServesALongPrompt) {
   if (!OnCuda()) GTEST_SKIP() << "the reference is slow at this size";
   for (const auto [head_dim, float8_cache] : HeadsAndCaches()) {
-    for (int32_t context : {0, 777}) {
+    const int32_t queries = SmallOr(560, 1111);
+    for (int32_t context : {0, SmallOr(100, 777)}) {
       SCOPED_TRACE(
           StrCat(head_dim, " after ", context, float8_cache ? ", fp8" : ""));
       Shape shape;
@@ -153,7 +167,7 @@ TEST_P(AttentionPrefillTest, ServesALongPrompt) {
       shape.num_kv_heads = 4;
       shape.head_dim = head_dim;
       shape.float8_cache = float8_cache;
-      shape.sequences = {{1111, 1111 + context}};
+      shape.sequences = {{queries, queries + context}};
       Problem problem(device(), dtype(), shape);
       ASSERT_NO_FATAL_FAILURE(Check(problem, 211));
     }
@@ -209,13 +223,13 @@ TEST_P(AttentionPrefillTest, LargeBoundsChangeNoBitOverFloat8) {
   if (!OnCuda() || dtype() == DType::kFloat32) {
     GTEST_SKIP() << "tiles are of CUDA and half precision";
   }
-  for (int64_t page_size : {8, 16, 24, 64, 256}) {
+  for (int64_t page_size : Fewer<int64_t>({8, 16, 24, 64, 256}, 3)) {
     for (bool heads_outside : {false, true}) {
       SCOPED_TRACE(
           StrCat("pages of ", page_size, ", heads outside ", heads_outside));
       Shape shape;
-      shape.num_heads = 32;
-      shape.num_kv_heads = 4;
+      shape.num_heads = SmallOr(8, 32);
+      shape.num_kv_heads = SmallOr(1, 4);
       shape.head_dim = 128;
       shape.page_size = page_size;
       shape.float8_cache = true;
