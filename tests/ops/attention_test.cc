@@ -269,7 +269,7 @@ TEST_P(AttentionTest, ServesTheShapesOfTheModels) {
     shape.head_dim = model.head_dim;
     shape.page_size = 64;
     shape.sequences = {{1, SmallOr(513, 4097)},
-                       {SmallOr(70, 512), SmallOr(200, 1000)},
+                       {SmallOr(40, 512), SmallOr(120, 1000)},
                        {1, SmallOr(128, 1024)},
                        {4, SmallOr(300, 2000)}};
     Problem problem(device(), dtype(), shape);

@@ -30,18 +30,19 @@ TEST_P(MoeTest, MatchesReference) {
   }
 }
 
-// The widths of the models; the CPU takes smaller ones.
+// The widths of the models; the CPU and small tests take smaller ones.
 TEST_P(MoeTest, ModelShapes) {
   const std::vector<testing::ModelShape> shapes(
       std::begin(testing::kModelShapes), std::end(testing::kModelShapes));
   for (const testing::ModelShape& shape : Fewer(shapes)) {
     SCOPED_TRACE(shape.name);
     Problem problem;
-    problem.hidden = on_cuda() ? shape.hidden : shape.hidden / 4;
-    problem.intermediate = on_cuda() ? shape.intermediate : 96;
+    const bool full = on_cuda() && !testing::SmallTests();
+    problem.hidden = full ? shape.hidden : shape.hidden / 4;
+    problem.intermediate = full ? shape.intermediate : 96;
     problem.num_experts = 4;
     problem.top_k = on_cuda() ? shape.top_k : 2;
-    problem.tokens = on_cuda() ? SmallOr(20, 500) : 3;
+    problem.tokens = on_cuda() ? SmallOr(60, 500) : 3;
     Call call(device(), dtype(), problem);
     const std::vector<double> expected = call.Expected({0});
     for (int64_t tokens : {int64_t{1}, problem.tokens / 40 + 1,
