@@ -14,6 +14,7 @@
 #include "tests/reference/attention_reference.h"
 #include "tests/testing/op_test.h"
 #include "tests/testing/random.h"
+#include "tests/testing/test_size.h"
 #include "tests/testing/test_tensor.h"
 
 // What the suites of Attention share: calls with their tensors, and the
@@ -21,7 +22,9 @@
 
 namespace tenon::attention_test {
 
+using testing::Fewer;
 using testing::Normal;
+using testing::SmallOr;
 using testing::TestTensor;
 
 struct Sequence {

@@ -14,9 +14,17 @@ namespace {
 using attention_test::Problem;
 using attention_test::Sequence;
 using attention_test::Shape;
+using testing::Fewer;
+using testing::SmallOr;
 using testing::TestTensor;
 
-using AttentionPrefillTest = attention_test::AttentionTest;
+class AttentionPrefillTest : public attention_test::AttentionTest {
+ protected:
+  // Whether many queries are too slow for a small test: without tensor cores.
+  bool IsTooSlow() const {
+    return testing::SmallTests() && dtype() == DType::kFloat32;
+  }
+};
 
 struct HeadAndCache {
   int64_t head_dim;
@@ -45,7 +53,7 @@ TEST_P(AttentionPrefillTest, MatchesReferenceAtTheEdgesOfTiles) {
       shape.head_dim = head_dim;
       shape.page_size = page_size;
       shape.float8_cache = float8_cache;
-      shape.sequences = sequences;
+      shape.sequences = Fewer(sequences, 8);
       shape.uncovered_tokens = 3;
       Problem problem(device(), dtype(), shape);
       ASSERT_NO_FATAL_FAILURE(Check(problem, OnCuda() ? 61 : 41));
@@ -55,10 +63,11 @@ TEST_P(AttentionPrefillTest, MatchesReferenceAtTheEdgesOfTiles) {
 
 // Pages from a few keys to more than a tile; some need other kernels.
 TEST_P(AttentionPrefillTest, MatchesReferenceForPageSizes) {
-  for (int64_t page_size : {8, 20, 24, 32, 48, 96, 128, 256, 384}) {
-    if (!OnCuda() && page_size % 5 != 0) continue;
+  for (int64_t page_size :
+       Fewer<int64_t>({8, 20, 24, 32, 48, 96, 128, 256, 384}, 3)) {
+    if (!OnCuda() && page_size % 5 != 0 && !testing::SmallTests()) continue;
     for (bool heads_outside : {false, true}) {
-      for (int64_t head_padding : {0, 8, 64, 128}) {
+      for (int64_t head_padding : Fewer<int64_t>({0, 8, 64, 128})) {
         if (page_size % 16 == 0 && page_size > 32 && head_padding > 0) continue;
         if (!OnCuda() && head_padding == 128) continue;
         for (bool float8_cache : {false, true}) {
@@ -66,14 +75,17 @@ TEST_P(AttentionPrefillTest, MatchesReferenceForPageSizes) {
                               heads_outside, ", padding ", head_padding,
                               float8_cache ? ", fp8" : ""));
           Shape shape;
-          shape.num_heads = 8;
+          shape.num_heads = SmallOr(4, 8);
           shape.num_kv_heads = 2;
           shape.head_dim = head_padding == 8 ? 64 : 128;
           shape.page_size = page_size;
           shape.float8_cache = float8_cache;
           shape.heads_outside = heads_outside;
           shape.head_padding = head_padding;
-          shape.sequences = {{37, 300}, {1, 50}, {20, 20}, {130, 515}};
+          shape.sequences = {{37, SmallOr(100, 300)},
+                             {1, 50},
+                             {20, 20},
+                             {SmallOr(40, 130), SmallOr(200, 515)}};
           Problem problem(device(), dtype(), shape);
           ASSERT_NO_FATAL_FAILURE(Check(problem, OnCuda() ? 29 : 37));
         }
@@ -83,9 +95,10 @@ TEST_P(AttentionPrefillTest, MatchesReferenceForPageSizes) {
 }
 
 TEST_P(AttentionPrefillTest, MatchesReferenceForGroups) {
-  for (int64_t group : {1, 2, 3, 5, 8, 12, 33}) {
+  for (int64_t group : Fewer<int64_t>({1, 2, 3, 5, 8, 12, 33}, 3)) {
     for (const auto [head_dim, float8_cache] : HeadsAndCaches()) {
       if (!OnCuda() && (group > 3 || head_dim > 64)) continue;
+      if (group > 5 && IsTooSlow()) continue;
       SCOPED_TRACE(
           StrCat(group, " heads of ", head_dim, float8_cache ? ", fp8" : ""));
       Shape shape;
@@ -93,7 +106,8 @@ TEST_P(AttentionPrefillTest, MatchesReferenceForGroups) {
       shape.num_kv_heads = 2;
       shape.head_dim = head_dim;
       shape.float8_cache = float8_cache;
-      shape.sequences = {{200, 333}, {9, 140}, {70, 70}};
+      shape.sequences = {
+          {SmallOr(100, 200), SmallOr(150, 333)}, {9, 140}, {70, 70}};
       Problem problem(device(), dtype(), shape);
       ASSERT_NO_FATAL_FAILURE(Check(problem, OnCuda() ? 43 : 7));
     }
@@ -102,8 +116,13 @@ TEST_P(AttentionPrefillTest, MatchesReferenceForGroups) {
 
 // Short sequences too are served where a call has one alone.
 TEST_P(AttentionPrefillTest, ServesOneSequenceOfAnyLength) {
-  for (const Sequence& s : std::vector<Sequence>{
-           {1, 1}, {1, 300}, {8, 200}, {0, 7}, {3, 2}, {40, 1000}, {30, 12}}) {
+  for (const Sequence& s : std::vector<Sequence>{{1, 1},
+                                                 {1, 300},
+                                                 {8, 200},
+                                                 {0, 7},
+                                                 {3, 2},
+                                                 {40, SmallOr(300, 1000)},
+                                                 {30, 12}}) {
     for (bool float8_cache : {false, true}) {
       SCOPED_TRACE(
           StrCat(s.queries, " of ", s.kv_len, float8_cache ? ", fp8" : ""));
@@ -124,6 +143,7 @@ TEST_P(AttentionPrefillTest, ServesOneSequenceOfAnyLength) {
 // block one after the other.
 TEST_P(AttentionPrefillTest, ServesTilesWithoutKeys) {
   if (!OnCuda()) GTEST_SKIP() << "blocks go through tiles on CUDA alone";
+  if (IsTooSlow()) GTEST_SKIP() << "float32 has no tiles";
   for (bool float8_cache : {false, true}) {
     SCOPED_TRACE(float8_cache ? "fp8" : "");
     Shape shape;
@@ -131,11 +151,12 @@ TEST_P(AttentionPrefillTest, ServesTilesWithoutKeys) {
     shape.num_kv_heads = 4;
     shape.head_dim = 128;
     shape.float8_cache = float8_cache;
-    for (int i = 0; i < 60; ++i) {
+    const int count = SmallOr(10, 60);
+    for (int i = 0; i < count; ++i) {
       shape.sequences.push_back({40, i % 3 == 0 ? 40 + 8 * i : 0});
       shape.sequences.push_back({200, i % 4 == 0 ? 60 : 0});
     }
-    shape.uncovered_tokens = 900;
+    shape.uncovered_tokens = SmallOr(100, 900);
     Problem problem(device(), dtype(), shape);
     ASSERT_NO_FATAL_FAILURE(Check(problem, 97));
   }
@@ -144,8 +165,10 @@ TEST_P(AttentionPrefillTest, ServesTilesWithoutKeys) {
 // More tiles than a GPU has blocks: each goes through several.
 TEST_P(AttentionPrefillTest, ServesALongPrompt) {
   if (!OnCuda()) GTEST_SKIP() << "the reference is slow at this size";
+  if (IsTooSlow()) GTEST_SKIP() << "float32 has no tiles";
   for (const auto [head_dim, float8_cache] : HeadsAndCaches()) {
-    for (int32_t context : {0, 777}) {
+    const int32_t queries = SmallOr(560, 1111);
+    for (int32_t context : {0, SmallOr(100, 777)}) {
       SCOPED_TRACE(
           StrCat(head_dim, " after ", context, float8_cache ? ", fp8" : ""));
       Shape shape;
@@ -153,7 +176,7 @@ TEST_P(AttentionPrefillTest, ServesALongPrompt) {
       shape.num_kv_heads = 4;
       shape.head_dim = head_dim;
       shape.float8_cache = float8_cache;
-      shape.sequences = {{1111, 1111 + context}};
+      shape.sequences = {{queries, queries + context}};
       Problem problem(device(), dtype(), shape);
       ASSERT_NO_FATAL_FAILURE(Check(problem, 211));
     }
@@ -209,13 +232,13 @@ TEST_P(AttentionPrefillTest, LargeBoundsChangeNoBitOverFloat8) {
   if (!OnCuda() || dtype() == DType::kFloat32) {
     GTEST_SKIP() << "tiles are of CUDA and half precision";
   }
-  for (int64_t page_size : {8, 16, 24, 64, 256}) {
+  for (int64_t page_size : Fewer<int64_t>({8, 16, 24, 64, 256}, 3)) {
     for (bool heads_outside : {false, true}) {
       SCOPED_TRACE(
           StrCat("pages of ", page_size, ", heads outside ", heads_outside));
       Shape shape;
-      shape.num_heads = 32;
-      shape.num_kv_heads = 4;
+      shape.num_heads = SmallOr(8, 32);
+      shape.num_kv_heads = SmallOr(1, 4);
       shape.head_dim = 128;
       shape.page_size = page_size;
       shape.float8_cache = true;
@@ -246,13 +269,14 @@ TEST_P(AttentionPrefillTest, LargeBoundsChangeNoBitOverFloat8) {
 // A key or a value that is not a number shows in all queries that attend to it;
 // those far before it do not see it.
 TEST_P(AttentionPrefillTest, NanInTheCacheShows) {
+  const int64_t heads = SmallOr(1, 4);
   for (int i = 0; i < 4; ++i) {
     const bool in_value = i % 2 == 1;
     const bool float8_cache = i / 2 == 1;
     SCOPED_TRACE(
         StrCat(in_value ? "value" : "key", float8_cache ? ", fp8" : ""));
     Shape shape;
-    shape.num_heads = 4;
+    shape.num_heads = heads;
     shape.num_kv_heads = 1;
     shape.head_dim = 128;
     shape.page_size = 64;
@@ -273,10 +297,10 @@ TEST_P(AttentionPrefillTest, NanInTheCacheShows) {
     (in_value ? p.v_cache : p.k_cache) = with_nan.view();
     const std::vector<double> out = RowsOf(problem, 0, 400);
     for (int64_t token : {0, 127, 250, 300, 301, 399}) {
-      for (int64_t j = 0; j < 4 * 128; ++j) {
+      for (int64_t j = 0; j < heads * 128; ++j) {
         if (in_value && j % 128 != 5) continue;  // other elements are numbers
         if (token == 250 && in_value) continue;  // shares a tile with it
-        ASSERT_EQ(std::isnan(out[token * 4 * 128 + j]), token >= 300)
+        ASSERT_EQ(std::isnan(out[token * heads * 128 + j]), token >= 300)
             << token << " " << j;
       }
     }

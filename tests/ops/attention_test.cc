@@ -13,6 +13,8 @@ namespace {
 
 using attention_test::Problem;
 using attention_test::Shape;
+using testing::Fewer;
+using testing::SmallOr;
 using testing::TestTensor;
 
 using AttentionTest = attention_test::AttentionTest;
@@ -22,10 +24,10 @@ TEST_P(AttentionTest, MatchesReferenceForHeadsAndPages) {
     int64_t heads, kv_heads;
   };
   // 12 heads to a KV head are GLM's; 20 are more than one tile of 16.
-  for (const Heads& heads : std::vector<Heads>{
-           {1, 1}, {4, 2}, {8, 2}, {8, 1}, {16, 1}, {24, 2}, {20, 1}}) {
+  for (const Heads& heads : Fewer<Heads>(
+           {{1, 1}, {4, 2}, {8, 2}, {8, 1}, {16, 1}, {24, 2}, {20, 1}}, 3)) {
     for (int64_t head_dim : {64, 128, 256}) {
-      for (int64_t page_size : {1, 13, 16, 64}) {
+      for (int64_t page_size : Fewer<int64_t>({1, 13, 16, 64})) {
         if (!OnCuda() && (head_dim + heads.heads + page_size) % 3 != 0) {
           continue;  // a third of the product is enough for its one kernel
         }
@@ -50,7 +52,7 @@ TEST_P(AttentionTest, MatchesReferenceForContextLengths) {
   if (OnCuda()) {
     lengths.insert(lengths.end(), {63, 64, 65, 255, 256, 257, 2049});
   }
-  for (int32_t length : lengths) {
+  for (int32_t length : Fewer(lengths, 4)) {
     for (int32_t queries : {1, 2, 19}) {
       if (queries > length || (!OnCuda() && queries == 2)) continue;
       SCOPED_TRACE(StrCat(queries, " queries of ", length));
@@ -78,7 +80,7 @@ TEST_P(AttentionTest, MixesDecodeAndPrefill) {
                      {0, 0}, {33, 97}, {1, 1}, {2, 600}, {129, 140}, {0, 77}};
   shape.uncovered_tokens = 5;
   for (bool float8_cache : {false, true}) {
-    for (int32_t max_query_len : {0, 129}) {
+    for (int32_t max_query_len : Fewer<int32_t>({0, 129}, 1)) {
       for (bool batch_invariant : {false, true}) {
         shape.float8_cache = float8_cache;
         Problem problem(device(), dtype(), shape);
@@ -168,26 +170,27 @@ TEST_P(AttentionTest, BatchInvariantQueryIsTheSameAloneAndInAChunk) {
   shape.num_heads = 8;
   shape.num_kv_heads = 2;
   shape.head_dim = 128;
-  shape.sequences = {{21, 700}};
+  const int32_t length = SmallOr(300, 700);
+  shape.sequences = {{21, length}};
   Problem chunk(device(), dtype(), shape);
   chunk.params().batch_invariant = true;
   const std::vector<double> of_chunk = RowsOf(chunk, 0, 21);
   const int64_t width = 8 * 128;
-  for (int32_t query : {0, 1, 7, 20}) {
+  for (int32_t query : Fewer<int32_t>({0, 1, 7, 20})) {
     SCOPED_TRACE(query);
     // The same memory, described as a decode row.
     TestTensor start =
         TestTensor::FromIntegers(device(), DType::kInt32, {2}, {0, 1});
-    TestTensor length = TestTensor::FromIntegers(device(), DType::kInt32, {1},
-                                                 {700 - 21 + query + 1});
+    TestTensor kv_len = TestTensor::FromIntegers(device(), DType::kInt32, {1},
+                                                 {length - 21 + query + 1});
     TestTensor out(device(), dtype(), {1, 8, 128});
     AttentionParams p = chunk.params();
     p.q = Rows(p.q, query, 1);
     p.out = out.view();
     p.query_start = start.view();
-    p.kv_len = length.view();
+    p.kv_len = kv_len.view();
     p.max_query_len = 1;
-    p.max_kv_len = 700;
+    p.max_kv_len = length;
     for (Stream s : {stream(), Stream{stream().cuda, nullptr}}) {
       ASSERT_TRUE(Attention(p, s).ok());
       Finish();
@@ -234,7 +237,8 @@ TEST_P(AttentionTest, ServesMoreThanOnePass) {
   Shape shape;
   shape.num_heads = 64;
   shape.num_kv_heads = 1;
-  shape.sequences = {{0, 0}, {1, 100}, {OnCuda() ? 300 : 60, 310}};
+  shape.sequences = {
+      {0, 0}, {1, 100}, {OnCuda() ? SmallOr(130, 300) : 60, SmallOr(140, 310)}};
   Problem problem(device(), dtype(), shape);
   problem.params().batch_invariant = true;
   TestTensor table =
@@ -255,14 +259,19 @@ TEST_P(AttentionTest, ServesMoreThanOnePass) {
 
 TEST_P(AttentionTest, ServesTheShapesOfTheModels) {
   if (!OnCuda()) GTEST_SKIP() << "the reference is slow at these shapes";
-  for (const testing::ModelShape& model : testing::kModelShapes) {
+  const std::vector<testing::ModelShape> models(
+      std::begin(testing::kModelShapes), std::end(testing::kModelShapes));
+  for (const testing::ModelShape& model : Fewer(models)) {
     SCOPED_TRACE(model.name);
     Shape shape;
     shape.num_heads = model.num_heads;
     shape.num_kv_heads = model.num_kv_heads;
     shape.head_dim = model.head_dim;
     shape.page_size = 64;
-    shape.sequences = {{1, 4097}, {512, 1000}, {1, 1024}, {4, 2000}};
+    shape.sequences = {{1, SmallOr(513, 4097)},
+                       {SmallOr(40, 512), SmallOr(120, 1000)},
+                       {1, SmallOr(128, 1024)},
+                       {4, SmallOr(300, 2000)}};
     Problem problem(device(), dtype(), shape);
     ASSERT_NO_FATAL_FAILURE(Check(problem, 101));
   }

@@ -16,6 +16,7 @@
 #include "tests/testing/compare.h"
 #include "tests/testing/op_test.h"
 #include "tests/testing/random.h"
+#include "tests/testing/test_size.h"
 #include "tests/testing/test_tensor.h"
 
 // Calls of Linear, in every way to run one.
@@ -154,7 +155,10 @@ class LinearTestBase : public OpTest {
 
   void SetUp() override {
     OpTest::SetUp();
-    if (IsSkipped() || device().type == DeviceType::kCpu || cublas_lt_) return;
+    if (IsSkipped() || device().type == DeviceType::kCpu || cublas_lt_ ||
+        !TestsUseCublasLt()) {
+      return;
+    }
     StatusOr<std::unique_ptr<CublasLt>> lt = CublasLt::Create(device());
     if (lt.ok()) {
       cublas_lt_ = *std::move(lt);

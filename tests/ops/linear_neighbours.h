@@ -72,13 +72,14 @@ class LinearNeighboursTestBase : public LinearTestBase {
   template <class Make>
   void ExpectBitsOfSeparateSums(const Make& make,
                                 const std::vector<LinearMode>& modes) {
-    for (LinearShape shape : std::vector<LinearShape>{{1, 136, 2048},
-                                                      {1, 24, 4096},
-                                                      {1, 40, 336},
-                                                      {1, 13, 111},
-                                                      {3, 72, 2048}}) {
+    for (LinearShape shape : Fewer<LinearShape>({{1, 136, 2048},
+                                                 {1, 24, 4096},
+                                                 {1, 40, 336},
+                                                 {1, 13, 111},
+                                                 {3, 72, 2048}},
+                                                3)) {
       const auto call = make(shape);
-      for (int64_t count : {1, 8, 11}) {
+      for (int64_t count : Fewer<int64_t>({1, 8, 11})) {
         for (LinearMode mode : modes) {
           SCOPED_TRACE(StrCat(shape.tokens, "x", shape.out_features, "x",
                               shape.in_features, ", ", count, " terms, ",

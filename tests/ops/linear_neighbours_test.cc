@@ -9,6 +9,7 @@
 namespace tenon {
 namespace {
 
+using testing::Fewer;
 using testing::LinearCall;
 using testing::LinearMode;
 using testing::LinearModeName;
@@ -25,18 +26,19 @@ TEST_P(LinearNeighboursTest, NeighboursGiveTheBitsOfSeparateOperations) {
     bool float_norm_weight = false;
     int64_t padding = 0;
   };
-  for (const Case& test : std::vector<Case>{{{1, 72, 2048}},
-                                            {{3, 520, 2048}, true},
-                                            {{1, 40, 4096}},
-                                            {{2, 13, 136}, false, false, 8},
-                                            {{8, 264, 2048}},
-                                            {{7, 136, 4096}, false, true},
-                                            {{16, 72, 2048}, true},
-                                            {{13, 72, 520}},
-                                            {{2, 24, 5120}},
-                                            {{1, 16, 12296}},
-                                            {{5, 24, 111}},
-                                            {{40, 72, 328}}}) {
+  for (const Case& test : Fewer<Case>({{{1, 72, 2048}},
+                                       {{3, 520, 2048}, true},
+                                       {{1, 40, 4096}},
+                                       {{2, 13, 136}, false, false, 8},
+                                       {{8, 264, 2048}},
+                                       {{7, 136, 4096}, false, true},
+                                       {{16, 72, 2048}, true},
+                                       {{13, 72, 520}},
+                                       {{2, 24, 5120}},
+                                       {{1, 16, 12296}},
+                                       {{5, 24, 111}},
+                                       {{40, 72, 328}}},
+                                      4)) {
     const auto [tokens, out_features, in_features] = test.shape;
     const LinearCall call(device(), dtype(), test.shape,
                           {true, test.float_out, test.padding, 0});
@@ -65,9 +67,10 @@ TEST_P(LinearNeighboursTest, FewTokensMatchTheirRowsAlone) {
   if (device().type == DeviceType::kCpu || dtype() != DType::kBFloat16) {
     GTEST_SKIP() << "for the streaming kernel";
   }
-  for (LinearShape shape :
-       {LinearShape{8, 6605, 2048}, LinearShape{16, 2001, 2056},
-        LinearShape{4, 2213, 4104}, LinearShape{2, 40, 8192}}) {
+  for (LinearShape shape : Fewer<LinearShape>({{8, 6605, 2048},
+                                               {16, 2001, 2056},
+                                               {4, 2213, 4104},
+                                               {2, 40, 8192}})) {
     SCOPED_TRACE(
         StrCat(shape.tokens, "x", shape.out_features, "x", shape.in_features));
     const LinearCall all(device(), dtype(), shape, {true, true, 0, 0});

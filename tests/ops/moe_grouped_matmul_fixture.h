@@ -13,6 +13,7 @@
 #include "tests/testing/compare.h"
 #include "tests/testing/op_test.h"
 #include "tests/testing/random.h"
+#include "tests/testing/test_size.h"
 #include "tests/testing/test_tensor.h"
 
 // What the suites of MoeGroupedMatmul share: calls with their tensors, and the
@@ -22,8 +23,10 @@ namespace tenon::moe_grouped_matmul_test {
 
 using moe_test::Experts;
 using moe_test::Weights;
+using testing::Fewer;
 using testing::Normal;
 using testing::RelativeFrobeniusError;
+using testing::SmallOr;
 using testing::TestTensor;
 using testing::UniformIntegers;
 

@@ -16,12 +16,15 @@
 #include "tests/testing/cuda_graph.h"
 #include "tests/testing/op_test.h"
 #include "tests/testing/random.h"
+#include "tests/testing/test_size.h"
 #include "tests/testing/test_tensor.h"
 
 namespace tenon {
 namespace {
 
+using testing::Fewer;
 using testing::Normal;
+using testing::SmallOr;
 using testing::TestTensor;
 using testing::UniformIntegers;
 
@@ -255,10 +258,11 @@ class MoePrepareTest : public testing::OpTest {
 };
 
 TEST_P(MoePrepareTest, Acceptance22_RouterInTheLayer) {
-  for (int64_t num_experts : {8, 127, 128, 160, 256, 512, 1024}) {
-    for (int64_t tokens :
-         {0, 1, 2, 7, 64, 255, 256, 257, 1024, 1025, 4096, 16384}) {
-      if (tokens > (on_cuda() ? 20000 : 64)) continue;
+  for (int64_t num_experts :
+       Fewer<int64_t>({8, 127, 128, 160, 256, 512, 1024}, 3)) {
+    for (int64_t tokens : Fewer<int64_t>(
+             {0, 1, 2, 7, 64, 255, 256, 257, 1024, 1025, 4096, 16384}, 5)) {
+      if (tokens > (on_cuda() ? SmallOr(2000, 20000) : 64)) continue;
       Problem problem;
       problem.tokens = tokens;
       problem.num_experts = num_experts;
@@ -269,7 +273,7 @@ TEST_P(MoePrepareTest, Acceptance22_RouterInTheLayer) {
 }
 
 TEST_P(MoePrepareTest, PaddingHasNoExpert) {
-  for (int64_t tokens : {1, 4, 8, 16, 24, 40, 200, 600}) {
+  for (int64_t tokens : Fewer<int64_t>({1, 4, 8, 16, 24, 40, 200, 600}, 3)) {
     if (tokens > (on_cuda() ? 20000 : 64)) continue;
     for (const bool fp8 : {false, true}) {
       Problem problem;
@@ -332,7 +336,7 @@ std::vector<Problem> RouterOptions() {
 
 TEST_P(MoePrepareTest, EveryRouterOption) {
   for (Problem problem : RouterOptions()) {
-    for (int64_t tokens : {1, 19, 70, 300, 1500}) {
+    for (int64_t tokens : Fewer<int64_t>({1, 19, 70, 300, 1500}, 3)) {
       if (tokens > 300 && !on_cuda()) continue;
       problem.tokens = tokens;
       ExpectSameAsSeparate(problem);
@@ -342,10 +346,11 @@ TEST_P(MoePrepareTest, EveryRouterOption) {
 
 TEST_P(MoePrepareTest, SameAsItsParts) {
   if (!on_cuda()) GTEST_SKIP() << "one function on CUDA alone";
-  for (Problem problem : RouterOptions()) {
-    for (int64_t tokens : {1, 2, 7, 16, 17, 33, 128, 129, 256, 448, 449, 1024,
-                           1025, 4097, 32768}) {
-      if (tokens > 5000 && problem.num_experts > 128) continue;
+  for (Problem problem : Fewer(RouterOptions(), 3)) {
+    for (int64_t tokens : Fewer<int64_t>({1, 2, 7, 16, 17, 33, 128, 129, 256,
+                                          448, 449, 1024, 1025, 4097, 32768},
+                                         5)) {
+      if (tokens > 5000 && problem.num_experts > SmallOr(0, 128)) continue;
       problem.tokens = tokens;
       problem.fp8 = tokens % 2 == 0 || tokens > 1024;
       ExpectPrepares(problem);
@@ -357,8 +362,8 @@ TEST_P(MoePrepareTest, QuantizesRowsOfAnyWidth) {
   if (!on_cuda()) GTEST_SKIP() << "one function on CUDA alone";
   Problem problem;
   problem.fp8 = true;
-  for (int64_t hidden : {1, 128, 192, 200, 333, 2048}) {
-    for (int64_t tokens : {1, 13, 111, 1030}) {
+  for (int64_t hidden : Fewer<int64_t>({1, 128, 192, 200, 333, 2048}, 3)) {
+    for (int64_t tokens : Fewer<int64_t>({1, 13, 111, 1030})) {
       for (int64_t padding : {0, 3, 8}) {
         problem.hidden = hidden;
         problem.tokens = tokens;
@@ -374,10 +379,11 @@ TEST_P(MoePrepareTest, GivenIds) {
   if (!on_cuda()) GTEST_SKIP() << "one function on CUDA alone";
   Problem problem;
   problem.fp8 = true;
-  for (const auto& [low, high] : std::vector<std::pair<int64_t, int64_t>>{
-           {0, 127}, {-20, 200}, {3, 3}, {5, 7}, {-9, -1}, {128, 300}}) {
-    for (int64_t tokens : {1, 9, 30, 64, 250, 448, 700, 3000, 20000}) {
-      for (int32_t top_k : {1, 8, 11}) {
+  for (const auto& [low, high] : Fewer<std::pair<int64_t, int64_t>>(
+           {{0, 127}, {-20, 200}, {3, 3}, {5, 7}, {-9, -1}, {128, 300}}, 3)) {
+    for (int64_t tokens :
+         Fewer<int64_t>({1, 9, 30, 64, 250, 448, 700, 3000, 20000}, 4)) {
+      for (int32_t top_k : Fewer<int32_t>({1, 8, 11})) {
         if (tokens > 5000 && top_k != 8) continue;
         problem.tokens = tokens;
         problem.top_k = top_k;
@@ -390,13 +396,13 @@ TEST_P(MoePrepareTest, GivenIds) {
 
 TEST_P(MoePrepareTest, SameCallSameBits) {
   if (!on_cuda()) GTEST_SKIP() << "one function on CUDA alone";
-  for (int64_t tokens : {1, 200, 1024, 5000}) {
+  for (int64_t tokens : Fewer<int64_t>({1, 200, 1024, 5000}, 3)) {
     Problem problem;
     problem.tokens = tokens;
     problem.fp8 = true;
     Call call(device(), dtype(), problem);
     std::vector<uint8_t> first;
-    for (int i = 0; i < 10; ++i) {
+    for (int i = 0; i < SmallOr(2, 10); ++i) {
       if constexpr (kCudaBuilt) {
         const MoeScratch scratch = LayOutScratch(call.params());
         const Status status = testing::RunAsCudaGraph(stream(), 3, [&] {

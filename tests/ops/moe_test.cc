@@ -12,33 +12,37 @@ class MoeTest : public Fixture {};
 
 TEST_P(MoeTest, MatchesReference) {
   // Tokens, hidden, intermediate, experts, top_k.
-  for (Problem problem : std::vector<Problem>{
-           {1, 1, 1, 1, 1},
-           {1, 64, 48, 16, 8},
-           {3, 13, 7, 5, 2},   // elements must be read one by one
-           {8, 64, 33, 4, 4},  // so here, for the down projection
-           {13, 96, 192, 160, 8},
-           {16, 72, 40, 3, 8},  // several tiles of an expert, unscheduled
-           {40, 64, 32, 3, 32},
-           {111, 128, 64, 8, 4},
-           {130, 40, 24, 1, 2}}) {
-    for (int64_t padding : {0, 5, 8}) {
+  for (Problem problem : Fewer<Problem>(
+           {{1, 1, 1, 1, 1},
+            {1, 64, 48, 16, 8},
+            {3, 13, 7, 5, 2},   // elements must be read one by one
+            {8, 64, 33, 4, 4},  // so here, for the down projection
+            {13, 96, 192, 160, 8},
+            {16, 72, 40, 3, 8},  // several tiles of an expert, unscheduled
+            {40, 64, 32, 3, 32},
+            {111, 128, 64, 8, 4},
+            {130, 40, 24, 1, 2}},
+           5)) {
+    for (int64_t padding : Fewer<int64_t>({0, 5, 8}, 2)) {
       problem.padding = padding;
       ExpectMatches(problem);
     }
   }
 }
 
-// The widths of the models; the CPU takes smaller ones.
+// The widths of the models; the CPU and small tests take smaller ones.
 TEST_P(MoeTest, ModelShapes) {
-  for (const testing::ModelShape& shape : testing::kModelShapes) {
+  const std::vector<testing::ModelShape> shapes(
+      std::begin(testing::kModelShapes), std::end(testing::kModelShapes));
+  for (const testing::ModelShape& shape : Fewer(shapes)) {
     SCOPED_TRACE(shape.name);
     Problem problem;
-    problem.hidden = on_cuda() ? shape.hidden : shape.hidden / 4;
-    problem.intermediate = on_cuda() ? shape.intermediate : 96;
+    const bool full = on_cuda() && !testing::SmallTests();
+    problem.hidden = full ? shape.hidden : shape.hidden / 4;
+    problem.intermediate = full ? shape.intermediate : 96;
     problem.num_experts = 4;
     problem.top_k = on_cuda() ? shape.top_k : 2;
-    problem.tokens = on_cuda() ? 500 : 3;
+    problem.tokens = on_cuda() ? SmallOr(60, 500) : 3;
     Call call(device(), dtype(), problem);
     const std::vector<double> expected = call.Expected({0});
     for (int64_t tokens : {int64_t{1}, problem.tokens / 40 + 1,
@@ -187,8 +191,8 @@ TEST_P(MoeTest, RowsAreWhatIsSummed) {
 
 // Against the first period of the same call, and that against the reference.
 TEST_P(MoeTest, Acceptance22_ChunkEdge) {
-  for (int64_t tokens :
-       {kMoeChunkTokens - 1, kMoeChunkTokens, kMoeChunkTokens + 1}) {
+  for (int64_t tokens : Fewer<int64_t>(
+           {kMoeChunkTokens - 1, kMoeChunkTokens, kMoeChunkTokens + 1})) {
     Problem problem;
     problem.tokens = tokens;
     problem.hidden = 16;
@@ -281,7 +285,7 @@ TEST_P(MoeTest, SeparateMatrices) {
 
 TEST_P(MoeTest, Acceptance22_GraphReplay) {
   if (!on_cuda()) GTEST_SKIP() << "graphs are of CUDA";
-  for (int64_t tokens : {1, 8, 100, 3000}) {
+  for (int64_t tokens : Fewer<int64_t>({1, 8, 100, 3000}, 3)) {
     Problem problem;
     problem.tokens = tokens;
     problem.hidden = 128;

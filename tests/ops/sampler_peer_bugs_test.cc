@@ -16,6 +16,7 @@ using testing::Filters;
 using testing::Normal;
 using testing::SamplerCall;
 using testing::SamplerResult;
+using testing::SmallOr;
 using testing::TestTensor;
 
 constexpr uint64_t kAllOnes = ~uint64_t{0};
@@ -68,14 +69,14 @@ TEST_P(SamplerPeerBugsTest,
 // never reaches them; noise of a clamped logarithm reaches them too often.
 TEST_P(SamplerPeerBugsTest,
        TailAtGaps18To25_vLLM43150_vLLM51367_FlashInfer2438_HpcOpsClamp) {
-  constexpr int64_t kTail = 262144;
-  constexpr int64_t kVocab = kTail + 1;
+  const int64_t tokens_of_tail = SmallOr(kOneBlockVocab - 1, 262144);
+  const int64_t vocab = tokens_of_tail + 1;
   for (double gap : {18.0, 20.5, 25.0}) {
     SCOPED_TRACE(gap);
-    std::vector<float> row(kVocab, static_cast<float>(-gap));
+    std::vector<float> row(vocab, static_cast<float>(-gap));
     row[0] = 0.0f;
     const TestTensor logits = Logits(row);
-    const double tail = kTail * std::exp(-gap);
+    const double tail = tokens_of_tail * std::exp(-gap);
     // Draw order begins with the head; the rest are equal.
     const double head = 1.0 / (1.0 + tail);
     std::vector<uint64_t> bits;
@@ -88,24 +89,25 @@ TEST_P(SamplerPeerBugsTest,
     const std::vector<int64_t> tokens =
         TokensAt(logits, Filters(0, 1.0f, 0.0f), bits);
     std::vector<int32_t> order;
-    for (int32_t id = 1; id < kVocab; ++id) {
-      order.push_back(DrawOrder(id, kVocab));
+    for (int32_t id = 1; id < vocab; ++id) {
+      order.push_back(DrawOrder(id, vocab));
     }
     std::sort(order.begin(), order.end());
     for (int i = 0; i < 24; ++i) {
       ASSERT_GT(tokens[i], 0);
-      const int32_t at = DrawOrder(static_cast<int32_t>(tokens[i]), kVocab);
+      const int32_t at = DrawOrder(static_cast<int32_t>(tokens[i]), vocab);
       const auto rank =
           std::lower_bound(order.begin(), order.end(), at) - order.begin();
       // The sub-tile of the head is known to 2^-24 of its sum only.
       const double slack = 2.0 + 1.2e-7 / std::exp(-gap);
-      EXPECT_NEAR(static_cast<double>(rank), share[i] * kTail, slack);
+      EXPECT_NEAR(static_cast<double>(rank), share[i] * tokens_of_tail, slack);
     }
     EXPECT_EQ(tokens[24], 0);
     // Uniforms three tokens apart, which 24 bits cannot tell from each other.
     std::vector<uint64_t> near;
     for (int i = 0; i < 8; ++i) {
-      near.push_back(BitsOf(head + (1.0 - head) * (0.5 + 3.0 * i / kTail)));
+      near.push_back(
+          BitsOf(head + (1.0 - head) * (0.5 + 3.0 * i / tokens_of_tail)));
     }
     const std::vector<int64_t> apart =
         TokensAt(logits, Filters(0, 1.0f, 0.0f), near);
@@ -115,20 +117,21 @@ TEST_P(SamplerPeerBugsTest,
 
 // Sums of bfloat16 would lose all but the first few hundred of equal tokens.
 TEST_P(SamplerPeerBugsTest, CumulativeSumOfCoarseNumbers_Megatron7182) {
-  constexpr int64_t kVocab = 20000;
-  const TestTensor logits(device(), DType::kBFloat16, {1, kVocab},
-                          std::vector<float>(kVocab, 0.5f));
+  const int64_t vocab = SmallOr(kOneBlockVocab, 20000);
+  const TestTensor logits(device(), DType::kBFloat16, {1, vocab},
+                          std::vector<float>(vocab, 0.5f));
   SamplerCall call = CallOf(logits.view(), {Filters(0, 0.75f, 0.0f)});
   call.with_probabilities = true;
   int64_t kept = 0;
   for (double p : Run(call).probabilities) kept += p > 0.0;
-  EXPECT_EQ(kept, 15000);
+  EXPECT_EQ(kept, vocab / 4 * 3);
 }
 
 // ---- Seeds and the batch ----
 
 TEST_P(SamplerPeerBugsTest, OnlyTheFirstSeedIsRead_FlashInfer4861) {
-  const TestTensor logits = Logits(std::vector<float>(50000, 0.0f));
+  const TestTensor logits =
+      Logits(std::vector<float>(SmallOr(kOneBlockVocab, 50000), 0.0f));
   std::vector<SamplingParams> params(64);
   for (size_t i = 0; i < 64; ++i) params[i].seed = i;
   const std::vector<int64_t> together =
@@ -161,7 +164,8 @@ TEST_P(SamplerPeerBugsTest,
 
 // One seed for all is the same draw for all; other positions are other draws.
 TEST_P(SamplerPeerBugsTest, OneSeedGivesOneNoiseForAllPositions_vLLM50440) {
-  const TestTensor logits = Logits(std::vector<float>(50000, 0.0f));
+  const TestTensor logits =
+      Logits(std::vector<float>(SmallOr(kOneBlockVocab, 50000), 0.0f));
   std::vector<SamplingParams> params(32);
   for (size_t i = 0; i < 32; ++i) params[i].position = i;
   const std::vector<int64_t> tokens = Run(CallOf(logits.view(), params)).tokens;
@@ -187,16 +191,17 @@ TEST_P(SamplerPeerBugsTest, TiesAtTheBoundaryAreAllKept_FlashInfer3774) {
 
 TEST_P(SamplerPeerBugsTest,
        LoopsThatDoNotEnd_FlashInfer769_FlashInfer3623_FlashInfer4544) {
-  const std::vector<std::vector<float>> rows = {std::vector<float>(40000, 0.0f),
-                                                Normal(40000, 5, 0.0f, 1e-7f),
-                                                Normal(40000, 6, 0.0f, 1e30f)};
+  const int32_t vocab = SmallOr(int32_t{kOneBlockVocab}, 40000);
+  const std::vector<std::vector<float>> rows = {std::vector<float>(vocab, 0.0f),
+                                                Normal(vocab, 5, 0.0f, 1e-7f),
+                                                Normal(vocab, 6, 0.0f, 1e30f)};
   for (const std::vector<float>& row : rows) {
     const TestTensor logits = Logits(row);
     for (float top_p : {1e-7f, 0.5f, 0.99999994f}) {
-      for (int32_t top_k : {0, 39999}) {
+      for (int32_t top_k : {0, vocab - 1}) {
         SamplingParams s = Filters(top_k, top_p, 0.0f);
         const int64_t token = Run(CallOf(logits.view(), {s})).tokens[0];
-        EXPECT_TRUE(token >= 0 && token < 40000);
+        EXPECT_TRUE(token >= 0 && token < vocab);
       }
     }
   }
@@ -204,7 +209,7 @@ TEST_P(SamplerPeerBugsTest,
 
 TEST_P(SamplerPeerBugsTest,
        IdsPastTheEnd_FlashInfer3470_TrtLlm19485_vLLM53029) {
-  for (int64_t vocab : {1, 17, 255, 257, 4097}) {
+  for (int64_t vocab : {1, 17, 255, 257, SmallOr(3585, 4097)}) {
     const TestTensor logits = Logits(Normal(vocab, 7, 0.0f, 0.01f));
     for (const SamplingParams& s :
          {Filters(0, 1.0f, 0.0f), Filters(0, 0.9999999f, 0.0f),
@@ -251,8 +256,9 @@ TEST_P(SamplerPeerBugsTest, RowsApartInMemory_vLLM42684) {
 
 TEST_P(SamplerPeerBugsTest,
        NanIsATokenOrACrash_FlashInfer2402_Colibri369_LlamaCpp13405) {
-  for (int64_t at : {0, 40, 4999}) {
-    std::vector<float> row = Normal(5000, 10);
+  const int64_t vocab = SmallOr(kOneBlockVocab, 5000);
+  for (int64_t at : {int64_t{0}, int64_t{40}, vocab - 1}) {
+    std::vector<float> row = Normal(vocab, 10);
     row[at] = kNan;
     const TestTensor logits = Logits(row);
     for (const SamplingParams& s :
@@ -265,19 +271,22 @@ TEST_P(SamplerPeerBugsTest,
 }
 
 TEST_P(SamplerPeerBugsTest, GreedyRowTimesMinusInfinityIsNan_vLLM22180) {
-  std::vector<float> row(5000, -kInf);
-  row[4321] = -2.0f;
+  const int64_t vocab = SmallOr(kOneBlockVocab, 5000);
+  const int64_t best = vocab - 679;
+  std::vector<float> row(vocab, -kInf);
+  row[best] = -2.0f;
   SamplingParams greedy;
   greedy.temperature = 0.0f;
   const TestTensor logits = Logits(row);
   const SamplerResult result =
       Run(CallOf(logits.view(), {greedy, SamplingParams()}));
-  EXPECT_EQ(result.tokens, (std::vector<int64_t>{4321, 4321}));
+  EXPECT_EQ(result.tokens, (std::vector<int64_t>{best, best}));
   EXPECT_EQ(result.statuses, (std::vector<int64_t>{0, 0}));
 }
 
 TEST_P(SamplerPeerBugsTest, LowTemperatureOverflows_vLLM2937_LlamaCpp684) {
-  std::vector<float> row = Normal(5000, 11, 0.0f, 20.0f);
+  std::vector<float> row =
+      Normal(SmallOr(kOneBlockVocab, 5000), 11, 0.0f, 20.0f);
   row[77] = 300.0f;
   const TestTensor logits = Logits(row);
   for (float temperature : {1e-3f, 1e-7f, 1e-38f}) {
@@ -335,7 +344,8 @@ TEST_P(SamplerPeerBugsTest, PenaltiesWithoutEffect_vLLM27878_vLLM18902) {
 
 TEST_P(SamplerPeerBugsTest,
        RawAndProcessedLogprobsAreMixedUp_vLLM42259_Trl6789_vLLM9453) {
-  const TestTensor logits = Logits(Normal(4000, 13, 0.0f, 2.0f));
+  const TestTensor logits =
+      Logits(Normal(SmallOr(kOneBlockVocab, 4000), 13, 0.0f, 2.0f));
   SamplingParams s = Filters(10, 1.0f, 0.0f);
   s.temperature = 0.6f;
   const SamplerResult result = Run(CallOf(logits.view(), {s}));
@@ -354,7 +364,7 @@ TEST_P(SamplerPeerBugsTest,
 }
 
 TEST_P(SamplerPeerBugsTest, LogitsAreDividedInPlace_LightLlm) {
-  const TestTensor logits = Logits(Normal(4000, 14));
+  const TestTensor logits = Logits(Normal(SmallOr(kOneBlockVocab, 4000), 14));
   SamplingParams s = Filters(10, 0.9f, 0.01f);
   s.temperature = 0.5f;
   const SamplerResult first = Run(CallOf(logits.view(), {s}));

@@ -315,7 +315,7 @@ TEST_P(SamplerRowsTest, RawTopTokensListAnInfinityThatIsBanned) {
 
 TEST_P(SamplerRowsTest, DraftsAndTargetsAreIndependentDraws) {
   const TestTensor logits = Logits(std::vector<float>(kVocab, 0.0f));
-  std::vector<SamplingParams> params(3000);
+  std::vector<SamplingParams> params(testing::SmallOr(500, 3000));
   for (size_t i = 0; i < params.size(); ++i) params[i].position = i;
   SamplerCall call = CallOf(logits.view(), params);
   const std::vector<int64_t> target = Run(call).tokens;
@@ -329,11 +329,11 @@ TEST_P(SamplerRowsTest, DraftsAndTargetsAreIndependentDraws) {
 // Many logits at once are read in another way.
 TEST_P(SamplerRowsTest, ManyRowsDrawWhatFewDo) {
   constexpr int64_t kLogits = int64_t{4} << 20;
-  constexpr int64_t kPieces = 3;
-  for (int64_t vocab : {331, 5001, 30011}) {
+  const int64_t pieces = testing::SmallOr(2, int64_t{3});
+  for (int64_t vocab : testing::Fewer<int64_t>({30011, 5001, 331}, 1)) {
     SCOPED_TRACE(vocab);
     const TestTensor logits = Logits(Normal(vocab, 12, 0.0f, 3.0f));
-    const int64_t rows = (kLogits / vocab / kPieces + 1) * kPieces;
+    const int64_t rows = (kLogits / vocab / pieces + 1) * pieces;
     std::vector<SamplingParams> params(rows);
     for (int64_t i = 0; i < rows; ++i) {
       SamplingParams& s = params[i];
@@ -343,25 +343,26 @@ TEST_P(SamplerRowsTest, ManyRowsDrawWhatFewDo) {
       if (i % 5 == 2) s.top_p = 0.6f;
       if (i % 5 == 3) s.top_n_sigma = 1.5f;
     }
-    testing::Drawn pieces;
+    testing::Drawn all;
     for (auto begin = params.begin(); begin != params.end();
-         begin += rows / kPieces) {
-      const testing::Drawn piece = Draw(Repeat(logits.view(), rows / kPieces),
-                                        {begin, begin + rows / kPieces});
-      pieces.tokens.insert(pieces.tokens.end(), piece.tokens.begin(),
-                           piece.tokens.end());
-      pieces.logprobs.insert(pieces.logprobs.end(), piece.logprobs.begin(),
-                             piece.logprobs.end());
-      pieces.statuses.insert(pieces.statuses.end(), piece.statuses.begin(),
-                             piece.statuses.end());
+         begin += rows / pieces) {
+      const testing::Drawn piece = Draw(Repeat(logits.view(), rows / pieces),
+                                        {begin, begin + rows / pieces});
+      all.tokens.insert(all.tokens.end(), piece.tokens.begin(),
+                        piece.tokens.end());
+      all.logprobs.insert(all.logprobs.end(), piece.logprobs.begin(),
+                          piece.logprobs.end());
+      all.statuses.insert(all.statuses.end(), piece.statuses.begin(),
+                          piece.statuses.end());
     }
-    EXPECT_TRUE(Draw(Repeat(logits.view(), rows), params) == pieces);
+    EXPECT_TRUE(Draw(Repeat(logits.view(), rows), params) == all);
   }
 }
 
 // On CUDA few rows are shared by the blocks of a cluster, of which some have
 // one sub-tile more than others, and many have a block each.
 TEST_P(SamplerRowsTest, RowsInUnevenSharesDrawWhatRowsOfABlockDo) {
+  if (testing::SmallTests()) GTEST_SKIP() << "clusters are not for small tests";
   struct Size {
     int64_t vocab;
     int64_t rows;
@@ -465,7 +466,7 @@ TEST_P(SamplerRowsTest, TokensDoNotDependOnBatchSizeOrPlace) {
   for (SamplingParams s : {Filters(0, 1.0f, 0.0f), Filters(40, 0.9f, 0.01f),
                            Filters(0, 0.8f, 0.0f)}) {
     const int64_t token = Run(CallOf(logits.view(), {s})).tokens[0];
-    for (size_t rows : {2, 7, 16, 17, 64, 512}) {
+    for (size_t rows : testing::Fewer<size_t>({2, 7, 16, 17, 64, 512}, 3)) {
       const SamplerResult result =
           Run(CallOf(logits.view(), std::vector<SamplingParams>(rows, s)));
       EXPECT_EQ(result.tokens, std::vector<int64_t>(rows, token)) << rows;

@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 
 #include "ops/sampler/philox.h"
@@ -16,6 +15,7 @@ namespace {
 
 using testing::Drawn;
 using testing::Normal;
+using testing::SmallOr;
 using testing::TestTensor;
 
 // Standard normal deviation of a chi-square statistic (Wilson and Hilferty):
@@ -53,6 +53,8 @@ double ChiSquareDeviation(const std::vector<int64_t>& counts,
 
 class SamplerStatisticsTest : public testing::SamplerTestBase {
  protected:
+  static constexpr int64_t kFewDraws = 2000;  // of a small test
+
   bool OnGpu() const { return device().type == DeviceType::kCuda; }
   // How often each token comes in `draws` draws.
   std::vector<int64_t> Count(const TestTensor& logits, SamplingParams sampling,
@@ -89,7 +91,7 @@ class SamplerStatisticsTest : public testing::SamplerTestBase {
     sampling.seed = 20 + filter;
     sampling.temperature = 0.9f;
     ExpectFollows(Logits(Normal(60, 6, 0.0f, 1.5f)), sampling,
-                  OnGpu() ? 100000000 : draws_on_cpu);
+                  SmallOr(kFewDraws, OnGpu() ? 100000000 : draws_on_cpu));
   }
 };
 
@@ -101,7 +103,8 @@ TEST_P(SamplerStatisticsTest, Acceptance27_PlainDrawsFollowTheSoftmax) {
     SamplingParams sampling;
     sampling.temperature = 0.8f;
     sampling.seed = 1;
-    ExpectFollows(logits, sampling, vocab == 17 ? 1 << 20 : 1 << 17);
+    ExpectFollows(logits, sampling,
+                  SmallOr(kFewDraws, vocab == 17 ? 1 << 20 : 1 << 17));
   }
 }
 
@@ -116,7 +119,7 @@ TEST_P(SamplerStatisticsTest, FilteredDrawsFollowTheKeptDistribution) {
     sampling.min_p = min_p;
     sampling.filter_order = order;
     sampling.seed = 3;
-    ExpectFollows(logits, sampling, 1 << 15);
+    ExpectFollows(logits, sampling, SmallOr(kFewDraws, 1 << 15));
   };
   expect(40, 1.0f, 0.0f, FilterOrder::kSequential);
   expect(0, 0.8f, 0.0f, FilterOrder::kSequential);
@@ -173,27 +176,27 @@ TEST_P(SamplerStatisticsTest, ManyDrawsOfAChainFollowItsDistribution) {
 TEST_P(SamplerStatisticsTest, SeedsAndPositionsAreIndependent) {
   // Each of these in turn moves through the draws; the draws stay uniform, and
   // neighbours are uncorrelated.
-  constexpr int64_t kDraws = 1 << 15;
+  const int64_t draws = SmallOr(kFewDraws, int64_t{1} << 15);
   const TestTensor logits = Logits(std::vector<float>(64, 0.5f));
   for (int mode = 0; mode < 3; ++mode) {
     SCOPED_TRACE(mode);
-    std::vector<SamplingParams> sampling(kDraws);
-    for (int64_t i = 0; i < kDraws; ++i) {
+    std::vector<SamplingParams> sampling(draws);
+    for (int64_t i = 0; i < draws; ++i) {
       sampling[i].seed = mode == 0 ? 9 : static_cast<uint64_t>(i);
       sampling[i].position = mode == 1 ? 9 : static_cast<uint64_t>(i);
     }
-    const Drawn drawn = Draw(Repeat(logits.view(), kDraws), sampling);
+    const Drawn drawn = Draw(Repeat(logits.view(), draws), sampling);
     std::vector<int64_t> counts(64);
     std::vector<int64_t> pairs(64 * 64);
-    for (int64_t i = 0; i < kDraws; ++i) {
+    for (int64_t i = 0; i < draws; ++i) {
       ++counts.at(drawn.tokens[i]);
       if (i > 0) ++pairs.at(drawn.tokens[i - 1] * 64 + drawn.tokens[i]);
     }
     EXPECT_LT(
-        ChiSquareDeviation(counts, std::vector<double>(64, 1.0 / 64), kDraws),
+        ChiSquareDeviation(counts, std::vector<double>(64, 1.0 / 64), draws),
         3.09);
     EXPECT_LT(ChiSquareDeviation(pairs, std::vector<double>(4096, 1.0 / 4096),
-                                 kDraws - 1),
+                                 draws - 1),
               3.09);
   }
 }
@@ -234,9 +237,9 @@ TEST_P(SamplerStatisticsTest, Acceptance27_ImpossibleTokensAreNeverDrawn) {
   SamplingParams sampling;
   sampling.seed = 5;
   // 10^9 draws take minutes on a GPU, most of them on its host.
-  const bool is_long = OnGpu() && std::getenv("TENON_LONG_TESTS") != nullptr;
-  const std::vector<int64_t> counts =
-      Count(logits, sampling, is_long ? 1000000000 : 1 << 18);
+  const bool is_long = OnGpu() && testing::LongTests();
+  const std::vector<int64_t> counts = Count(
+      logits, sampling, SmallOr(kFewDraws, is_long ? 1000000000 : 1 << 18));
   for (int64_t i = 0; i < kVocab; ++i) {
     if (row[i] != 0.0f) {
       EXPECT_EQ(counts[i], 0) << i;

@@ -12,8 +12,10 @@ namespace tenon {
 namespace {
 
 using testing::Drawn;
+using testing::Fewer;
 using testing::Filters;
 using testing::Normal;
+using testing::SmallOr;
 using testing::TestTensor;
 
 constexpr int64_t kQwenVocab = 151936;
@@ -66,12 +68,12 @@ class SamplerTest : public testing::SamplerTestBase {
 };
 
 TEST_P(SamplerTest, Acceptance27_DrawsTheReferencesTokens) {
-  for (int64_t vocab : {1, 2, 17, 256, 257, 512, 3001}) {
-    for (float spread : {0.5f, 4.0f}) {
+  for (int64_t vocab : Fewer<int64_t>({1, 2, 17, 256, 257, 512, 3001}, 3)) {
+    for (float spread : Fewer<float>({0.5f, 4.0f}, 1)) {
       const TestTensor logits =
           Logits(Normal(vocab, static_cast<uint64_t>(vocab), -3.0f, spread));
       for (SamplingParams sampling : ManyFilters()) {
-        for (float temperature : {1.0f, 0.3f, 1.7f, 0.0f}) {
+        for (float temperature : Fewer<float>({1.0f, 0.3f, 1.7f, 0.0f})) {
           sampling.temperature = temperature;
           SCOPED_TRACE(StrCat(
               "vocab ", vocab, " spread ", spread, " T ", temperature, " k ",
@@ -85,11 +87,12 @@ TEST_P(SamplerTest, Acceptance27_DrawsTheReferencesTokens) {
 }
 
 TEST_P(SamplerTest, Acceptance27_DrawsTheReferencesTokensOfAFullVocabulary) {
+  const int64_t vocab = SmallOr(kOneBlockVocab, kQwenVocab);
   for (float spread : {1.0f, 3.0f}) {
-    const TestTensor logits = Logits(Normal(kQwenVocab, 5, 0.0f, spread));
+    const TestTensor logits = Logits(Normal(vocab, 5, 0.0f, spread));
     for (SamplingParams sampling :
          {Filters(0, 1.0f, 0.0f), Filters(50, 1.0f, 0.0f),
-          Filters(5000, 0.99f, 0.0f), Filters(0, 0.9f, 0.0f),
+          Filters(SmallOr(1000, 5000), 0.99f, 0.0f), Filters(0, 0.9f, 0.0f),
           Filters(50, 0.9f, 0.02f), Filters(0, 1.0f, 0.1f)}) {
       if (!OnGpu() && spread == 1.0f && sampling.top_k == 5000) continue;
       sampling.temperature = 0.7f;
@@ -102,11 +105,13 @@ TEST_P(SamplerTest, Acceptance27_DrawsTheReferencesTokensOfAFullVocabulary) {
 
 // Rows that defeat shortcuts: nothing to select by, or all of it in few places.
 TEST_P(SamplerTest, AdversarialRows) {
-  constexpr int64_t kVocab = 34000;  // enough for guesses on CUDA
-  std::vector<std::vector<float>> rows(6, std::vector<float>(kVocab));
-  for (int64_t i = 0; i < kVocab; ++i) {
+  // Usually enough for guesses on CUDA.
+  const int64_t vocab = SmallOr(kOneBlockVocab, 34000);
+  const int64_t finite = SmallOr(2345, 12345);
+  std::vector<std::vector<float>> rows(6, std::vector<float>(vocab));
+  for (int64_t i = 0; i < vocab; ++i) {
     rows[0][i] = 1.25f;                                        // all equal
-    rows[1][i] = i == 12345 ? -7.0f : -kInf;                   // one finite
+    rows[1][i] = i == finite ? -7.0f : -kInf;                  // one finite
     rows[2][i] = i % 1000 == 999 ? 0.5f : -kInf;               // 99.9 % masked
     rows[3][i] = -1.1f * std::log(static_cast<float>(i + 1));  // Zipf by id
     rows[4][i] = i % 3 == 0 ? 2.0f : 1.0f;                     // two values
@@ -118,7 +123,7 @@ TEST_P(SamplerTest, AdversarialRows) {
          {Filters(0, 1.0f, 0.0f), Filters(50, 1.0f, 0.0f),
           Filters(300, 0.5f, 0.0f), Filters(0, 0.9f, 0.0f),
           Filters(0, 0.01f, 0.01f), Filters(7, 0.7f, 0.0f, FilterOrder::kJoint),
-          Filters(kVocab - 1, 1.0f, 0.0f)}) {
+          Filters(static_cast<int32_t>(vocab - 1), 1.0f, 0.0f)}) {
       SCOPED_TRACE(StrCat("row ", &row - rows.data(), " k ", sampling.top_k,
                           " p ", sampling.top_p));
       ExpectReferenceTokens(logits, sampling, 8);
@@ -143,7 +148,8 @@ TEST_P(SamplerTest, Acceptance27_GreedyInAMixedBatchIsArgmax) {
 }
 
 TEST_P(SamplerTest, Acceptance28_LogprobIsOfTheWholeRowInEveryPath) {
-  const TestTensor logits = Logits(Normal(5000, 11, 0.0f, 3.0f));
+  const TestTensor logits =
+      Logits(Normal(SmallOr(kOneBlockVocab, 5000), 11, 0.0f, 3.0f));
   const double best = [&] {
     const std::vector<double> x = logits.InitialValues();
     return *std::max_element(x.begin(), x.end());
@@ -240,7 +246,10 @@ TEST_P(SamplerTest, ExactlyKAreKeptOnTies) {
   const TestTensor logits = Logits(row);
   const std::vector<int64_t> ranked =
       reference::RankTokens(logits.InitialValues());
-  for (int32_t k : {2, 7, 8, 9, 33}) {
+  // To draw all of many takes many draws.
+  const std::vector<int32_t> counts =
+      testing::SmallTests() ? std::vector{2, 8} : std::vector{2, 7, 8, 9, 33};
+  for (int32_t k : counts) {
     const std::set<int64_t> drawn =
         ExpectReferenceTokens(logits, Filters(k, 1.0f, 0.0f), 60 * k);
     EXPECT_EQ(drawn, std::set<int64_t>(ranked.begin(), ranked.begin() + k));
@@ -248,10 +257,11 @@ TEST_P(SamplerTest, ExactlyKAreKeptOnTies) {
 }
 
 TEST_P(SamplerTest, TopPCountsTiesOneByOne) {
-  const TestTensor logits = Logits(std::vector<float>(1000, 3.0f));
+  const int64_t half = SmallOr(50, 500);
+  const TestTensor logits = Logits(std::vector<float>(2 * half, 3.0f));
   std::set<int64_t> first_half;
-  for (int64_t i = 0; i < 500; ++i) first_half.insert(i);
-  EXPECT_EQ(ExpectReferenceTokens(logits, Filters(0, 0.5f, 0.0f), 8000),
+  for (int64_t i = 0; i < half; ++i) first_half.insert(i);
+  EXPECT_EQ(ExpectReferenceTokens(logits, Filters(0, 0.5f, 0.0f), 16 * half),
             first_half);
   // Of top-k's ten, half.
   EXPECT_EQ(ExpectReferenceTokens(logits, Filters(10, 0.5f, 0.0f), 200),
@@ -273,7 +283,7 @@ TEST_P(SamplerTest, TheTwoZerosTie) {
 // run off the end.
 TEST_P(SamplerTest, TopPJustBelowOneStaysInside) {
   for (float top_p : {0.9999999f, std::nextafter(1.0f, 0.0f)}) {
-    for (int64_t vocab : {3, 5000}) {
+    for (int64_t vocab : {int64_t{3}, SmallOr(kOneBlockVocab, int64_t{5000})}) {
       const TestTensor logits = Logits(Normal(vocab, 17, 0.0f, 0.1f));
       ExpectReferenceTokens(logits, Filters(0, top_p, 0.0f), 50);
       ExpectReferenceTokens(logits, Filters(2, top_p, 0.0f), 50);
@@ -299,7 +309,8 @@ TEST_P(SamplerTest, MaskedTokensAreNeverDrawn) {
 }
 
 TEST_P(SamplerTest, ARowWithoutSupportHasNoToken) {
-  for (int64_t vocab : {1, 300, 5000}) {
+  for (int64_t vocab :
+       {int64_t{1}, int64_t{300}, SmallOr(kOneBlockVocab, int64_t{5000})}) {
     const TestTensor logits =
         Logits(std::vector<float>(static_cast<size_t>(vocab), -kInf));
     ExpectNoToken(logits, SampleStatus::kNoSupport);
@@ -407,51 +418,53 @@ TEST_P(SamplerTest, Acceptance29_BatchOrderAndNeighboursDoNotMatter) {
 }
 
 TEST_P(SamplerTest, Acceptance29_EveryRowHasItsOwnSeedAndPosition) {
+  const int64_t vocab = SmallOr(34000, kQwenVocab);
+  const int64_t rows = SmallOr(kOneBlockRows, 64);
   const TestTensor logits =
-      Logits(std::vector<float>(kQwenVocab, 0.0f));  // all equal
-  std::vector<SamplingParams> sampling(64, Filters(0, 1.0f, 0.0f));
-  for (int i = 0; i < 64; ++i) {
+      Logits(std::vector<float>(vocab, 0.0f));  // all equal
+  std::vector<SamplingParams> sampling(rows, Filters(0, 1.0f, 0.0f));
+  for (int64_t i = 0; i < rows; ++i) {
     sampling[i].seed = i % 2 == 0 ? 5 : uint64_t{5} << 32;
     sampling[i].position = uint64_t(i / 2) << (i % 4 < 2 ? 0 : 32);
   }
-  const Drawn drawn = Draw(Repeat(logits.view(), 64), sampling);
+  const Drawn drawn = Draw(Repeat(logits.view(), rows), sampling);
   EXPECT_GE(std::set<int64_t>(drawn.tokens.begin(), drawn.tokens.end()).size(),
-            63u);
-  for (int i = 0; i < 64; ++i) {
+            static_cast<size_t>(rows - 1));
+  for (int64_t i = 0; i < rows; ++i) {
     // Its place among all: the vocabulary ends inside the last sub-tiles.
-    EXPECT_NEAR(DrawOrder(static_cast<int32_t>(drawn.tokens[i]), kQwenVocab),
-                Uniform(sampling[i]) * kQwenVocab, 129.0);
+    EXPECT_NEAR(DrawOrder(static_cast<int32_t>(drawn.tokens[i]), vocab),
+                Uniform(sampling[i]) * static_cast<double>(vocab), 129.0);
   }
 }
 
 TEST_P(SamplerTest, TheLargestVocabularyOfEqualLogits) {
-  constexpr int64_t kVocab = 1 << 20;
-  const TestTensor logits = Logits(std::vector<float>(kVocab, 0.0f));
+  const int32_t vocab = SmallOr(int32_t{kOneBlockVocab}, 1 << 20);
+  const TestTensor logits = Logits(std::vector<float>(vocab, 0.0f));
   const auto expect = [&](SamplingParams sampling, int64_t kept) {
     // The first `kept` ids are kept; draw order deals them out.
     std::vector<int32_t> order;
     for (int32_t id = 0; id < kept; ++id) {
-      order.push_back(DrawOrder(id, kVocab));
+      order.push_back(DrawOrder(id, vocab));
     }
     std::sort(order.begin(), order.end());
     for (int64_t token : DrawMany(logits.view(), sampling, 3).tokens) {
       const auto index =
           static_cast<int64_t>(Uniform(sampling) * static_cast<double>(kept));
-      EXPECT_EQ(DrawOrder(static_cast<int32_t>(token), kVocab), order[index]);
+      EXPECT_EQ(DrawOrder(static_cast<int32_t>(token), vocab), order[index]);
       ++sampling.position;
     }
   };
-  expect(Filters(0, 1.0f, 0.0f), kVocab);
+  expect(Filters(0, 1.0f, 0.0f), vocab);
   expect(Filters(5, 1.0f, 0.0f), 5);
-  expect(Filters(1 << 19, 1.0f, 0.0f), 1 << 19);
-  expect(Filters(0, 0.25f, 0.0f), 1 << 18);
-  expect(Filters(0, 1.0f, 0.5f), kVocab);
+  expect(Filters(vocab / 2, 1.0f, 0.0f), vocab / 2);
+  expect(Filters(0, 0.25f, 0.0f), vocab / 4);
+  expect(Filters(0, 1.0f, 0.5f), vocab);
 }
 
 TEST_P(SamplerTest, StridedAndUnalignedRows) {
   constexpr int64_t kRows = 5;
-  for (int64_t vocab : {100, 1024, 5003}) {
-    for (int64_t padding : {1, 8, 61}) {
+  for (int64_t vocab : Fewer<int64_t>({100, 1024, SmallOr(3003, 5003)})) {
+    for (int64_t padding : Fewer<int64_t>({1, 8, 61})) {
       const std::vector<float> values = Normal(kRows * vocab, 24);
       const TestTensor packed(device(), dtype(), {kRows, vocab}, values);
       const TestTensor strided(device(), dtype(), {kRows, vocab},

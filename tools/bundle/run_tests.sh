@@ -10,7 +10,8 @@
 #   --filter '*cuda*' --tool "compute-sanitizer --tool memcheck
 #     --report-api-errors no --error-exitcode 9"
 # (API errors that a test provokes, such as asking for too much memory, are
-# reported by the library and are not errors of the test.)
+# reported by the library and are not errors of the test.) For racecheck set
+# TENON_SMALL_TESTS=1 and TENON_TEST_WITHOUT_CUBLASLT=1, see CONTRIBUTING.md.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 export tool="" filter="*" logs="" limit=0 num_gpus
