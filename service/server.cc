@@ -287,9 +287,22 @@ Status Server::Check(const ServerOptions& o) {
   }
   if (o.listen.empty()) return InvalidArgumentError("no address to listen on");
   for (const std::string& address : o.listen) {
-    if (IsUnix(address) || IsLoopback(address) || tls) continue;
+    if (IsUnix(address) || IsLoopback(address)) continue;
+    if (!tls) {
+      return FailedPreconditionError(
+          address, ": listening beyond loopback needs TLS (--tls-cert)");
+    }
+    if (o.tls_client_ca.empty() && o.control_tokens.empty()) {
+      return FailedPreconditionError(
+          address,
+          ": beyond loopback Control would be everybody's: it needs "
+          "--control-tokens or --tls-client-ca");
+    }
+  }
+  if (!o.decode_tokens.empty() && o.control_tokens.empty()) {
     return FailedPreconditionError(
-        address, ": listening beyond loopback needs TLS (--tls-cert)");
+        "--decode-tokens without --control-tokens: Control would be "
+        "everybody's");
   }
   if (!o.metrics_listen.empty() && !IsLoopback(o.metrics_listen)) {
     return FailedPreconditionError(

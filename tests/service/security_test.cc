@@ -178,8 +178,28 @@ TEST_F(TlsTest, FilesThatAreWrongAreRefusedAtTheStart) {
 
 TEST_F(TlsTest, BeyondLoopbackWithTls) {
   options_.listen = {"0.0.0.0:0"};
-  Start(false);
+  Start(true);
   EXPECT_NE(server_->unix_address(), "0.0.0.0:0");
+}
+
+// Administration was open to whoever reached the port, while inference asked
+// for a token.
+TEST_F(TlsTest, Vllm56364AndCve202624207_ControlIsNotLeftOpen) {
+  options_.decode_tokens = options_.control_tokens = options_.tls_key;
+  EXPECT_TRUE(Server::Check(options_).ok());
+  options_.control_tokens = "";
+  EXPECT_EQ(Server::Check(options_).code(),
+            tenon::StatusCode::kFailedPrecondition);
+  options_.decode_tokens = "";
+  EXPECT_TRUE(Server::Check(options_).ok());
+  options_.listen.push_back("0.0.0.0:0");
+  EXPECT_EQ(Server::Check(options_).code(),
+            tenon::StatusCode::kFailedPrecondition);
+  options_.control_tokens = options_.tls_key;
+  EXPECT_TRUE(Server::Check(options_).ok());
+  options_.control_tokens = "";
+  options_.tls_client_ca = options_.tls_cert;
+  EXPECT_TRUE(Server::Check(options_).ok());
 }
 
 class TokenTest : public ::testing::Test {
