@@ -453,6 +453,12 @@ TEST(ServerTest, WatchersOfHealthAreToldOfChanges) {
   EXPECT_FALSE(unknown->Read(&response));
   EXPECT_EQ(unknown->Finish().error_code(), grpc::StatusCode::CANCELLED);
 
+  request.set_service(std::string(201, 'x'));  // it would be kept
+  grpc::ClientContext long_context;
+  auto refused = stub->Watch(&long_context, request);
+  EXPECT_FALSE(refused->Read(&response));
+  EXPECT_EQ(refused->Finish().error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+
   request.set_service("tenon.v1.Decode");
   grpc::ClientContext context;
   auto watch = stub->Watch(&context, request);
