@@ -348,8 +348,12 @@ void Server::Shutdown(milliseconds deadline) {
     std::this_thread::sleep_for(milliseconds(5));
   }
   impl_->loop->RefuseAll();
+  // Not for gRPC to cancel.
+  while (metrics.queued_requests != 0) {
+    std::this_thread::sleep_for(milliseconds(5));
+  }
   Log("shutdown", {{"sequences", std::to_string(metrics.active_sequences)}});
-  // Steps under way end by themselves; what is left after that are streams.
+  // For the last replies; what is left after that are streams.
   impl_->server->Shutdown(std::chrono::system_clock::now() + milliseconds(500));
 }
 
