@@ -298,7 +298,8 @@ TEST(ServerTest, CapabilitiesSayWhatIsEnforced) {
   EXPECT_TRUE(response.batch_invariant());
 }
 
-TEST(ServerTest, OversizeMessagesAndMetadataAreRefused) {
+// Messages could be as large as 2 GiB, or no larger than 4 MiB.
+TEST(ServerTest, Triton1776AndCve202533201_OversizeMessagesAndMetadata) {
   Limits limits = TestLimits();
   limits.request_bytes = 4096;
   limits.metadata_bytes = 2048;
