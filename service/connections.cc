@@ -56,6 +56,8 @@ Status HaveDescriptors(int32_t connections) {
 }
 
 StatusOr<sockaddr_un> UnixAddress(const std::string& path) {
+  // Without one it would be a name that the kernel makes up, open to all.
+  if (path.empty()) return InvalidArgumentError("unix: without a path");
   sockaddr_un address{};
   address.sun_family = AF_UNIX;
   if (path.size() >= sizeof(address.sun_path)) {
@@ -98,9 +100,16 @@ StatusOr<int> ListenOnUnix(const std::string& path) {
   return status;
 }
 
+// getaddrinfo takes 65536 for 0.
+bool IsPort(const std::string& text) {
+  return !text.empty() && text.size() <= 5 &&
+         text.find_first_not_of("0123456789") == std::string::npos &&
+         std::stoi(text) <= 65535;
+}
+
 StatusOr<int> ListenOnTcp(const std::string& address) {
   const size_t colon = address.rfind(':');
-  if (colon == std::string::npos) {
+  if (colon == std::string::npos || !IsPort(address.substr(colon + 1))) {
     return InvalidArgumentError(address, " is not host:port or unix:/path");
   }
   std::string host = address.substr(0, colon);

@@ -11,6 +11,9 @@ using grpc::health::v1::HealthCheckRequest;
 using grpc::health::v1::HealthCheckResponse;
 using AsyncHealth = grpc::health::v1::Health::AsyncService;
 
+// Of a service's name. A watch keeps it, and needs no token.
+constexpr size_t kMaxName = 200;
+
 }  // namespace
 
 // Tells a client of every change, the last one if it is slow to read.
@@ -54,7 +57,12 @@ class HealthService::Watch final : public RpcCall {
     health_->watches_.push_back(this);
     self_ = std::prev(health_->watches_.end());
     is_listed_ = true;
-    Update();
+    if (request_.service().size() <= kMaxName) return Update();
+    if (is_busy_) return;
+    is_busy_ = true;
+    stream_.Finish(
+        grpc::Status(grpc::StatusCode::INVALID_ARGUMENT, "name too long"),
+        finish_tag());
   }
 
   void OnWritten(bool ok) {

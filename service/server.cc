@@ -4,7 +4,6 @@
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/impl/codegen/service_type.h>
 #include <prometheus/exposer.h>
-#include <unistd.h>
 
 #include <condition_variable>
 #include <mutex>
@@ -17,6 +16,7 @@
 #include "service/poller.h"
 #include "service/prometheus_metrics.h"
 #include "service/rpc.h"
+#include "service/tls_files.h"
 
 namespace tenon::service {
 namespace {
@@ -36,15 +36,15 @@ bool IsLoopback(const std::string& address) {
          host.find_first_not_of("0123456789.") == std::string::npos;
 }
 
-std::shared_ptr<grpc::ServerCredentials> TlsCredentials(
-    const ServerOptions& o) {
+std::shared_ptr<grpc::ServerCredentials> TlsCredentials(const TlsFiles& files) {
   using grpc::experimental::FileWatcherCertificateProvider;
-  const auto seconds = static_cast<unsigned>(o.tls_reload.count());
+  constexpr unsigned kSeconds = 1;  // between looks at the copies
+  const std::string roots = files.client_ca_path();
   auto provider = std::make_shared<FileWatcherCertificateProvider>(
-      o.tls_key, o.tls_cert, o.tls_client_ca, seconds);
+      files.identity_path(), files.identity_path(), roots, kSeconds);
   grpc::experimental::TlsServerCredentialsOptions tls(provider);
   tls.watch_identity_key_cert_pairs();
-  if (!o.tls_client_ca.empty()) {
+  if (!roots.empty()) {
     tls.watch_root_certs();
     tls.set_cert_request_type(
         GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY);
@@ -62,6 +62,7 @@ struct Server::Impl : DrainControl {
                   o.limits),
         decode_tokens(o.decode_tokens),
         control_tokens(o.control_tokens),
+        tls_files(o.tls_cert, o.tls_key, o.tls_client_ca),
         streams(&l->mutable_metrics()->open_streams),
         connections(o.limits.connections, l->mutable_metrics()) {}
   ~Impl();
@@ -85,6 +86,7 @@ struct Server::Impl : DrainControl {
   Validator validator;
   TokenFile decode_tokens;
   TokenFile control_tokens;
+  TlsFiles tls_files;
   OpenStreams streams;
   HealthService health;
   std::unique_ptr<RpcService> decode;
@@ -153,7 +155,7 @@ Status Server::Impl::Listen(grpc::ServerBuilder* builder) {
     if (acceptor == nullptr) {
       acceptors.push_back(builder->experimental().AddExternalConnectionAcceptor(
           ConnectionType::FROM_FD, is_plain ? grpc::InsecureServerCredentials()
-                                            : TlsCredentials(options)));
+                                            : TlsCredentials(tls_files)));
       acceptor = acceptors.back().get();
     }
     StatusOr<std::string> listening =
@@ -172,6 +174,9 @@ Status Server::Impl::Listen(grpc::ServerBuilder* builder) {
 Status Server::Impl::Start() {
   TENON_RETURN_IF_ERROR(decode_tokens.Load());
   TENON_RETURN_IF_ERROR(control_tokens.Load());
+  if (!options.tls_cert.empty()) {
+    TENON_RETURN_IF_ERROR(tls_files.Load());
+  }
   const RpcContext context{loop,           &validator,      &options.limits,
                            &decode_tokens, &control_tokens, &streams,
                            this,           Clock::now()};
@@ -227,6 +232,7 @@ void Server::Impl::UpdateHealth() {
 void Server::Impl::Monitor() {
   constexpr milliseconds kPeriod{20};
   Time next_second = Clock::now();
+  Time next_reload = Clock::now() + options.tls_reload;
   std::unique_lock<std::mutex> lock(mutex);
   while (!stopping) {
     wake.wait_for(lock, kPeriod);
@@ -244,6 +250,11 @@ void Server::Impl::Monitor() {
         const Status status = tokens->Load();
         if (!status.ok()) Log("tokens", {{"error", status.message()}});
       }
+    }
+    if (!options.tls_cert.empty() && now >= next_reload) {
+      next_reload = now + options.tls_reload;
+      const Status status = tls_files.Load();
+      if (!status.ok()) Log("tls", {{"error", status.message()}});
     }
     lock.lock();
   }
@@ -276,9 +287,22 @@ Status Server::Check(const ServerOptions& o) {
   }
   if (o.listen.empty()) return InvalidArgumentError("no address to listen on");
   for (const std::string& address : o.listen) {
-    if (IsUnix(address) || IsLoopback(address) || tls) continue;
+    if (IsUnix(address) || IsLoopback(address)) continue;
+    if (!tls) {
+      return FailedPreconditionError(
+          address, ": listening beyond loopback needs TLS (--tls-cert)");
+    }
+    if (o.tls_client_ca.empty() && o.control_tokens.empty()) {
+      return FailedPreconditionError(
+          address,
+          ": beyond loopback Control would be everybody's: it needs "
+          "--control-tokens or --tls-client-ca");
+    }
+  }
+  if (!o.decode_tokens.empty() && o.control_tokens.empty()) {
     return FailedPreconditionError(
-        address, ": listening beyond loopback needs TLS (--tls-cert)");
+        "--decode-tokens without --control-tokens: Control would be "
+        "everybody's");
   }
   if (!o.metrics_listen.empty() && !IsLoopback(o.metrics_listen)) {
     return FailedPreconditionError(
@@ -288,11 +312,8 @@ Status Server::Check(const ServerOptions& o) {
   if (o.reflection && !(o.decode_tokens.empty() && o.control_tokens.empty())) {
     return FailedPreconditionError("no reflection with bearer tokens");
   }
-  for (const std::string& path : {o.tls_cert, o.tls_key, o.tls_client_ca}) {
-    if (path.empty() || access(path.c_str(), R_OK) == 0) continue;
-    return NotFoundError(path, ": cannot be read");
-  }
-  return Status();
+  return tls ? TlsFiles(o.tls_cert, o.tls_key, o.tls_client_ca).Load()
+             : Status();
 }
 
 StatusOr<std::unique_ptr<Server>> Server::Start(const ServerOptions& options,
@@ -327,8 +348,12 @@ void Server::Shutdown(milliseconds deadline) {
     std::this_thread::sleep_for(milliseconds(5));
   }
   impl_->loop->RefuseAll();
+  // Not for gRPC to cancel.
+  while (metrics.queued_requests != 0) {
+    std::this_thread::sleep_for(milliseconds(5));
+  }
   Log("shutdown", {{"sequences", std::to_string(metrics.active_sequences)}});
-  // Steps under way end by themselves; what is left after that are streams.
+  // For the last replies; what is left after that are streams.
   impl_->server->Shutdown(std::chrono::system_clock::now() + milliseconds(500));
 }
 

@@ -25,7 +25,8 @@ struct ServerOptions {
   std::chrono::seconds tls_reload{60};
 
   // Files of bearer tokens; one for Control need not be one for Decode. Without
-  // a file everybody has access.
+  // a file everybody has access: so Decode's needs Control's beside it, and
+  // listening beyond loopback needs Control's or a client CA.
   std::string decode_tokens;
   std::string control_tokens;
 

@@ -213,6 +213,9 @@ TEST(ProcessTest, BadFlagsAreRefused) {
        std::vector<std::vector<std::string>>{{"--rows", "5000"},
                                              {"--nonsense", "1"},
                                              {"--listen", "0.0.0.0:0"},
+                                             {"--listen", "127.0.0.1:65536"},
+                                             {"--listen", "127.0.0.1:-1"},
+                                             {"--listen", "unix:"},
                                              {"--tls-cert", "nowhere"},
                                              {"--moe-kernels", "nowhere"},
                                              {"--model", "nowhere"}}) {

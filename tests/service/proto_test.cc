@@ -70,6 +70,31 @@ TEST(ProtoTest, NothingThatWasPublishedChanged) {
   }
 }
 
+void AddTypes(const google::protobuf::Descriptor& message,
+              std::set<FieldDescriptor::Type>* types) {
+  for (int i = 0; i < message.field_count(); ++i) {
+    types->insert(message.field(i)->type());
+    if (message.field(i)->message_type() != nullptr) {
+      AddTypes(*message.field(i)->message_type(), types);
+    }
+  }
+}
+
+// Shared memory was opened by a name that a client had sent, and pointers and
+// strides came from the wire. Here nothing comes that could be one.
+TEST(ProtoTest, Cve202523319AndGgmlRpc1103_RequestsHaveNumbersAlone) {
+  std::set<FieldDescriptor::Type> types;
+  const auto& file = *v1::StepRequest::descriptor()->file();
+  for (int i = 0; i < file.service_count(); ++i) {
+    for (int j = 0; j < file.service(i)->method_count(); ++j) {
+      AddTypes(*file.service(i)->method(j)->input_type(), &types);
+    }
+  }
+  EXPECT_EQ(types.count(FieldDescriptor::TYPE_STRING), 0u);
+  EXPECT_EQ(types.count(FieldDescriptor::TYPE_BYTES), 0u);
+  EXPECT_EQ(types.count(FieldDescriptor::TYPE_FIXED64), 1u) << "handles";
+}
+
 // What a newer client sends and this server does not know survives.
 TEST(ProtoTest, UnknownFieldsAreKept) {
   v1::StepRequest request;

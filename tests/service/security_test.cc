@@ -122,10 +122,84 @@ TEST_F(TlsTest, ARotatedCertificateIsUsedAndOpenStreamsGoOn) {
   EXPECT_TRUE(stream->Finish().ok());
 }
 
+// gRPC would abort, or refuse every client.
+TEST_F(TlsTest, FilesThatAreWrongAreNotUsed) {
+  Start(true);
+  const Certificate client = client_ca_.Issue("client");
+  const auto expect_ok = [&] {
+    std::this_thread::sleep_for(milliseconds(3100));
+    EXPECT_EQ(Call(Tls(server_ca_.pem(), client)), StatusCode::OK);
+  };
+  WriteFile(options_.tls_cert, "");
+  expect_ok();
+  SetServerCertificate({server_ca_.Issue("one").key,  // as half a renewal
+                        server_ca_.Issue("another").chain});
+  expect_ok();
+  WriteFile(options_.tls_client_ca, "no PEM");
+  expect_ok();
+  SetServerCertificate(other_ca_.Issue("server, renewed"));
+  WriteFile(options_.tls_client_ca, client_ca_.pem());
+  StatusCode code = StatusCode::UNAVAILABLE;
+  for (int i = 0; i < 100 && code != StatusCode::OK; ++i) {
+    std::this_thread::sleep_for(milliseconds(100));
+    code = Call(Tls(other_ca_.pem(), client));
+  }
+  EXPECT_EQ(code, StatusCode::OK);
+}
+
+TEST_F(TlsTest, FilesThatAreWrongAreRefusedAtTheStart) {
+  const Certificate good = server_ca_.Issue("server");
+  const std::string cut = good.chain.substr(0, good.chain.size() / 2);
+  options_.tls_client_ca = TemporaryFile("ca");
+  const auto check = [&](const std::string& key, const std::string& chain,
+                         const std::string& roots) {
+    SetServerCertificate({key, chain});
+    WriteFile(options_.tls_client_ca, roots);
+    return Server::Check(options_);
+  };
+  EXPECT_TRUE(check(good.key, good.chain, client_ca_.pem()).ok());
+  EXPECT_TRUE(
+      check(good.key, good.chain + server_ca_.pem(), client_ca_.pem()).ok());
+  EXPECT_FALSE(check(good.key, "", client_ca_.pem()).ok());
+  EXPECT_FALSE(check(good.key, cut, client_ca_.pem()).ok());
+  EXPECT_FALSE(check(good.key, good.chain + cut, client_ca_.pem()).ok());
+  EXPECT_FALSE(check(good.key, good.key, client_ca_.pem()).ok());
+  EXPECT_FALSE(check("", good.chain, client_ca_.pem()).ok());
+  EXPECT_FALSE(check(good.chain, good.chain, client_ca_.pem()).ok());
+  EXPECT_FALSE(check(good.key, good.chain, "").ok());
+  const Status other =
+      check(client_ca_.Issue("other").key, good.chain, client_ca_.pem());
+  EXPECT_NE(std::string(other.message()).find("is not the key of"),
+            std::string::npos)
+      << other.message();
+  options_.tls_key = "/";
+  EXPECT_EQ(Server::Check(options_).code(), tenon::StatusCode::kNotFound);
+}
+
 TEST_F(TlsTest, BeyondLoopbackWithTls) {
   options_.listen = {"0.0.0.0:0"};
-  Start(false);
+  Start(true);
   EXPECT_NE(server_->unix_address(), "0.0.0.0:0");
+}
+
+// Administration was open to whoever reached the port, while inference asked
+// for a token.
+TEST_F(TlsTest, Vllm56364AndCve202624207_ControlIsNotLeftOpen) {
+  options_.decode_tokens = options_.control_tokens = options_.tls_key;
+  EXPECT_TRUE(Server::Check(options_).ok());
+  options_.control_tokens = "";
+  EXPECT_EQ(Server::Check(options_).code(),
+            tenon::StatusCode::kFailedPrecondition);
+  options_.decode_tokens = "";
+  EXPECT_TRUE(Server::Check(options_).ok());
+  options_.listen.push_back("0.0.0.0:0");
+  EXPECT_EQ(Server::Check(options_).code(),
+            tenon::StatusCode::kFailedPrecondition);
+  options_.control_tokens = options_.tls_key;
+  EXPECT_TRUE(Server::Check(options_).ok());
+  options_.control_tokens = "";
+  options_.tls_client_ca = options_.tls_cert;
+  EXPECT_TRUE(Server::Check(options_).ok());
 }
 
 class TokenTest : public ::testing::Test {

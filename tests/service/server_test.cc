@@ -298,7 +298,8 @@ TEST(ServerTest, CapabilitiesSayWhatIsEnforced) {
   EXPECT_TRUE(response.batch_invariant());
 }
 
-TEST(ServerTest, OversizeMessagesAndMetadataAreRefused) {
+// Messages could be as large as 2 GiB, or no larger than 4 MiB.
+TEST(ServerTest, Triton1776AndCve202533201_OversizeMessagesAndMetadata) {
   Limits limits = TestLimits();
   limits.request_bytes = 4096;
   limits.metadata_bytes = 2048;
@@ -432,6 +433,45 @@ TEST(ServerTest, CallsAreAnsweredWhileAStepRunsOnTheThreadThatReads) {
   EXPECT_TRUE(answered);
 }
 
+// Longer than gRPC gives to what is left when it shuts down.
+TEST(ServerTest, ShutdownWaitsForStepsUnderWayHoweverLongTheyAre) {
+  constexpr int32_t kPrompts = 128;
+  Limits limits = TestLimits();
+  limits.rows_per_step = kPrompts;
+  limits.sequences = kPrompts + 1;
+  limits.prefill_tokens_per_step = 60 * kPrompts;
+  auto model = Model::Load("examples/models/austen", {DeviceType::kCpu, 0});
+  ASSERT_TRUE(model.ok()) << model.status().message();
+  TestServer server(limits, {}, 16 * kPrompts, *model);
+  TestClient client(Connect(server.unix_address()));
+  ASSERT_TRUE(client.Create(1, 1).ok());
+  std::thread prompts([&] {
+    auto stub = v1::Decode::NewStub(Connect(server.unix_address()));
+    v1::CreateSequencesRequest request;
+    for (int32_t i = 0; i < kPrompts; ++i) {
+      FillNew(60, i, request.add_sequences());
+      request.mutable_sequences(i)->set_max_tokens(1);
+    }
+    v1::CreateSequencesResponse response;
+    grpc::ClientContext context;
+    (void)stub->CreateSequences(&context, request, &response);
+  });
+  const Metrics& metrics = server.loop().metrics();
+  const auto wait_for = [](auto condition) {
+    for (int i = 0; i < 2000 && !condition(); ++i) {
+      std::this_thread::sleep_for(milliseconds(1));
+    }
+  };
+  wait_for([&] { return metrics.requests == 2; });
+  grpc::Status status;
+  std::thread step([&] { status = client.Step(); });
+  wait_for([&] { return metrics.queued_requests != 0; });
+  server.server().Shutdown(milliseconds(0));
+  step.join();
+  prompts.join();
+  EXPECT_TRUE(status.ok()) << status.error_message();
+}
+
 TEST(ServerTest, WatchersOfHealthAreToldOfChanges) {
   ServerOptions options;
   options.drain_grace = milliseconds(0);
@@ -452,6 +492,12 @@ TEST(ServerTest, WatchersOfHealthAreToldOfChanges) {
   unknown_context.TryCancel();
   EXPECT_FALSE(unknown->Read(&response));
   EXPECT_EQ(unknown->Finish().error_code(), grpc::StatusCode::CANCELLED);
+
+  request.set_service(std::string(201, 'x'));  // it would be kept
+  grpc::ClientContext long_context;
+  auto refused = stub->Watch(&long_context, request);
+  EXPECT_FALSE(refused->Read(&response));
+  EXPECT_EQ(refused->Finish().error_code(), grpc::StatusCode::INVALID_ARGUMENT);
 
   request.set_service("tenon.v1.Decode");
   grpc::ClientContext context;
