@@ -59,6 +59,7 @@ enum class LogitsMode { kNone, kLast, kAll };
 // next one. One new token is a decode row, several are a chunk of prefill.
 struct StepRow {
   SequenceId sequence;
+  // Read before the call returns; may be in the results that it writes.
   const int32_t* tokens = nullptr;
   int32_t num_tokens = 0;
   // Instead of `tokens` (null, num_tokens 1): the token that the step before,

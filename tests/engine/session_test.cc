@@ -114,6 +114,41 @@ TEST_P(SessionTest, MixedStepEqualsSeparateOnes) {
   EXPECT_EQ(actual, expected);
 }
 
+// As the results of the last step are the tokens of the next, also where that
+// one has more rows.
+TEST_P(SessionTest, TokensMayBeInTheResults) {
+  const std::unique_ptr<Session> session = MakeSession();
+  const std::unique_ptr<Session> other = MakeSession();
+  std::vector<SequenceId> sequences;
+  std::vector<SequenceId> others;
+  std::vector<StepRowResult> results;
+  std::vector<int32_t> expected;
+  for (int32_t i = 0; i < 4; ++i) {
+    const std::vector<int32_t> prompt = Tokens(5, i);
+    sequences.push_back(Create(session.get()));
+    others.push_back(Create(other.get()));
+    std::vector<StepRow> rows;
+    std::vector<StepRow> copied;
+    for (int32_t j = 0; j < i; ++j) {
+      rows.push_back(Row(sequences[j], {}));
+      rows.back().tokens = &results[j].token;
+      rows.back().num_tokens = 1;
+      copied.push_back(Row(others[j], {}));
+      copied.back().tokens = &expected[j];
+      copied.back().num_tokens = 1;
+    }
+    rows.push_back(Row(sequences[i], prompt));
+    copied.push_back(Row(others[i], prompt));
+    const Status status = session->Step(rows, &results);
+    ASSERT_TRUE(status.ok()) << status.message();
+    expected = Step(other.get(), copied);
+    ASSERT_EQ(results.size(), expected.size());
+    for (size_t j = 0; j < expected.size(); ++j) {
+      EXPECT_EQ(results[j].token, expected[j]) << i << " " << j;
+    }
+  }
+}
+
 TEST_P(SessionTest, ForkSharesThePastAndThenParts) {
   const std::unique_ptr<Session> session = MakeSession();
   const std::vector<int32_t> prompt = Tokens(13, 1);  // ends inside a page
