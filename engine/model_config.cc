@@ -44,6 +44,11 @@ Status ValidateMoe(const ModelConfig& c) {
                                    c.moe_intermediate_size, 1, kMaxSize));
   TENON_RETURN_IF_ERROR(CheckRange(kWhat, "decoder_sparse_step",
                                    c.decoder_sparse_step, 1, kMaxLayers));
+  if (c.mlp_only_layers.size() > static_cast<size_t>(c.num_layers)) {
+    return InvalidArgumentError(
+        kWhat, ": mlp_only_layers has ", c.mlp_only_layers.size(),
+        " layers, expected at most num_hidden_layers (", c.num_layers, ")");
+  }
   for (int32_t layer : c.mlp_only_layers) {
     TENON_RETURN_IF_ERROR(
         CheckRange(kWhat, "mlp_only_layers", layer, 0, c.num_layers - 1));

@@ -277,6 +277,15 @@ TEST(ModelConfigTest, OnlyDenseLayersNeedIntermediateSize) {
                 {"intermediate_size"});
 }
 
+// A list as long as the file allows would be searched for every layer.
+TEST(ModelConfigTest, RejectsMoreDenseLayersThanLayers) {
+  std::string layers = "0";
+  for (int i = 1; i < 48; ++i) layers += ", 0";
+  const char* key = "\"mlp_only_layers\": [";
+  EXPECT_TRUE(ParseModelConfig(With(key, key + layers), kSource).ok());
+  ExpectInvalid(With(key, key + layers + ", 0"), {"mlp_only_layers has 49"});
+}
+
 TEST(ModelConfigTest, RejectsSizesWhoseProductOverflows) {
   ModelConfig config = testing::SmallConfig();
   config.hidden_size = 1 << 20;
