@@ -12,12 +12,12 @@ constexpr char kWhat[] = "ModelConfig";
 // Far above every published model, and low enough that no product of two of
 // them overflows.
 constexpr int64_t kMaxSize = int64_t{1} << 20;
-constexpr int64_t kMaxVocab = int64_t{1} << 24;
+constexpr int64_t kMaxVocab = int64_t{1} << 20;  // of the sampler
 constexpr int64_t kMaxPositions = int64_t{1} << 26;
 constexpr int64_t kMaxLayers = 1024;
 constexpr int64_t kMaxHeads = 4096;
 constexpr int64_t kMaxExperts = 1024;  // of the router
-constexpr int64_t kMaxTopK = 64;
+constexpr int64_t kMaxTopK = 32;       // of the router
 constexpr double kMaxParameters = 1e15;
 
 double NumParameters(const ModelConfig& c) {

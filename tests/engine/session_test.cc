@@ -478,6 +478,37 @@ TEST_P(SessionTest, RejectsBadOptions) {
                          {"model"});
 }
 
+// What a config may have, steps of one token and of several can run.
+TEST_P(SessionTest, RunsTheLargestConfigs) {
+  ModelConfig config = model_->config;
+  config.num_experts = 40;
+  config.num_experts_per_tok = 32;
+  ModelConfig wide = model_->config;
+  wide.vocab_size = 1 << 20;
+  for (const ModelConfig& c : {config, wide}) {
+    SCOPED_TRACE(StrCat("vocabulary of ", c.vocab_size));
+    StatusOr<std::shared_ptr<const Model>> model =
+        Model::Random(c, DType::kBFloat16, {GetParam(), 0}, 3);
+    ASSERT_TRUE(model.ok()) << model.status().message();
+    SessionOptions options;
+    options.max_sequences = 2;
+    options.max_tokens = 8;
+    options.max_context = kMaxContext;
+    options.num_threads = 2;
+    StatusOr<std::unique_ptr<Session>> session =
+        Session::Create(*model, options);
+    ASSERT_TRUE(session.ok()) << session.status().message();
+    const SequenceId sequence = Create(session->get());
+    for (const int32_t count : {5, 1}) {
+      const std::vector<int32_t> tokens = Tokens(count, 6);
+      const std::vector<int32_t> drawn =
+          Step(session->get(), {Row(sequence, tokens)});
+      ASSERT_EQ(drawn.size(), 1u);
+      EXPECT_GE(drawn[0], 0);
+    }
+  }
+}
+
 TEST_P(SessionTest, TakesMeasuredKernelSizes) {
   SessionOptions options;
   options.max_sequences = kMaxSequences;
