@@ -122,7 +122,8 @@ inline constexpr int kMaxStepsInFlight = 2;
 class Session {
  public:
   // ResourceExhausted, with the needed size, where the memory is not there;
-  // InvalidArgument for options that cannot be used.
+  // InvalidArgument for options that cannot be used; Unimplemented for one rank
+  // of a model, whose steps would need the sums over all ranks.
   static StatusOr<std::unique_ptr<Session>> Create(
       std::shared_ptr<const Model> model, const SessionOptions& options);
   ~Session();

@@ -509,6 +509,24 @@ TEST_P(SessionTest, RunsTheLargestConfigs) {
   }
 }
 
+// Its tokens would be those of partial sums.
+TEST_P(SessionTest, RejectsOneRankOfAModel) {
+  LoadOptions load;
+  load.shard = {1, 2};
+  StatusOr<std::shared_ptr<const Model>> model =
+      Model::Load("tests/golden/qwen3_moe_tiny", {GetParam(), 0}, load);
+  ASSERT_TRUE(model.ok()) << model.status().message();
+  SessionOptions options;
+  options.max_context = kMaxContext;
+  const StatusOr<std::unique_ptr<Session>> session =
+      Session::Create(*model, options);
+  EXPECT_EQ(session.status().code(), StatusCode::kUnimplemented);
+  EXPECT_NE(
+      std::string(session.status().message()).find("rank 1 of world_size 2"),
+      std::string::npos)
+      << session.status().message();
+}
+
 TEST_P(SessionTest, TakesMeasuredKernelSizes) {
   SessionOptions options;
   options.max_sequences = kMaxSequences;
