@@ -1028,7 +1028,10 @@ typedef struct tenon_session_info {
 /* Runs a model: owns the paged KV cache, the activations and a stream. All
  * device memory is allocated here. options may be NULL. If a device error
  * leaves a session unable to go on, every later call says so:
- * TENON_UNAVAILABLE. TENON_RESOURCE_EXHAUSTED  memory, with the bytes needed */
+ * TENON_UNAVAILABLE.
+ *   TENON_RESOURCE_EXHAUSTED  memory, with the bytes needed
+ *   TENON_UNIMPLEMENTED       a model with a world_size above 1: nothing adds
+ *                             up the ranks' parts */
 TENON_THREAD(any)
 TENON_API int32_t tenon_session_create(tenon_model model,
                                        const tenon_session_options* options,

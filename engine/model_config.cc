@@ -12,12 +12,12 @@ constexpr char kWhat[] = "ModelConfig";
 // Far above every published model, and low enough that no product of two of
 // them overflows.
 constexpr int64_t kMaxSize = int64_t{1} << 20;
-constexpr int64_t kMaxVocab = int64_t{1} << 24;
+constexpr int64_t kMaxVocab = int64_t{1} << 20;  // of the sampler
 constexpr int64_t kMaxPositions = int64_t{1} << 26;
 constexpr int64_t kMaxLayers = 1024;
 constexpr int64_t kMaxHeads = 4096;
 constexpr int64_t kMaxExperts = 1024;  // of the router
-constexpr int64_t kMaxTopK = 64;
+constexpr int64_t kMaxTopK = 32;       // of the router
 constexpr double kMaxParameters = 1e15;
 
 double NumParameters(const ModelConfig& c) {
@@ -44,6 +44,11 @@ Status ValidateMoe(const ModelConfig& c) {
                                    c.moe_intermediate_size, 1, kMaxSize));
   TENON_RETURN_IF_ERROR(CheckRange(kWhat, "decoder_sparse_step",
                                    c.decoder_sparse_step, 1, kMaxLayers));
+  if (c.mlp_only_layers.size() > static_cast<size_t>(c.num_layers)) {
+    return InvalidArgumentError(
+        kWhat, ": mlp_only_layers has ", c.mlp_only_layers.size(),
+        " layers, expected at most num_hidden_layers (", c.num_layers, ")");
+  }
   for (int32_t layer : c.mlp_only_layers) {
     TENON_RETURN_IF_ERROR(
         CheckRange(kWhat, "mlp_only_layers", layer, 0, c.num_layers - 1));

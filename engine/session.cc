@@ -144,6 +144,11 @@ StatusOr<std::unique_ptr<Session>> Session::Create(
     TENON_RETURN_IF_ERROR(
         CheckMoeKernelTable("Session: moe_kernels", impl->moe_kernels));
   }
+  if (m.shard.world_size != 1) {
+    return UnimplementedError("Session: the model has rank ", m.shard.rank,
+                              " of world_size ", m.shard.world_size,
+                              ", and nothing adds up the ranks' parts");
+  }
   StatusOr<LocalShape> local = MakeLocalShape(m.config, m.shard);
   TENON_RETURN_IF_ERROR(local.status());
 

@@ -59,6 +59,7 @@ enum class LogitsMode { kNone, kLast, kAll };
 // next one. One new token is a decode row, several are a chunk of prefill.
 struct StepRow {
   SequenceId sequence;
+  // Read before the call returns; may be in the results that it writes.
   const int32_t* tokens = nullptr;
   int32_t num_tokens = 0;
   // Instead of `tokens` (null, num_tokens 1): the token that the step before,
@@ -121,7 +122,8 @@ inline constexpr int kMaxStepsInFlight = 2;
 class Session {
  public:
   // ResourceExhausted, with the needed size, where the memory is not there;
-  // InvalidArgument for options that cannot be used.
+  // InvalidArgument for options that cannot be used; Unimplemented for one rank
+  // of a model, whose steps would need the sums over all ranks.
   static StatusOr<std::unique_ptr<Session>> Create(
       std::shared_ptr<const Model> model, const SessionOptions& options);
   ~Session();

@@ -64,8 +64,7 @@ struct Session::Impl {
   Status CopyLogits(const std::vector<StepRow>& rows);
   Status Enqueue(const std::vector<StepRow>& rows, bool count_experts);
   void Finish(const Flight& flight);
-  void Reserve(size_t rows, std::vector<StepRowResult>* results,
-               StepStats* stats) const;
+  void Reserve(StepStats* stats) const;
   void TakeResults(Flight* flight, std::vector<StepRowResult>* results,
                    StepStats* stats);
   void Recover() noexcept;

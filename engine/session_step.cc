@@ -137,14 +137,11 @@ void Session::Impl::Finish(const Flight& flight) {
   }
 }
 
-// Room for the results of a step: they must not be missed at its end.
-void Session::Impl::Reserve(size_t rows, std::vector<StepRowResult>* results,
-                            StepStats* stats) const {
-  results->reserve(rows);
-  if (stats != nullptr) {
-    stats->distinct_experts.reserve(
-        static_cast<size_t>(flights[0].experts.num_layers()));
-  }
+// Room for the statistics of a step: it must not be missed at its end.
+void Session::Impl::Reserve(StepStats* stats) const {
+  if (stats == nullptr) return;
+  stats->distinct_experts.reserve(
+      static_cast<size_t>(flights[0].experts.num_layers()));
 }
 
 // Of a step that is done.
@@ -188,7 +185,11 @@ Status Session::Step(const std::vector<StepRow>& rows,
     return FailedPreconditionError("Step: there are ", s.num_in_flight,
                                    " steps that WaitStep has not given");
   }
-  s.Reserve(rows.size(), results, stats);
+  s.Reserve(stats);
+  // Room for the results, too. A row's tokens may point into those of the last
+  // step, which therefore stay where they are until this one is done.
+  std::vector<StepRowResult> larger;
+  if (results->capacity() < rows.size()) larger.reserve(rows.size());
   TENON_RETURN_IF_ERROR(s.Enqueue(rows, stats != nullptr));
   Impl::Flight& flight = s.flights[s.last_side];
   Status status;
@@ -203,7 +204,7 @@ Status Session::Step(const std::vector<StepRow>& rows,
     return status;
   }
   s.Finish(flight);
-  // Only now: a row's tokens may point into the results of the last step.
+  if (larger.capacity() > 0) results->swap(larger);
   s.TakeResults(&flight, results, stats);
   return Status();
 }
@@ -230,7 +231,8 @@ Status Session::WaitStep(std::vector<StepRowResult>* results,
   }
   const int oldest = s.num_in_flight == 1 ? s.last_side : 1 - s.last_side;
   Impl::Flight& flight = s.flights[oldest];
-  s.Reserve(flight.drawn.places.size(), results, stats);
+  s.Reserve(stats);
+  results->reserve(flight.drawn.places.size());
   s.is_broken = true;  // also where there is no memory to say so
   TENON_RETURN_IF_ERROR(flight.done.Wait());
   s.is_broken = false;

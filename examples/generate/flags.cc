@@ -1,5 +1,6 @@
 #include "examples/generate/flags.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <limits>
@@ -7,48 +8,45 @@
 namespace tenon::examples {
 namespace {
 
-Status ParseNumber(const std::string& flag, const std::string& text, double low,
-                   double high, bool integer, double* value) {
-  char* end = nullptr;
+constexpr int32_t kMaxInt = std::numeric_limits<int32_t>::max();
+constexpr int32_t kMaxBatch = 1 << 20;  // as a session has it
+
+// Digits alone: strtoull would also take spaces and signs.
+bool ToInteger(const std::string& text, uint64_t* value) {
   errno = 0;
-  *value = std::strtod(text.c_str(), &end);
-  if (text.empty() || *end != '\0' || errno != 0 || !(*value >= low) ||
-      !(*value <= high) ||
-      (integer &&
-       *value != static_cast<double>(static_cast<int64_t>(*value)))) {
-    return InvalidArgumentError(flag, ": ", text, " is not ",
-                                integer ? "an integer" : "a number", " from ",
-                                low, " to ", high);
-  }
-  return Status();
+  *value = std::strtoull(text.c_str(), nullptr, 10);
+  return !text.empty() && errno == 0 &&
+         text.find_first_not_of("0123456789") == std::string::npos;
 }
 
 Status ParseInt(const std::string& flag, const std::string& text, int32_t low,
-                int32_t* value) {
-  double number = 0.0;
-  TENON_RETURN_IF_ERROR(ParseNumber(
-      flag, text, low, std::numeric_limits<int32_t>::max(), true, &number));
+                int32_t high, int32_t* value) {
+  uint64_t number = 0;
+  if (!ToInteger(text, &number) || number < static_cast<uint64_t>(low) ||
+      number > static_cast<uint64_t>(high)) {
+    return InvalidArgumentError(
+        flag, ": \"", text, "\" is not an integer from ", low, " to ", high);
+  }
   *value = static_cast<int32_t>(number);
   return Status();
 }
 
 Status ParseFloat(const std::string& flag, const std::string& text, double high,
                   float* value) {
-  double number = 0.0;
-  TENON_RETURN_IF_ERROR(ParseNumber(flag, text, 0.0, high, false, &number));
+  char* end = nullptr;
+  const double number = std::strtod(text.c_str(), &end);
+  if (text.empty() || *end != '\0' || !(number >= 0.0) || !(number <= high)) {
+    return InvalidArgumentError(flag, ": \"", text,
+                                "\" is not a number from 0 to ", high);
+  }
   *value = static_cast<float>(number);
   return Status();
 }
 
 Status ParseSeed(const std::string& text, uint64_t* seed) {
-  char* end = nullptr;
-  errno = 0;
-  *seed = std::strtoull(text.c_str(), &end, 10);
-  if (text.empty() || text[0] == '-' || *end != '\0' || errno != 0) {
-    return InvalidArgumentError("--seed: ", text,
-                                " is not an integer from 0 to 2^64 - 1");
-  }
-  return Status();
+  if (ToInteger(text, seed)) return Status();
+  return InvalidArgumentError("--seed: \"", text,
+                              "\" is not an integer from 0 to 2^64 - 1");
 }
 
 Status ParseIds(const std::string& text, std::vector<int32_t>* ids) {
@@ -56,8 +54,9 @@ Status ParseIds(const std::string& text, std::vector<int32_t>* ids) {
   while (begin <= text.size()) {
     const size_t end = std::min(text.find(',', begin), text.size());
     ids->push_back(0);
-    TENON_RETURN_IF_ERROR(ParseInt(
-        "--prompt-ids", text.substr(begin, end - begin), 0, &ids->back()));
+    TENON_RETURN_IF_ERROR(ParseInt("--prompt-ids",
+                                   text.substr(begin, end - begin), 0, kMaxInt,
+                                   &ids->back()));
     begin = end + 1;
   }
   return Status();
@@ -83,7 +82,8 @@ Status SetFlag(const std::string& flag, const std::string& value,
                Flags* flags) {
   if (flag == "--model") {
     flags->model = value;
-    return Status();
+    return value.empty() ? InvalidArgumentError(flag, ": no directory is given")
+                         : Status();
   }
   if (flag == "--prompt") {
     flags->prompt = value;
@@ -91,14 +91,16 @@ Status SetFlag(const std::string& flag, const std::string& value,
   }
   if (flag == "--prompt-ids") return ParseIds(value, &flags->prompt_ids);
   if (flag == "--max-tokens") {
-    return ParseInt(flag, value, 1, &flags->max_tokens);
+    return ParseInt(flag, value, 1, kMaxInt, &flags->max_tokens);
   }
-  if (flag == "--batch") return ParseInt(flag, value, 1, &flags->batch);
+  if (flag == "--batch") {
+    return ParseInt(flag, value, 1, kMaxBatch, &flags->batch);
+  }
   if (flag == "--temperature") {
     return ParseFloat(flag, value, 1e6, &flags->sampling.temperature);
   }
   if (flag == "--top-k") {
-    return ParseInt(flag, value, 0, &flags->sampling.top_k);
+    return ParseInt(flag, value, 0, kMaxInt, &flags->sampling.top_k);
   }
   if (flag == "--top-p") {
     return ParseFloat(flag, value, 1.0, &flags->sampling.top_p);

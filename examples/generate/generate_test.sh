@@ -59,7 +59,14 @@ expect_error() { # expect_error PART ARGUMENT...
 expect_error "--frobnicate" --frobnicate 1
 expect_error "--top-p" --top-p 1.5
 expect_error "--max-tokens" --max-tokens 0
+expect_error "2147483647" --max-tokens 2147483648
+expect_error "--max-tokens" --max-tokens 1e1
+expect_error "--batch" --batch 2000000
+expect_error "--prompt-ids: 256" --prompt-ids 1,256
+expect_error "--prompt-ids" --prompt-ids 1,,2
+expect_error "--model" --model ""
 expect_error "--seed" --seed -1
+expect_error "--seed" --seed " -1"
 expect_error "--device" --device tpu
 expect_error "--weights" --weights int4
 expect_error "--prompt" --prompt
@@ -71,6 +78,8 @@ truncate -s 100000 "$broken/model.safetensors"
 expect_error "model.safetensors" --model "$broken"
 echo '{"architectures": ["GPT2LMHeadModel"]}' >"$broken/config.json"
 expect_error "GPT2LMHeadModel" --model "$broken"
+echo '{"architectures": ["GPT2\n\u001b[31mModel"]}' >"$broken/config.json"
+expect_error "GPT2??[31mModel" --model "$broken"
 
 ((failures == 0)) && echo PASS
 exit $((failures != 0))

@@ -2,6 +2,7 @@
 // engine::Session: chunked prefill, fork for a batch, one step per token.
 
 #include <algorithm>
+#include <cctype>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -38,6 +39,24 @@ std::string CallersPath(const std::string& path, bool is_default) {
     return path;
   }
   return std::string(folder) + "/" + path;
+}
+
+// Names in a broken file may hold anything; an error is one line.
+std::string OneLine(std::string message) {
+  for (char& c : message) {
+    if (std::iscntrl(static_cast<unsigned char>(c))) c = '?';
+  }
+  return message;
+}
+
+Status CheckPromptIds(const std::vector<int32_t>& ids, int32_t vocab_size) {
+  for (int32_t id : ids) {
+    if (id < vocab_size) continue;
+    return InvalidArgumentError("--prompt-ids: ", id,
+                                " is no token of the model, which has 0 to ",
+                                vocab_size - 1);
+  }
+  return Status();
 }
 
 struct Timing {
@@ -220,6 +239,8 @@ Status RunMain(const Flags& flags) {
         flags.model, " has a vocabulary of ", (*model)->config.vocab_size,
         " tokens and this example has no tokenizer: give --prompt-ids");
   }
+  TENON_RETURN_IF_ERROR(
+      CheckPromptIds(flags.prompt_ids, (*model)->config.vocab_size));
   const std::vector<int32_t> prompt =
       bytes ? EncodeBytes(flags.prompt) : flags.prompt_ids;
 
@@ -268,6 +289,7 @@ int main(int argc, char** argv) {
   }
   if (status.ok()) status = examples::RunMain(*flags);
   if (status.ok()) return 0;
-  std::fprintf(stderr, "generate: %s\n", status.message());
+  std::fprintf(stderr, "generate: %s\n",
+               examples::OneLine(status.message()).c_str());
   return 2;
 }

@@ -103,7 +103,7 @@ TEST_P(ModelRejectionTest, AModelTooLargeForTheMemory) {
   std::string config = TinyConfig();
   const std::string field = "\"vocab_size\": ";
   const size_t at = config.find(field) + field.size();
-  config.replace(at, config.find_first_of(",\n", at) - at, "16777216");
+  config.replace(at, config.find_first_of(",\n", at) - at, "1048576");
   const std::string hidden = "\"hidden_size\": ";
   const size_t hidden_at = config.find(hidden) + hidden.size();
   config.replace(hidden_at, config.find_first_of(",\n", hidden_at) - hidden_at,

@@ -245,10 +245,12 @@ TEST(ModelConfigTest, RejectsZeroAndAbsurdValues) {
        "\"num_key_value_heads\": 4",
        {"0", "-1", "5", "64"}},
       {"head_dim", "\"head_dim\": 128", {"0", "-128", "96", "512"}},
-      {"vocab_size", "151936", {"0", "-1", "2147483647"}},
+      {"vocab_size", "151936", {"0", "-1", "1048577", "2147483647"}},
       {"max_position_embeddings", "40960", {"0", "-1", "2147483647"}},
       {"num_experts", "\"num_experts\": 128", {"0", "-1", "1025", "7"}},
-      {"num_experts_per_tok", "\"num_experts_per_tok\": 8", {"0", "-1", "129"}},
+      {"num_experts_per_tok",
+       "\"num_experts_per_tok\": 8",
+       {"0", "-1", "33", "129"}},
       {"moe_intermediate_size", "768", {"0", "-1", "2147483647"}},
       {"decoder_sparse_step", "\"decoder_sparse_step\": 1", {"0", "-1"}},
       {"mlp_only_layers", "\"mlp_only_layers\": []", {"[48]", "[-1]"}},
@@ -275,6 +277,15 @@ TEST(ModelConfigTest, OnlyDenseLayersNeedIntermediateSize) {
   const size_t at = text.find("\"mlp_only_layers\": []");
   ExpectInvalid(text.replace(at, 21, "\"mlp_only_layers\": [0]"),
                 {"intermediate_size"});
+}
+
+// A list as long as the file allows would be searched for every layer.
+TEST(ModelConfigTest, RejectsMoreDenseLayersThanLayers) {
+  std::string layers = "0";
+  for (int i = 1; i < 48; ++i) layers += ", 0";
+  const char* key = "\"mlp_only_layers\": [";
+  EXPECT_TRUE(ParseModelConfig(With(key, key + layers), kSource).ok());
+  ExpectInvalid(With(key, key + layers + ", 0"), {"mlp_only_layers has 49"});
 }
 
 TEST(ModelConfigTest, RejectsSizesWhoseProductOverflows) {

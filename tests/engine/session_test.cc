@@ -114,6 +114,41 @@ TEST_P(SessionTest, MixedStepEqualsSeparateOnes) {
   EXPECT_EQ(actual, expected);
 }
 
+// As the results of the last step are the tokens of the next, also where that
+// one has more rows.
+TEST_P(SessionTest, TokensMayBeInTheResults) {
+  const std::unique_ptr<Session> session = MakeSession();
+  const std::unique_ptr<Session> other = MakeSession();
+  std::vector<SequenceId> sequences;
+  std::vector<SequenceId> others;
+  std::vector<StepRowResult> results;
+  std::vector<int32_t> expected;
+  for (int32_t i = 0; i < 4; ++i) {
+    const std::vector<int32_t> prompt = Tokens(5, i);
+    sequences.push_back(Create(session.get()));
+    others.push_back(Create(other.get()));
+    std::vector<StepRow> rows;
+    std::vector<StepRow> copied;
+    for (int32_t j = 0; j < i; ++j) {
+      rows.push_back(Row(sequences[j], {}));
+      rows.back().tokens = &results[j].token;
+      rows.back().num_tokens = 1;
+      copied.push_back(Row(others[j], {}));
+      copied.back().tokens = &expected[j];
+      copied.back().num_tokens = 1;
+    }
+    rows.push_back(Row(sequences[i], prompt));
+    copied.push_back(Row(others[i], prompt));
+    const Status status = session->Step(rows, &results);
+    ASSERT_TRUE(status.ok()) << status.message();
+    expected = Step(other.get(), copied);
+    ASSERT_EQ(results.size(), expected.size());
+    for (size_t j = 0; j < expected.size(); ++j) {
+      EXPECT_EQ(results[j].token, expected[j]) << i << " " << j;
+    }
+  }
+}
+
 TEST_P(SessionTest, ForkSharesThePastAndThenParts) {
   const std::unique_ptr<Session> session = MakeSession();
   const std::vector<int32_t> prompt = Tokens(13, 1);  // ends inside a page
@@ -441,6 +476,55 @@ TEST_P(SessionTest, RejectsBadOptions) {
   expect({"num_threads"}, [](Options& o) { o.num_threads = -1; });
   testing::ExpectInvalid(Session::Create(nullptr, SessionOptions()).status(),
                          {"model"});
+}
+
+// What a config may have, steps of one token and of several can run.
+TEST_P(SessionTest, RunsTheLargestConfigs) {
+  ModelConfig config = model_->config;
+  config.num_experts = 40;
+  config.num_experts_per_tok = 32;
+  ModelConfig wide = model_->config;
+  wide.vocab_size = 1 << 20;
+  for (const ModelConfig& c : {config, wide}) {
+    SCOPED_TRACE(StrCat("vocabulary of ", c.vocab_size));
+    StatusOr<std::shared_ptr<const Model>> model =
+        Model::Random(c, DType::kBFloat16, {GetParam(), 0}, 3);
+    ASSERT_TRUE(model.ok()) << model.status().message();
+    SessionOptions options;
+    options.max_sequences = 2;
+    options.max_tokens = 8;
+    options.max_context = kMaxContext;
+    options.num_threads = 2;
+    StatusOr<std::unique_ptr<Session>> session =
+        Session::Create(*model, options);
+    ASSERT_TRUE(session.ok()) << session.status().message();
+    const SequenceId sequence = Create(session->get());
+    for (const int32_t count : {5, 1}) {
+      const std::vector<int32_t> tokens = Tokens(count, 6);
+      const std::vector<int32_t> drawn =
+          Step(session->get(), {Row(sequence, tokens)});
+      ASSERT_EQ(drawn.size(), 1u);
+      EXPECT_GE(drawn[0], 0);
+    }
+  }
+}
+
+// Its tokens would be those of partial sums.
+TEST_P(SessionTest, RejectsOneRankOfAModel) {
+  LoadOptions load;
+  load.shard = {1, 2};
+  StatusOr<std::shared_ptr<const Model>> model =
+      Model::Load("tests/golden/qwen3_moe_tiny", {GetParam(), 0}, load);
+  ASSERT_TRUE(model.ok()) << model.status().message();
+  SessionOptions options;
+  options.max_context = kMaxContext;
+  const StatusOr<std::unique_ptr<Session>> session =
+      Session::Create(*model, options);
+  EXPECT_EQ(session.status().code(), StatusCode::kUnimplemented);
+  EXPECT_NE(
+      std::string(session.status().message()).find("rank 1 of world_size 2"),
+      std::string::npos)
+      << session.status().message();
 }
 
 TEST_P(SessionTest, TakesMeasuredKernelSizes) {

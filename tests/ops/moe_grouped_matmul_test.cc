@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 
 #include "tests/ops/moe_grouped_matmul_fixture.h"
 #include "tests/testing/shapes.h"
@@ -97,8 +98,17 @@ TEST_P(MoeGroupedMatmulTest, Acceptance17_ModelShapes) {
   std::vector<int64_t> token_counts = {2};
   if (on_cuda()) token_counts = {1, 8, 12, 64, 112, 1024, 8192};
   if (testing::SmallTests()) token_counts = {1, 12};
-  const std::vector<testing::ModelShape> shapes(
-      std::begin(testing::kModelShapes), std::end(testing::kModelShapes));
+  std::vector<testing::ModelShape> shapes(std::begin(testing::kModelShapes),
+                                          std::end(testing::kModelShapes));
+  testing::ModelShape half = shapes[2];
+  half.name = "qwen3-235b-a22b-tp8";
+  half.intermediate /= 2;
+  testing::ModelShape shared = shapes[3];
+  shared.name = "glm-4.6-tp4, its shared expert among the others";
+  ++shared.num_experts;
+  ++shared.top_k;
+  shapes.push_back(half);
+  shapes.push_back(shared);
   for (const testing::ModelShape& shape : Fewer(shapes)) {
     for (bool down : {false, true}) {
       Problem problem;

@@ -26,4 +26,9 @@ done
 mv "$folder/tools/bundle/run_tests.sh" "$folder/run_tests.sh"
 rm -r "$folder/tools/bundle"
 rmdir --ignore-fail-on-non-empty "$folder/tools"
-echo "$folder: $(du -sm "$folder" | cut -f1) MB"
+size=$(du -sm "$folder" | cut -f1)
+echo "$folder: $size MB"
+if ((size >= 64)); then
+  echo "too large: it must stay below 64 MB" >&2
+  exit 1
+fi
