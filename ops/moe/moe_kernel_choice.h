@@ -57,16 +57,34 @@ constexpr int32_t FindMoeKernelRow(const MoeKernelTable& table,
   return -1;
 }
 
+// Whether `a` is for closer sizes than `b`: no larger, and one smaller.
+constexpr bool HasCloserSizes(const MoeKernelRow& a, const MoeKernelRow& b) {
+  return a.max_hidden <= b.max_hidden &&
+         a.max_intermediate <= b.max_intermediate &&
+         (a.max_hidden < b.max_hidden ||
+          a.max_intermediate < b.max_intermediate);
+}
+
 // Looks in `tuned` (may be null), in the GPU's own table, and in that for other
-// GPUs, which has a row for everything.
+// GPUs, which has a row for everything. A row of `tuned` takes a call only from
+// built-in rows for sizes that are not closer to the call's: measured for one
+// shape, it does not speak for a smaller one that was measured itself. One
+// without bounds of sizes speaks for all.
 constexpr MoeKernelConfig ChooseMoeKernel(MoeGpu gpu,
                                           const MoeKernelTable* tuned,
                                           const MoeKernelQuery& query) {
-  const MoeKernelTable& built_in = BuiltInMoeKernels(gpu);
+  const MoeKernelRows& built_in = BuiltInMoeKernels(gpu).For(query.weights);
+  const int32_t own = FindMoeKernelRow(BuiltInMoeKernels(gpu), query);
   int32_t row = tuned != nullptr ? FindMoeKernelRow(*tuned, query) : -1;
-  if (row >= 0) return tuned->For(query.weights).rows[row].config;
-  row = FindMoeKernelRow(built_in, query);
-  if (row >= 0) return built_in.For(query.weights).rows[row].config;
+  if (row >= 0) {
+    const MoeKernelRow& found = tuned->For(query.weights).rows[row];
+    const bool is_for_all = found.max_hidden == MoeKernelRow::kAnySize &&
+                            found.max_intermediate == MoeKernelRow::kAnySize;
+    if (is_for_all || own < 0 || !HasCloserSizes(built_in.rows[own], found)) {
+      return found.config;
+    }
+  }
+  if (own >= 0) return built_in.rows[own].config;
   row = FindMoeKernelRow(kMoeKernelsOther, query);
   return kMoeKernelsOther.For(query.weights).rows[row].config;
 }

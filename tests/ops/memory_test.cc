@@ -8,6 +8,11 @@
 #include "ops/core/cpu_thread_pool.h"
 #include "ops/core/device_info.h"
 #include "tests/testing/op_test.h"
+#include "tests/testing/test_tensor.h"
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace tenon {
 namespace {
@@ -185,6 +190,20 @@ TEST_P(MemoryTest, DeviceInfo) {
 INSTANTIATE_TEST_SUITE_P(Devices, MemoryTest,
                          ::testing::ValuesIn(testing::Float32Targets()),
                          testing::TargetName);
+
+#ifdef __SANITIZE_ADDRESS__
+// What reads past the end of a test's tensor does not get away with it.
+TEST(TestTensorTest, EndsWhereItsMemoryDoes) {
+  for (const int64_t count : {0, 1, 13, 4096}) {
+    const testing::TestTensor tensor(Device(), DType::kBFloat16, {count});
+    const auto* const begin = static_cast<const char*>(tensor.view().data);
+    const char* const end = begin + count * 2;
+    EXPECT_NE(__asan_address_is_poisoned(end), 0) << count;
+    EXPECT_EQ(__asan_address_is_poisoned(end - 1), 0) << count;
+    EXPECT_EQ(tensor.NumStrayWrites(), 0);
+  }
+}
+#endif
 
 // A device that no host has: an error from every entry, in every build.
 TEST(NoDeviceTest, IsAnError) {

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 #include <vector>
@@ -127,6 +128,33 @@ TEST(MoeKernelChoiceTest, ATunedTableComesFirstWhereItHasARow) {
               rows[0].config);
     EXPECT_EQ(ChooseMoeKernel(gpu, &tuned, Query(4096, 768, 8)),
               ChooseMoeKernel(gpu, nullptr, Query(4096, 768, 8)));
+  }
+}
+
+// What was measured for one shape is no news of another one that the GPU's own
+// table has rows for.
+TEST(MoeKernelChoiceTest, ATunedRowYieldsToOnesOfCloserSizes) {
+  for (MoeGpu gpu : {MoeGpu::kH100, MoeGpu::kH200}) {
+    const MoeKernelRows& built_in = BuiltInMoeKernels(gpu).float16;
+    for (int32_t i = 0; i < built_in.count; ++i) {
+      const MoeKernelRow& own = built_in.rows[i];
+      const MoeKernelQuery query = {DType::kBFloat16, own.max_hidden,
+                                    own.max_intermediate,
+                                    std::min(own.max_slots_per_expert, 1e6)};
+      const auto with = [&](int64_t hidden, int64_t intermediate) {
+        // Sizes that no kernel has tell it apart.
+        const std::vector<MoeKernelRow> rows = {
+            Row(hidden, intermediate, MoeKernelRow::kAnyLoad, 1)};
+        const MoeKernelTable tuned = TableOf(rows);
+        return ChooseMoeKernel(gpu, &tuned, query);
+      };
+      EXPECT_EQ(with(8192, 8192), own.config) << i;
+      EXPECT_EQ(with(own.max_hidden, own.max_intermediate + 1), own.config);
+      EXPECT_EQ(with(own.max_hidden, own.max_intermediate).mma_tile_rows, 1);
+      EXPECT_EQ(
+          with(MoeKernelRow::kAnySize, MoeKernelRow::kAnySize).mma_tile_rows,
+          1);
+    }
   }
 }
 

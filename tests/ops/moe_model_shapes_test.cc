@@ -239,8 +239,7 @@ class MoeModelShapesTest : public Fixture {
     const std::vector<uint8_t> bytes = t.Bytes();
     const size_t size =
         static_cast<size_t>(NumElements(t.view())) * DTypeSize(t.view().dtype);
-    const auto first =
-        bytes.begin() + static_cast<int64_t>((bytes.size() - size) / 2);
+    const auto first = bytes.begin() + TestTensor::kGuardBytes;
     return {first, first + static_cast<int64_t>(size)};
   }
 

@@ -11,9 +11,13 @@ namespace tenon::testing {
 
 // A tensor on any device for a test: filled from host values (rounded to its
 // dtype), read back as doubles, with guard bytes around it and in the gaps of
-// its strides that a test can check for stray writes.
+// its strides that a test can check for stray writes. With AddressSanitizer,
+// and where the environment has TENON_TIGHT_TENSORS (for compute-sanitizer), it
+// ends where its memory does.
 class TestTensor {
  public:
+  static constexpr int64_t kGuardBytes = 256;  // ahead of it
+
   TestTensor() = default;
 
   // Row-major. Fewer values than elements: the rest is poison (NaN or -1-like
