@@ -20,6 +20,7 @@ struct SamplerCall {
   int64_t bitmask_words = 0;
   std::vector<uint64_t> random_bits;  // of every row, or none
   RandomStream stream = RandomStream::kTarget;
+  bool fast = false;
   std::vector<float> mirostat_mu;        // of every row, or none
   std::vector<int32_t> mirostat_places;  // [rows, 2], or none
   int64_t num_top = 0;
@@ -71,6 +72,7 @@ class SamplerInputs {
     p_.valid_vocab = call.valid_vocab;
     p_.params = Upload(call.params);
     p_.stream = call.stream;
+    p_.fast = call.fast;
     AddEdits(call.edits);
     if (!call.bitmask.empty()) {
       p_.bitmask = MakeTensor(Upload(call.bitmask), DType::kInt32, device,
