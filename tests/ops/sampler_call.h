@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "ops/core/graph.h"
 #include "tests/ops/sampler_test_base.h"
 
 namespace tenon::testing {
@@ -224,6 +225,25 @@ class SamplerCallTest : public SamplerTestBase {
       result.mirostat_mu = inputs.mirostat_mu().Values();
     }
     return result;
+  }
+
+  // The same from a graph, launched again and again. Run(call) was before; of
+  // calls without mirostat, whose state moves on.
+  SamplerResult RunInAGraph(const SamplerCall& call) {
+    SamplerInputs inputs(call, device(), stream());
+    const SamplerOutputs outputs(call, device());
+    SamplerParams p = inputs.params();
+    outputs.AddTo(&p);
+    inputs.AddWorkspace(&p);
+    const StatusOr<Graph> graph = Graph::Capture(
+        device(), stream(), [&] { return Sampler(p, stream()); });
+    EXPECT_TRUE(graph.ok()) << graph.status().message();
+    if (!graph.ok()) return {};
+    EXPECT_EQ(graph->info().num_nodes, 2);
+    for (int i = 0; i < 3; ++i) EXPECT_TRUE(graph->Launch(stream()).ok());
+    EXPECT_TRUE(Synchronize(device(), stream()).ok());
+    EXPECT_EQ(outputs.NumStrayWrites(), 0);
+    return outputs.Read();
   }
 
   // One row of logits for all `params`.
