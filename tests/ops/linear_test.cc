@@ -324,11 +324,11 @@ TEST_P(LinearTest, RejectsBadArguments) {
          [](LinearParams& p) { p.out.dtype = DType::kInt32; });
   expect({"out", "share memory"},
          [](LinearParams& p) { p.out.stride[0] = 47; });
-  expect({"out overlaps x"}, [](LinearParams& p) { p.out.data = p.x.data; });
+  expect({"out overlaps x"}, [](LinearParams& p) { p.x.data = p.out.data; });
   expect({"out overlaps weight"},
-         [](LinearParams& p) { p.out.data = p.weight.data; });
+         [](LinearParams& p) { p.weight.data = p.out.data; });
   expect({"out overlaps bias"},
-         [](LinearParams& p) { p.out.data = p.bias.data; });
+         [](LinearParams& p) { p.bias.data = p.out.data; });
   const TestTensor normed(device(), dtype(), {4, 64});
   const TestTensor vector(device(), dtype(), {64}, Normal(64, 5));
   const auto expect_norm = [&](std::vector<std::string> parts, auto&& change) {
@@ -375,9 +375,9 @@ TEST_P(LinearTest, RejectsBadArguments) {
     p.norm.rounding = static_cast<NormRounding>(2);
   });
   expect_norm({"norm.out overlaps x"},
-              [](LinearParams& p) { p.norm.out.data = p.x.data; });
+              [](LinearParams& p) { p.x.data = p.norm.out.data; });
   expect_norm({"out overlaps norm.weight"},
-              [](LinearParams& p) { p.out.data = p.norm.weight.data; });
+              [](LinearParams& p) { p.norm.weight.data = p.out.data; });
   expect({"residual", "[4, 47]", "[4, 48]"}, [](LinearParams& p) {
     p.residual = p.out;
     p.residual.shape[1] = 47;

@@ -275,10 +275,10 @@ TEST_P(MoeGroupedMatmulRobustnessTest, RejectsBadArguments) {
          [](Params& p) { p.routing_weights.dtype = DType::kInt32; });
   expect({"out", "[5, 24]"}, [](Params& p) { p.out.shape[0] = 5; });
   expect({"out", "share memory"}, [](Params& p) { p.out.stride[0] = 23; });
-  expect({"out overlaps x"}, [](Params& p) { p.out.data = p.x.data; });
-  expect({"out overlaps bias"}, [](Params& p) { p.out.data = p.bias.data; });
+  expect({"out overlaps x"}, [](Params& p) { p.x.data = p.out.data; });
+  expect({"out overlaps bias"}, [](Params& p) { p.bias.data = p.out.data; });
   expect({"out overlaps weights"},
-         [](Params& p) { p.out.data = const_cast<void*>(p.weights.data); });
+         [](Params& p) { p.weights.data = p.out.data; });
   expect({"workspace is null"}, [](Params& p) { p.workspace = nullptr; });
   expect({"workspace_size"}, [](Params& p) { p.workspace_size -= 1; });
   expect({"workspace", "aligned"},

@@ -51,10 +51,8 @@ TEST_P(MoeValidationTest, RejectsBadArguments) {
   expect({"out", "share memory"}, [](MoeParams& p) { p.out.stride[0] = 31; });
   expect({"out overlaps x"},
          [](MoeParams& p) { p.out.data = p.x.As<char>() + 64; });
-  expect({"out overlaps up"},
-         [](MoeParams& p) { p.out.data = const_cast<void*>(p.up.data); });
-  expect({"out overlaps down"},
-         [](MoeParams& p) { p.out.data = const_cast<void*>(p.down.data); });
+  expect({"out overlaps up"}, [](MoeParams& p) { p.up.data = p.out.data; });
+  expect({"out overlaps down"}, [](MoeParams& p) { p.down.data = p.out.data; });
   expect({"out is x"}, [](MoeParams& p) {
     p.out.data = p.x.data;
     p.out.stride[0] = 40;
@@ -85,7 +83,7 @@ TEST_P(MoeValidationTest, RejectsBadArguments) {
     p.out = TensorView();
   });
   expect({"out overlaps topk_ids"},
-         [](MoeParams& p) { p.out.data = p.topk_ids.data; });
+         [](MoeParams& p) { p.topk_ids.data = p.out.data; });
   expect({"workspace is null"}, [](MoeParams& p) { p.workspace = nullptr; });
   expect({"workspace_size"}, [](MoeParams& p) { p.workspace_size -= 1; });
   expect({"workspace", "aligned"}, [](MoeParams& p) {

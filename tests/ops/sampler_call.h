@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "ops/core/graph.h"
 #include "tests/ops/sampler_test_base.h"
 
 namespace tenon::testing {
@@ -20,6 +21,7 @@ struct SamplerCall {
   int64_t bitmask_words = 0;
   std::vector<uint64_t> random_bits;  // of every row, or none
   RandomStream stream = RandomStream::kTarget;
+  bool fast = false;
   std::vector<float> mirostat_mu;        // of every row, or none
   std::vector<int32_t> mirostat_places;  // [rows, 2], or none
   int64_t num_top = 0;
@@ -71,6 +73,7 @@ class SamplerInputs {
     p_.valid_vocab = call.valid_vocab;
     p_.params = Upload(call.params);
     p_.stream = call.stream;
+    p_.fast = call.fast;
     AddEdits(call.edits);
     if (!call.bitmask.empty()) {
       p_.bitmask = MakeTensor(Upload(call.bitmask), DType::kInt32, device,
@@ -222,6 +225,25 @@ class SamplerCallTest : public SamplerTestBase {
       result.mirostat_mu = inputs.mirostat_mu().Values();
     }
     return result;
+  }
+
+  // The same from a graph, launched again and again. Run(call) was before; of
+  // calls without mirostat, whose state moves on.
+  SamplerResult RunInAGraph(const SamplerCall& call) {
+    SamplerInputs inputs(call, device(), stream());
+    const SamplerOutputs outputs(call, device());
+    SamplerParams p = inputs.params();
+    outputs.AddTo(&p);
+    inputs.AddWorkspace(&p);
+    const StatusOr<Graph> graph = Graph::Capture(
+        device(), stream(), [&] { return Sampler(p, stream()); });
+    EXPECT_TRUE(graph.ok()) << graph.status().message();
+    if (!graph.ok()) return {};
+    EXPECT_EQ(graph->info().num_nodes, 2);
+    for (int i = 0; i < 3; ++i) EXPECT_TRUE(graph->Launch(stream()).ok());
+    EXPECT_TRUE(Synchronize(device(), stream()).ok());
+    EXPECT_EQ(outputs.NumStrayWrites(), 0);
+    return outputs.Read();
   }
 
   // One row of logits for all `params`.

@@ -185,6 +185,28 @@ TEST_P(SamplerPathsTest, EveryFilterOfEveryKindOfRowGivesTheBitsOfTheCpu) {
   }
 }
 
+TEST_P(SamplerPathsTest, GraphsGiveTheBitsOfSingleCalls) {
+  if (device().type == DeviceType::kCpu) GTEST_SKIP() << "CUDA alone";
+  constexpr int64_t kGraphVocab = 33000;
+  for (int64_t rows : {1, 12, 140}) {
+    for (const bool rich : {false, true}) {
+      SCOPED_TRACE(StrCat("rows ", rows, " rich ", rich));
+      std::vector<float> x;
+      for (int64_t i = 0; i < rows; ++i) {
+        const std::vector<float> row = RowOfKind(i % kKinds, kGraphVocab);
+        x.insert(x.end(), row.begin(), row.end());
+      }
+      const TestTensor logits(device(), dtype(), {rows, kGraphVocab}, x);
+      SamplerCall call = MixedCall(kGraphVocab, rows, 0, rich);
+      call.logits = logits.view();
+      call.mirostat_mu.clear();
+      const SamplerResult result = Run(call);
+      EXPECT_TRUE(RunInAGraph(call) == result);
+      EXPECT_EQ(logits.Bytes(), logits.InitialBytes());
+    }
+  }
+}
+
 // On CUDA a few sub-tiles tell where top-p may end. Here they mislead: every
 // eighth (fourth, where a row has a block) has the likelier logit, as the ones
 // that are asked.
@@ -222,6 +244,62 @@ TEST_P(SamplerPathsTest, TopPEndsWhereTheSubTilesThatAreAskedMislead) {
       EXPECT_NEAR(result.processed_logprobs[i],
                   x[result.tokens[i]] - std::log(kept), 1e-4);
     }
+  }
+}
+
+// `fast` may round exponentials in another way: on the CPU it does not, and
+// anywhere a token changes only where a uniform is at its very edge.
+TEST_P(SamplerPathsTest, FastDrawsAreTheSameWithinRounding) {
+  for (int64_t vocab : {300, 33000}) {
+    SCOPED_TRACE(vocab);
+    const TestTensor logits = Logits(Normal(vocab, 31, 0.0f, 2.0f));
+    const std::vector<double> expected =
+        reference::KeptDistribution(logits.InitialValues(), {}).logprob;
+    std::vector<SamplingParams> params;
+    for (uint64_t i = 0; i < 60; ++i) {
+      SamplingParams s;
+      if (i % 5 == 1) s.top_k = 30;
+      if (i % 5 == 2) s.top_p = 0.9f;
+      if (i % 5 == 3) s.min_p = 0.02f;
+      if (i % 5 == 4) s.temperature = 0.0f;
+      s.position = i;
+      params.push_back(s);
+    }
+    SamplerCall call = CallOf(logits.view(), params);
+    call.num_top = 3;
+    for (SamplingParams& s : call.params) s.num_top_logprobs = 3;
+    const SamplerResult strict = Run(call);
+    call.fast = true;
+    const SamplerResult fast = Run(call);
+    if (device().type == DeviceType::kCpu) {
+      EXPECT_TRUE(fast == strict);
+    }
+    EXPECT_EQ(fast.statuses, strict.statuses);
+    EXPECT_EQ(fast.top_tokens, strict.top_tokens);
+    int others = 0;
+    for (size_t i = 0; i < params.size(); ++i) {
+      const int64_t token = fast.tokens[i];
+      ASSERT_GE(token, 0);
+      others += token != strict.tokens[i];
+      EXPECT_NEAR(fast.logprobs[i], expected[token], 1e-5);
+      EXPECT_NEAR(fast.raw_logprobs[i], expected[token], 1e-5);
+      if (token == strict.tokens[i]) {
+        EXPECT_NEAR(fast.processed_logprobs[i], strict.processed_logprobs[i],
+                    1e-5);
+      }
+    }
+    EXPECT_LE(others, 1);
+    EXPECT_TRUE(Run(call) == fast);
+  }
+  // Rows without a token, and those of one, are the same whatever rounds.
+  for (float odd : {kNan, kInf, -kInf}) {
+    std::vector<float> row(500, -kInf);
+    row[123] = odd;
+    const TestTensor logits = Logits(row);
+    SamplerCall call = CallOf(logits.view(), {SamplingParams()});
+    const SamplerResult strict = Run(call);
+    call.fast = true;
+    EXPECT_TRUE(Run(call) == strict) << odd;
   }
 }
 

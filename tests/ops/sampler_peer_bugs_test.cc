@@ -172,6 +172,23 @@ TEST_P(SamplerPeerBugsTest, OneSeedGivesOneNoiseForAllPositions_vLLM50440) {
   EXPECT_GT(std::set<int64_t>(tokens.begin(), tokens.end()).size(), 28u);
 }
 
+// A generator with state of its own, or of the call's: who calls again, or is
+// another rank of a group, draws another token for the same seed.
+TEST_P(SamplerPeerBugsTest,
+       CallsOrRanksDiverge_TrtLlm1742_TrtLlm17599_TtMetal53802_Aiter2035) {
+  const TestTensor logits = Logits(std::vector<float>(50000, 0.0f));
+  const TestTensor of_other_rank = Logits(std::vector<float>(50000, 0.0f));
+  std::vector<SamplingParams> params(8);
+  for (size_t i = 0; i < params.size(); ++i) params[i].seed = 40 + i;
+  const std::vector<int64_t> tokens = Run(CallOf(logits.view(), params)).tokens;
+  SamplingParams other;
+  other.seed = 7;
+  for (int calls = 0; calls < 3; ++calls) {
+    Run(CallOf(logits.view(), std::vector<SamplingParams>(5, other)));
+    EXPECT_EQ(Run(CallOf(of_other_rank.view(), params)).tokens, tokens);
+  }
+}
+
 // ---- Filters, ties, loops ----
 
 TEST_P(SamplerPeerBugsTest, TiesAtTheBoundaryAreAllKept_FlashInfer3774) {

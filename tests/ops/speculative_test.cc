@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "ops/sampler/philox.h"
+#include "ops/sampler/sampler.h"
 #include "tests/testing/op_test.h"
 #include "tests/testing/random.h"
 #include "tests/testing/test_size.h"
@@ -79,6 +80,36 @@ class SpeculativeTest : public testing::OpTest {
     return params;
   }
 
+  // What Sampler draws of one row of logits for all params, and by what
+  // probabilities.
+  void SampleAll(const TestTensor& logits,
+                 const std::vector<SamplingParams>& params, RandomStream random,
+                 const TestTensor& tokens, const TestTensor& probabilities) {
+    const int64_t rows = static_cast<int64_t>(params.size());
+    const TestTensor statuses(device(), DType::kInt32, {rows});
+    const TestTensor bytes(device(), DType::kUInt8,
+                           {rows * static_cast<int64_t>(sizeof(params[0]))});
+    EXPECT_TRUE(CopyMemory(bytes.view().data, device(), params.data(), Device(),
+                           params.size() * sizeof(params[0]), stream())
+                    .ok());
+    SamplerParams p;
+    p.logits = logits.view();
+    p.logits.shape[0] = rows;
+    p.logits.stride[0] = 0;
+    p.params = bytes.view().As<const SamplingParams>();
+    p.stream = random;
+    p.tokens = MakeTensor(tokens.view().data, DType::kInt32, device(), {rows});
+    p.statuses = statuses.view();
+    p.probabilities = probabilities.view();
+    p.workspace_size = SamplerWorkspaceBytes(p);
+    StatusOr<Buffer> workspace = Buffer::Allocate(device(), p.workspace_size);
+    EXPECT_TRUE(workspace.ok());
+    p.workspace = workspace->data();
+    const Status status = Sampler(p, stream());
+    EXPECT_TRUE(status.ok()) << status.message();
+    Finish();
+  }
+
   // Drafts drawn from q, by streams of their own; then the frequency of the
   // first token that comes out, over `trials`.
   std::vector<double> FirstTokens(const std::vector<float>& p,
@@ -122,7 +153,8 @@ std::vector<float> Softmax(const std::vector<float>& logits) {
 
 // vLLM #47386, #54282: a draft and a residual that shared noise gave a token of
 // 60 % 63 %.
-TEST_P(SpeculativeTest, MarginalsAreTheTargetsWhateverIsDrafted) {
+TEST_P(SpeculativeTest,
+       MarginalsAreTheTargetsWhateverIsDrafted_vLLM47386_vLLM54282) {
   const int64_t trials = SmallOr(2000, 60000);
   const std::vector<std::vector<float>> targets = {
       {0.6f, 0.3f, 0.1f}, Softmax(Normal(12, 1, 0.0f, 1.5f))};
@@ -224,6 +256,52 @@ TEST_P(SpeculativeTest, CertainDraftsByProbabilitiesHaveTheTargetsMarginals) {
       EXPECT_NEAR(frequency[i], p[i], SmallOr(0.05, 0.009));
     }
   }
+}
+
+// As a host uses it: Sampler draws from a draft model's bfloat16 logits, and
+// tells by what probabilities, rounded or not; its noise is none of what is
+// accepted by.
+TEST_P(SpeculativeTest, DraftsOfTheSamplerHaveTheTargetsMarginals_DeepSpec31) {
+  constexpr int64_t kTrials = 40000;
+  constexpr int64_t kVocab = 20;
+  std::vector<SamplingParams> params = Params(kTrials, 9);
+  for (SamplingParams& s : params) {
+    s.top_k = 12;
+    s.temperature = 0.8f;
+  }
+  const TestTensor draft_logits(device(), DType::kBFloat16, {1, kVocab},
+                                Normal(kVocab, 5, 0.0f, 2.0f));
+  const TestTensor target_logits(device(), DType::kBFloat16, {1, kVocab},
+                                 Normal(kVocab, 6, 0.0f, 2.0f));
+  const TestTensor draft_tokens(device(), DType::kInt32, {kTrials, 1});
+  const TestTensor q(device(), DType::kFloat32, {kTrials, kVocab});
+  SampleAll(draft_logits, params, RandomStream::kDraft, draft_tokens, q);
+  const TestTensor of_target(device(), DType::kInt32, {1, 1});
+  const TestTensor p_row(device(), DType::kFloat32, {1, kVocab});
+  SampleAll(target_logits, {params[0]}, RandomStream::kTarget, of_target,
+            p_row);
+  std::vector<float> p;
+  for (double value : p_row.Values()) p.push_back(static_cast<float>(value));
+  const TestTensor target = Repeated(p, 2 * kTrials);
+  SpeculativeParams s;
+  s.draft_tokens = draft_tokens.view();
+  s.target_probabilities = target.view();
+  s.draft_probabilities = q.view();
+  const Result result = Run(s, params);
+  std::vector<double> frequency(kVocab);
+  for (int64_t i = 0; i < kTrials; ++i) {
+    frequency.at(result.tokens[2 * i]) += 1.0 / kTrials;
+  }
+  double variation = 0.0;
+  double floor = 0.0;
+  for (int64_t id = 0; id < kVocab; ++id) {
+    variation += 0.5 * std::abs(frequency[id] - p[id]);
+    floor += 0.5 * std::sqrt(2.0 / M_PI * p[id] * (1 - p[id]) / kTrials);
+    if (p[id] == 0.0f) {
+      EXPECT_EQ(frequency[id], 0.0) << id;
+    }
+  }
+  EXPECT_LT(variation, 2.0 * floor);
 }
 
 TEST_P(SpeculativeTest, ByTokensAcceptsWhileEqual) {
