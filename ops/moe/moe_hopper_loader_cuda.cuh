@@ -118,11 +118,11 @@ struct Shape {
   static constexpr int kFullArrivals =
       1 + kWeightScales +
       (kGateUp ? kTokenThreads : (kFp8 ? 1 + kTokenThreads : 1));
-  // At an empty one: one for each warp, of a pair for each warp of both blocks;
-  // narrow, fp8: every thread, as each reads scales there.
-  static constexpr int kEmptyArrivals = kGroups * (kPaired          ? 2 * 4
-                                                   : kFp8 && !kWide ? 128
-                                                                    : 4);
+  // At an empty one: one for each warp of each block; of fp8 one for every
+  // thread, as each reads scales there, and one for each warp of the other
+  // block of a pair.
+  static constexpr int kEmptyArrivals =
+      kGroups * ((kFp8 ? 128 : 4) + (kPaired ? 4 : 0));
 };
 
 #if TENON_SM90A

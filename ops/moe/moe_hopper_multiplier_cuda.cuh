@@ -50,13 +50,10 @@ class MultiplierBase : protected Ring<S> {
 
   // The thread is done with a stage; see Shape::kEmptyArrivals.
   __device__ __forceinline__ void Release(int stage) const {
-    constexpr bool kByWarp = S::kEmptyArrivals < 128 * S::kGroups;
     const uint32_t empty = this->Empty(stage);
-    if (S::kFp8 && kByWarp) __syncwarp();  // scales are read
-    if constexpr (S::kPaired) {
-      if (lane_ < 2) cuda::ArriveInCluster(cuda::ClusterAddress(empty, lane_));
-    } else {
-      if (!kByWarp || lane_ == 0) cuda::Arrive(empty);
+    if (S::kFp8 || lane_ == 0) cuda::Arrive(empty);
+    if (S::kPaired && lane_ == 0) {
+      cuda::ArriveInCluster(cuda::ClusterAddress(empty, blockIdx.x % 2 ^ 1));
     }
   }
   // Goes on past the stages of a tile without tokens.
