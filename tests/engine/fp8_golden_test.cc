@@ -42,7 +42,7 @@ TEST_P(Fp8GoldenTest, LogitsMatchThoseOfQuantizedActivations) {
       EXPECT_LT(testing::RelativeFrobeniusError(Doubles(run.logits),
                                                 Doubles(quantized_logits_)),
                 2e-2);
-      ASSERT_FALSE(greedy_.empty());
+      ASSERT_TRUE(testing::SmallTests() || !greedy_.empty());
       EXPECT_EQ(run.greedy, greedy_);
     }
   }

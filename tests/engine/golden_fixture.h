@@ -54,7 +54,7 @@ class GoldenTest : public ::testing::TestWithParam<GoldenCase> {
         Model::Load(folder, device());
     ASSERT_TRUE(model.ok()) << model.status().message();
     model_ = *std::move(model);
-    if (SmallTests()) KeepFirstTokens(12);
+    if (SmallTests()) KeepFirstTokens(24);
   }
 
   Device device() const { return {GetParam().device, 0}; }

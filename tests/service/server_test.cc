@@ -440,6 +440,7 @@ TEST(ServerTest, ShutdownWaitsForStepsUnderWayHoweverLongTheyAre) {
   limits.rows_per_step = kPrompts;
   limits.sequences = kPrompts + 1;
   limits.prefill_tokens_per_step = 60 * kPrompts;
+  limits.default_deadline = std::chrono::minutes(2);  // sanitizers are slow
   auto model = Model::Load("examples/models/austen", {DeviceType::kCpu, 0});
   ASSERT_TRUE(model.ok()) << model.status().message();
   TestServer server(limits, {}, 16 * kPrompts, *model);
