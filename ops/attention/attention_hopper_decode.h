@@ -17,8 +17,8 @@ inline constexpr int32_t kDecodeStageKeys = 64;
 inline constexpr int32_t kDecodeRows = 16;
 
 // Parts that a context is cut into, as many as a cluster can have blocks. Where
-// follows from its length alone, so that a query's bits do not depend on how
-// many blocks share the work.
+// follows from its length and the cache's dtype, so that a query's bits do not
+// depend on how many blocks share the work.
 inline constexpr int32_t kDecodeParts = 16;
 
 struct HopperDecodePlan {

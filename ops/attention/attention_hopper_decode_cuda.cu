@@ -51,7 +51,7 @@ __device__ __forceinline__ int BytesToCombine(const Args& a,
   const int rows = tile.num_queries * a.group;
   const int begin = static_cast<int>(blockIdx.x) << a.log2_slice;
   const int floats = max(0, min(1 << a.log2_slice, rows * S::kDim - begin));
-  return decode::NumParts(stages) * (floats * 4 + rows * 8);
+  return decode::NumParts<S>(stages) * (floats * 4 + rows * 8);
 }
 
 // Combines this block's slice of the tile's output.
@@ -65,8 +65,8 @@ __device__ __forceinline__ void Combine(const Args& a, const decode::Tile& tile,
   const auto* softmax =
       reinterpret_cast<const float2*>(parts + decode::kParts * slice);
   const auto exists = [&](int part) {
-    return decode::PartBegin(stages, part) <
-           decode::PartBegin(stages, part + 1);
+    return decode::PartBegin<S>(stages, part) <
+           decode::PartBegin<S>(stages, part + 1);
   };
   for (int i = 2 * threadIdx.x; i < slice;
        i += 2 * a.teams * decode::kAttendThreads) {
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(S::kMaxThreads)
   const int rank = static_cast<int>(blockIdx.x) * a.teams + team;
   const int begin = decode::kParts * rank / (blocks * a.teams);
   const int end = decode::kParts * (rank + 1) / (blocks * a.teams);
-  const int32_t end_stage = decode::PartBegin(stages, end);
+  const int32_t end_stage = decode::PartBegin<S>(stages, end);
   __syncthreads();  // barriers are initialised
   decode::SignalCluster();
 
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(S::kMaxThreads)
   ring.empty = ring.full + 8 * decode::kMaxStages;
   ring.count = a.num_stages;
   if (loads) {
-    decode::LoadStages<S>(a, tile, kv_head, decode::PartBegin(stages, begin),
+    decode::LoadStages<S>(a, tile, kv_head, decode::PartBegin<S>(stages, begin),
                           end_stage, ring);
     if (team == 0) ClearUncovered<S>(a, kv_head);
     return;
@@ -199,8 +199,8 @@ __global__ void __launch_bounds__(S::kMaxThreads)
   decode::Attend<S> attend(a, tile, tail);
   bool cluster_runs = false;
   for (int part = begin; part < end; ++part) {
-    const int32_t part_end = decode::PartBegin(stages, part + 1);
-    int32_t stage = decode::PartBegin(stages, part);
+    const int32_t part_end = decode::PartBegin<S>(stages, part + 1);
+    int32_t stage = decode::PartBegin<S>(stages, part);
     if (stage == part_end) continue;
     attend.Clear();
     for (;; ++stage) {

@@ -65,6 +65,9 @@ struct Shape {
   static constexpr int kTeamsPerSm = kDim <= 128 ? 2 : 1;
   static constexpr int kMaxThreads = kTeamsPerSm * kTeamThreads;
   static constexpr bool kFloat8 = sizeof(C) == 1;
+  // Parts of a short context have two stages: the end of a part takes longer
+  // than a stage. Elements of two bytes need all blocks to load them soon.
+  static constexpr bool kPairsStages = kFloat8;
   static constexpr int kBoxElements = 128 / sizeof(C);
   static constexpr int kBoxes = kDim / kBoxElements;
   static constexpr int kBoxBytes = kKeys * 128;
@@ -149,15 +152,17 @@ __device__ __forceinline__ Tile FindTile(const Args& a, int32_t index) {
 }
 
 // Stages of the keys before part `part` of a context of `stages`: parts differ
-// by a stage at most, and those of a short context have two stages, since the
-// end of a part takes longer than a stage.
+// by a stage at most, or have the two of Shape::kPairsStages.
+template <class S>
 __device__ __forceinline__ int32_t PartBegin(int32_t stages, int32_t part) {
   const int32_t begin = stages * part / kParts;  // stages are below 2^26
-  return stages > 2 * kParts ? begin : min(stages, (begin + 1) & ~1);
+  if (!S::kPairsStages || stages > 2 * kParts) return begin;
+  return min(stages, (begin + 1) & ~1);
 }
 // Those that have a stage.
+template <class S>
 __device__ __forceinline__ int32_t NumParts(int32_t stages) {
-  return min(CeilDiv(stages, 2), kParts);
+  return min(S::kPairsStages ? CeilDiv(stages, 2) : stages, kParts);
 }
 
 struct Ring {
