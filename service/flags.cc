@@ -215,6 +215,12 @@ StatusOr<Flags> ParseFlags(int argc, char** argv) {
     }
     TENON_RETURN_IF_ERROR(setter->second(flag, value));
   }
+  const Limits& limits = flags.server.limits;
+  if (limits.queued_rows < limits.rows_per_step) {
+    return InvalidArgumentError("--queued-rows is ", limits.queued_rows,
+                                ", less than --rows, ", limits.rows_per_step,
+                                ": steps of so many would always be refused");
+  }
   flags.engine.kv_cache_bytes <<= 20;
   if (flags.server.limits.max_lease < flags.server.limits.lease) {
     flags.server.limits.max_lease = flags.server.limits.lease;

@@ -9,13 +9,15 @@
 #include <grpcpp/grpcpp.h>
 #include <unistd.h>
 
+#include <charconv>
 #include <chrono>
 #include <cstdio>
-#include <cstdlib>
+#include <cstring>
 #include <fstream>
 #include <iterator>
 #include <memory>
 #include <string>
+#include <system_error>
 
 #include "service/proto/decode.grpc.pb.h"
 
@@ -37,9 +39,18 @@ struct Flags {
 
 constexpr char kUsage[] =
     "grpc_client [--target ADDRESS] [--max-tokens N] [--temperature X]\n"
-    "            [--seed N] [--token BEARER] [--ca FILE]\n"
-    "            [--cert FILE --key FILE] [PROMPT]\n";
+    "            [--seed N] [--token BEARER] [PROMPT]\n"
+    "            [--ca FILE [--cert FILE --key FILE]]\n";
 
+// The whole of `text`.
+template <class T>
+bool ParseNumber(const char* text, T* value) {
+  const char* const end = text + std::strlen(text);
+  const auto [stop, error] = std::from_chars(text, end, *value);
+  return error == std::errc() && stop == end;
+}
+
+// False for what kUsage does not have.
 bool ParseFlags(int argc, char** argv, Flags* flags) {
   for (int i = 1; i < argc; ++i) {
     const std::string flag = argv[i];
@@ -60,37 +71,47 @@ bool ParseFlags(int argc, char** argv, Flags* flags) {
     } else if (flag == "--key") {
       flags->key = value;
     } else if (flag == "--max-tokens") {
-      flags->max_tokens =
-          static_cast<uint32_t>(std::strtoul(value, nullptr, 10));
+      if (!ParseNumber(value, &flags->max_tokens)) return false;
     } else if (flag == "--temperature") {
-      flags->temperature = std::strtof(value, nullptr);
+      if (!ParseNumber(value, &flags->temperature)) return false;
     } else if (flag == "--seed") {
-      flags->seed = std::strtoull(value, nullptr, 10);
+      if (!ParseNumber(value, &flags->seed)) return false;
     } else {
       return false;
     }
   }
+  const bool has_own = !flags->cert.empty();
+  if (has_own == flags->key.empty() || (has_own && flags->ca.empty())) {
+    return false;
+  }
   return !flags->prompt.empty();
 }
 
-std::string ReadFile(const std::string& path) {
+// False, and says so, where there is none.
+bool ReadFile(const std::string& path, std::string* content) {
   std::ifstream file(path);
-  return {std::istreambuf_iterator<char>(file), {}};
+  content->assign(std::istreambuf_iterator<char>(file), {});
+  if (!content->empty()) return true;
+  std::fprintf(stderr, "grpc_client: cannot read %s\n", path.c_str());
+  return false;
 }
 
+// Null where a file of them cannot be read.
 std::shared_ptr<grpc::ChannelCredentials> Credentials(const Flags& flags) {
   if (flags.ca.empty()) return grpc::InsecureChannelCredentials();
   grpc::SslCredentialsOptions options;
-  options.pem_root_certs = ReadFile(flags.ca);
-  if (!flags.cert.empty()) {
-    options.pem_cert_chain = ReadFile(flags.cert);
-    options.pem_private_key = ReadFile(flags.key);
+  if (!ReadFile(flags.ca, &options.pem_root_certs)) return nullptr;
+  if (!flags.cert.empty() && !(ReadFile(flags.cert, &options.pem_cert_chain) &&
+                               ReadFile(flags.key, &options.pem_private_key))) {
+    return nullptr;
   }
   return grpc::SslCredentials(options);
 }
 
 int Generate(const Flags& flags) {
-  const auto channel = grpc::CreateChannel(flags.target, Credentials(flags));
+  const auto credentials = Credentials(flags);
+  if (credentials == nullptr) return 2;
+  const auto channel = grpc::CreateChannel(flags.target, credentials);
   // The server may be starting still.
   if (!channel->WaitForConnected(std::chrono::system_clock::now() +
                                  std::chrono::seconds(30))) {

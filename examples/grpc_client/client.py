@@ -28,12 +28,20 @@ def parse_arguments():
     parser.add_argument("--max-tokens", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("prompt", nargs="?", default="It was a truth")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if bool(arguments.cert) != bool(arguments.key):
+        parser.error("--cert and --key are given together")
+    if arguments.cert and not arguments.ca:
+        parser.error("--cert is given with --ca")
+    return arguments
 
 
 def read(path):
-    with open(path, "rb") as file:
-        return file.read()
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        sys.exit(f"client: {error}")
 
 
 def connect(arguments):

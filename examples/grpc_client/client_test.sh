@@ -27,4 +27,22 @@ if examples/grpc_client/grpc_client --target "unix:$socket" --max-tokens 99999 2
   echo "a bad request was accepted"
   exit 1
 fi
+
+# refuses MESSAGE COMMAND...: it ends with 2 and says so, at once.
+refuses() {
+  local expected=$1 result=0
+  shift
+  timeout 20 "$@" >/dev/null 2>"$TEST_TMPDIR/err" || result=$?
+  [[ $result == 2 ]] && grep -q -- "$expected" "$TEST_TMPDIR/err" || {
+    echo "$*: $result"
+    cat "$TEST_TMPDIR/err"
+    exit 1
+  }
+}
+client="examples/grpc_client/grpc_client --target unix:$socket"
+refuses "cannot read /nowhere.pem" $client --ca /nowhere.pem
+refuses "--cert FILE --key FILE" $client --cert own.pem --key own.key
+refuses "--seed N" $client --seed x
+refuses "given together" examples/grpc_client/client_py --target "unix:$socket" --cert own.pem
+refuses "less than --rows" service/tenon_server --queued-rows 8 --rows 16
 kill -TERM $server
