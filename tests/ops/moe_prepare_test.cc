@@ -262,7 +262,7 @@ TEST_P(MoePrepareTest, Acceptance22_RouterInTheLayer) {
        Fewer<int64_t>({8, 127, 128, 160, 256, 512, 1024}, 3)) {
     for (int64_t tokens : Fewer<int64_t>(
              {0, 1, 2, 7, 64, 255, 256, 257, 1024, 1025, 4096, 16384}, 5)) {
-      if (tokens > (on_cuda() ? SmallOr(2000, 20000) : 64)) continue;
+      if (tokens > (on_cuda() ? SmallOr(300, 20000) : 64)) continue;
       Problem problem;
       problem.tokens = tokens;
       problem.num_experts = num_experts;
@@ -274,7 +274,7 @@ TEST_P(MoePrepareTest, Acceptance22_RouterInTheLayer) {
 
 TEST_P(MoePrepareTest, PaddingHasNoExpert) {
   for (int64_t tokens : Fewer<int64_t>({1, 4, 8, 16, 24, 40, 200, 600}, 3)) {
-    if (tokens > (on_cuda() ? 20000 : 64)) continue;
+    if (tokens > (on_cuda() ? SmallOr(300, 20000) : 64)) continue;
     for (const bool fp8 : {false, true}) {
       Problem problem;
       problem.tokens = tokens;
@@ -337,7 +337,7 @@ std::vector<Problem> RouterOptions() {
 TEST_P(MoePrepareTest, EveryRouterOption) {
   for (Problem problem : RouterOptions()) {
     for (int64_t tokens : Fewer<int64_t>({1, 19, 70, 300, 1500}, 3)) {
-      if (tokens > 300 && !on_cuda()) continue;
+      if (tokens > (on_cuda() ? SmallOr(300, 20000) : 300)) continue;
       problem.tokens = tokens;
       ExpectSameAsSeparate(problem);
     }
@@ -350,7 +350,8 @@ TEST_P(MoePrepareTest, SameAsItsParts) {
     for (int64_t tokens : Fewer<int64_t>({1, 2, 7, 16, 17, 33, 128, 129, 256,
                                           448, 449, 1024, 1025, 4097, 32768},
                                          5)) {
-      if (tokens > 5000 && problem.num_experts > SmallOr(0, 128)) continue;
+      if (tokens > SmallOr(500, 5000) && problem.num_experts > SmallOr(0, 128))
+        continue;
       problem.tokens = tokens;
       problem.fp8 = tokens % 2 == 0 || tokens > 1024;
       ExpectPrepares(problem);
@@ -363,7 +364,7 @@ TEST_P(MoePrepareTest, QuantizesRowsOfAnyWidth) {
   Problem problem;
   problem.fp8 = true;
   for (int64_t hidden : Fewer<int64_t>({1, 128, 192, 200, 333, 2048}, 3)) {
-    for (int64_t tokens : Fewer<int64_t>({1, 13, 111, 1030})) {
+    for (int64_t tokens : Fewer<int64_t>({1, 13, 111, SmallOr(130, 1030)})) {
       for (int64_t padding : {0, 3, 8}) {
         problem.hidden = hidden;
         problem.tokens = tokens;
@@ -384,7 +385,7 @@ TEST_P(MoePrepareTest, GivenIds) {
     for (int64_t tokens :
          Fewer<int64_t>({1, 9, 30, 64, 250, 448, 700, 3000, 20000}, 4)) {
       for (int32_t top_k : Fewer<int32_t>({1, 8, 11})) {
-        if (tokens > 5000 && top_k != 8) continue;
+        if (tokens > SmallOr(500, 5000) && top_k != SmallOr(0, 8)) continue;
         problem.tokens = tokens;
         problem.top_k = top_k;
         problem.ids = UniformIntegers(tokens * top_k, 26, low, high);
@@ -396,7 +397,7 @@ TEST_P(MoePrepareTest, GivenIds) {
 
 TEST_P(MoePrepareTest, SameCallSameBits) {
   if (!on_cuda()) GTEST_SKIP() << "one function on CUDA alone";
-  for (int64_t tokens : Fewer<int64_t>({1, 200, 1024, 5000}, 3)) {
+  for (int64_t tokens : Fewer<int64_t>({1, 200, 1024, SmallOr(500, 5000)}, 3)) {
     Problem problem;
     problem.tokens = tokens;
     problem.fp8 = true;
