@@ -396,8 +396,10 @@ TEST(ServerTest, ControlAbortsAndCounts) {
   EXPECT_EQ(load.free_pages(), 128u);
 }
 
-// One thread reads from clients, and runs steps as well.
-TEST(ServerTest, CallsAreAnsweredWhileAStepRunsOnTheThreadThatReads) {
+// One thread reads from clients, and runs steps as well; there the tail was
+// that of calls behind others in the one completion queue.
+TEST(ServerTest,
+     TensorflowServing2141_CallsAreAnsweredWhileAStepRunsOnTheThreadThatReads) {
   constexpr int32_t kPrompts = 64;
   Limits limits = TestLimits();
   limits.rows_per_step = kPrompts;
