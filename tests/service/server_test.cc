@@ -396,31 +396,38 @@ TEST(ServerTest, ControlAbortsAndCounts) {
   EXPECT_EQ(load.free_pages(), 128u);
 }
 
+// A step that takes a while: so many prompts of 60 tokens, all at once.
+Limits LimitsOfPrompts(int32_t prompts) {
+  Limits limits = TestLimits();
+  limits.rows_per_step = prompts;
+  limits.sequences = prompts;
+  limits.prefill_tokens_per_step = 60 * prompts;
+  return limits;
+}
+grpc::Status CreatePrompts(const TestServer& server, int32_t prompts) {
+  auto stub = v1::Decode::NewStub(Connect(server.unix_address()));
+  v1::CreateSequencesRequest request;
+  for (int32_t i = 0; i < prompts; ++i) {
+    FillNew(60, i, request.add_sequences());
+    request.mutable_sequences(i)->set_max_tokens(1);
+  }
+  v1::CreateSequencesResponse response;
+  grpc::ClientContext context;
+  return stub->CreateSequences(&context, request, &response);
+}
+
 // One thread reads from clients, and runs steps as well; there the tail was
 // that of calls behind others in the one completion queue.
 TEST(ServerTest,
      TensorflowServing2141_CallsAreAnsweredWhileAStepRunsOnTheThreadThatReads) {
   constexpr int32_t kPrompts = 64;
-  Limits limits = TestLimits();
-  limits.rows_per_step = kPrompts;
-  limits.sequences = kPrompts;
-  limits.prefill_tokens_per_step = 60 * kPrompts;
   auto model = Model::Load("examples/models/austen", {DeviceType::kCpu, 0});
   ASSERT_TRUE(model.ok()) << model.status().message();
-  TestServer server(limits, {}, 16 * kPrompts, *model);
+  TestServer server(LimitsOfPrompts(kPrompts), {}, 16 * kPrompts, *model);
   auto control = v1::Control::NewStub(Connect(server.unix_address()));
   std::atomic<bool> is_over{false};
   std::thread creates([&] {
-    auto stub = v1::Decode::NewStub(Connect(server.unix_address()));
-    v1::CreateSequencesRequest request;
-    for (int32_t i = 0; i < kPrompts; ++i) {
-      FillNew(60, i, request.add_sequences());
-      request.mutable_sequences(i)->set_max_tokens(1);
-    }
-    v1::CreateSequencesResponse response;
-    grpc::ClientContext context;
-    const grpc::Status status =
-        stub->CreateSequences(&context, request, &response);
+    const grpc::Status status = CreatePrompts(server, kPrompts);
     EXPECT_TRUE(status.ok()) << status.error_message();
     is_over = true;
   });
@@ -438,27 +445,15 @@ TEST(ServerTest,
 // Longer than gRPC gives to what is left when it shuts down.
 TEST(ServerTest, ShutdownWaitsForStepsUnderWayHoweverLongTheyAre) {
   constexpr int32_t kPrompts = 128;
-  Limits limits = TestLimits();
-  limits.rows_per_step = kPrompts;
+  Limits limits = LimitsOfPrompts(kPrompts);
   limits.sequences = kPrompts + 1;
-  limits.prefill_tokens_per_step = 60 * kPrompts;
   limits.default_deadline = std::chrono::minutes(2);  // sanitizers are slow
   auto model = Model::Load("examples/models/austen", {DeviceType::kCpu, 0});
   ASSERT_TRUE(model.ok()) << model.status().message();
   TestServer server(limits, {}, 16 * kPrompts, *model);
   TestClient client(Connect(server.unix_address()));
   ASSERT_TRUE(client.Create(1, 1).ok());
-  std::thread prompts([&] {
-    auto stub = v1::Decode::NewStub(Connect(server.unix_address()));
-    v1::CreateSequencesRequest request;
-    for (int32_t i = 0; i < kPrompts; ++i) {
-      FillNew(60, i, request.add_sequences());
-      request.mutable_sequences(i)->set_max_tokens(1);
-    }
-    v1::CreateSequencesResponse response;
-    grpc::ClientContext context;
-    (void)stub->CreateSequences(&context, request, &response);
-  });
+  std::thread prompts([&] { (void)CreatePrompts(server, kPrompts); });
   const Metrics& metrics = server.loop().metrics();
   const auto wait_for = [](auto condition) {
     for (int i = 0; i < 2000 && !condition(); ++i) {
